@@ -1,0 +1,343 @@
+//! The three halves of a unit in service, and what passes between them.
+//!
+//! After bring-up a unit is owned in three parts that never wait for each other: [`Events`] belongs to the interrupt
+//! handler, [`Commands`] is shared under a short lock, [`Tables`] belongs to the control path. A change of the tables
+//! says which [`Invalidation`]s make it visible; submitting them yields a [`Ticket`]; what the change took out of use
+//! may be used again once the ticket has completed, and not before.
+
+use crate::{Event, Iova, PAGE_SIZE, PageResponse, Pasid, Root, StreamId};
+use core::fmt;
+use heapless::Vec;
+
+/// The event side of a unit: what hardware reports. Owned by one core, used from its interrupt handler.
+pub trait Events {
+    /// Opens a pass: acknowledges the interrupt, so that whatever arrives from here on interrupts again.
+    fn acknowledge(&mut self);
+    /// Takes the oldest report, or `None` when everything that was there at [`acknowledge`](Self::acknowledge) is taken.
+    ///
+    /// Takes a bounded number of register accesses; never waits.
+    fn next_event(&mut self) -> Option<Event>;
+}
+
+/// The command side of a unit. Its caller holds a lock; nothing here waits.
+pub trait Commands {
+    /// Queues `invalidations` and one completion mark, and rings the doorbell once.
+    fn submit(&mut self, invalidations: &[Invalidation]) -> Result<Ticket, Error>;
+    /// Queues the answer to a group of page requests and rings the doorbell.
+    ///
+    /// Room for answers is reserved: it fails only if more are sent than the unit was promised at bring-up, or the
+    /// unit has stopped. Then the response comes back, because the device still waits for it.
+    fn respond(&mut self, response: PageResponse) -> Result<(), (PageResponse, Error)>;
+    /// Tells what became of `ticket`.
+    fn poll(&mut self, ticket: Ticket) -> Completion;
+}
+
+/// The table side of a unit: which device is translated how. A device that was never assigned is blocked.
+pub trait Tables {
+    /// Gives `stream` tables of its own, in which everything is still blocked.
+    fn assign(&mut self, stream: StreamId, features: Features) -> Result<Invalidations, Error>;
+    /// Lets accesses of `stream` that carry `pasid` (or none) through `translation`.
+    fn attach(
+        &mut self,
+        stream: StreamId,
+        pasid: Option<Pasid>,
+        translation: Translation,
+    ) -> Result<(Attachment, Invalidations), Error>;
+    /// Blocks an attachment again. Its tables are free once the invalidations completed and `finish` took the token.
+    fn detach(&mut self, attachment: Attachment) -> Result<(Leaving, Invalidations), Error>;
+    /// Blocks all of `stream` again.
+    fn block(&mut self, stream: StreamId) -> Result<(Leaving, Invalidations), Error>;
+    /// Takes note that the invalidations of a [`Leaving`] have completed.
+    fn finish(&mut self, leaving: Leaving);
+}
+
+/// What a unit can do.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
+pub struct Capabilities {
+    /// First-stage (stage 1) tables.
+    pub stage1: bool,
+    /// Second-stage (stage 2) tables.
+    pub stage2: bool,
+    /// Levels of a table hierarchy, at most.
+    pub levels: u8,
+    /// Bits of a PASID; 0 where the unit knows none.
+    pub pasid_bits: u8,
+    /// Page requests are served, and can be drained.
+    pub page_requests: bool,
+    /// Device TLBs (ATS).
+    pub device_tlb: bool,
+    /// Page walks see the CPU's caches.
+    pub coherent_walks: bool,
+    /// The unit may remember that something was not mapped (`CAP.CM`): what is mapped anew is invalidated, too.
+    pub caches_absence: bool,
+}
+
+/// What a device may use besides plain accesses.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
+pub struct Features {
+    /// The device keeps translations of its own (ATS).
+    pub device_tlb: bool,
+    /// The device sends page requests (PRI). Needs `device_tlb`.
+    pub page_requests: bool,
+    /// The device's accesses may carry a PASID.
+    pub pasid: bool,
+}
+
+/// How the accesses of an attachment are translated.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[non_exhaustive]
+pub enum Translation {
+    /// By first-stage (stage 1) tables.
+    Stage1(Root),
+    /// By second-stage (stage 2) tables.
+    Stage2(Root),
+}
+
+/// A number under which a unit caches translations: `DID` of VT-d, VMID or ASID of SMMUv3.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
+pub struct DomainId(pub u16);
+
+/// A device, or one PASID of it, that is translated.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
+pub struct Attachment {
+    /// The device.
+    pub stream: StreamId,
+    /// The PASID, or `None` for accesses without one.
+    pub pasid: Option<Pasid>,
+    /// The number under which its translations are cached.
+    pub domain: DomainId,
+    /// Whether the tables are first-stage tables.
+    pub stage1: bool,
+    /// Whether the device keeps translations of its own.
+    pub device_tlb: bool,
+}
+
+/// Something for the unit, and perhaps the device, to forget.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
+#[non_exhaustive]
+pub enum Invalidation {
+    /// Everything; at bring-up.
+    All,
+    /// The configuration of a device.
+    Device {
+        /// The device.
+        stream: StreamId,
+        /// Whether the device keeps translations of its own.
+        device_tlb: bool,
+    },
+    /// The configuration and all translations of an attachment.
+    Attachment(Attachment),
+    /// The translations of `pages` pages from `iova`, whose leaf entries changed.
+    Pages {
+        /// Whose.
+        attachment: Attachment,
+        /// The first page.
+        iova: Iova,
+        /// How many.
+        pages: u64,
+    },
+    /// Completion also means that every page request sent before has reached its queue.
+    PageRequestDrain,
+}
+
+impl Invalidation {
+    /// Returns the invalidation of the `bytes` bytes from `iova`, grown to whole pages.
+    pub fn covering(attachment: Attachment, iova: Iova, bytes: u64) -> Self {
+        let first = iova.0 / PAGE_SIZE;
+        let last = iova.0.saturating_add(bytes.saturating_sub(1)) / PAGE_SIZE;
+        Self::Pages { attachment, iova: Iova(first * PAGE_SIZE), pages: last - first + 1 }
+    }
+}
+
+/// The invalidations that one change of the tables asks for, in their order.
+pub type Invalidations = Vec<Invalidation, 4>;
+
+/// A place in a command queue, by a 64-bit sequence number that is never used twice.
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
+#[must_use = "nothing that the commands took out of use may be reused before the ticket completes"]
+pub struct Ticket(pub u64);
+
+/// What became of a ticket.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
+pub enum Completion {
+    /// Hardware has completed it and everything before it.
+    Done,
+    /// Not yet.
+    Pending,
+}
+
+/// Tables that are blocked, but that hardware may still be walking.
+///
+/// Goes back to [`Tables::finish`] once the invalidations have completed. If they never do, it is kept, and with it
+/// everything that it names: that stays blocked and out of use.
+#[derive(Debug, Eq, PartialEq)]
+#[must_use = "the tables stay out of use until `finish` takes this back"]
+pub struct Leaving {
+    /// The device.
+    pub stream: StreamId,
+    /// Which PASID of it, or the whole device.
+    pub what: LeavingPart,
+}
+
+/// How much of a device leaves.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum LeavingPart {
+    /// One attachment.
+    Attachment(Attachment),
+    /// All of it.
+    Device,
+}
+
+/// A message-signalled interrupt, as the unit is to write it.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
+pub struct Message {
+    /// Where.
+    pub address: u64,
+    /// What.
+    pub data: u32,
+}
+
+/// Why an operation on a unit did not happen.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
+#[non_exhaustive]
+pub enum Error {
+    /// There is no unit at this address: its registers read as all ones.
+    Absent,
+    /// The unit lacks `feature`, by the manual's name of the capability bit.
+    Unsupported {
+        /// The capability, as the manual names it.
+        feature: &'static str,
+    },
+    /// Firmware left `what` switched on, and this driver does not take it over.
+    InUse {
+        /// The manual's name of what is on.
+        what: &'static str,
+    },
+    /// The memory handed over for `purpose` has `words` words, and `needed` are needed, naturally aligned.
+    Memory {
+        /// What it is for.
+        purpose: &'static str,
+        /// What was given.
+        words: usize,
+        /// What is needed.
+        needed: usize,
+    },
+    /// The unit's tables hold no such device: past the last bus, or never assigned.
+    UnknownStream {
+        /// The device asked for.
+        stream: StreamId,
+    },
+    /// The device is assigned already, or its tables are still leaving.
+    StreamBusy {
+        /// The device asked for.
+        stream: StreamId,
+    },
+    /// This PASID of the device is attached already, is leaving, or was never attached.
+    PasidState {
+        /// The device asked for.
+        stream: StreamId,
+        /// The PASID asked for.
+        pasid: Option<Pasid>,
+    },
+    /// The PASID is past the end of the device's tables.
+    PasidOutOfRange {
+        /// The PASID asked for.
+        pasid: Pasid,
+        /// The number of PASIDs that the tables hold.
+        limit: u32,
+    },
+    /// All frames, domain numbers or places for `what` are taken.
+    Exhausted {
+        /// What there is no more of.
+        what: &'static str,
+    },
+    /// The command queue has no room; try again when earlier commands have completed.
+    QueueFull {
+        /// Entries asked for.
+        needed: usize,
+        /// Entries free now, without those reserved for answers.
+        free: usize,
+    },
+    /// The unit did not acknowledge within `waited_us` microseconds.
+    Timeout {
+        /// The register or queue waited for, by the manual's name.
+        register: &'static str,
+        /// How long.
+        waited_us: u64,
+    },
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {
+            Self::Absent => write!(f, "no unit answers at this address"),
+            Self::Unsupported { feature } => write!(f, "the unit lacks {feature}"),
+            Self::InUse { what } => write!(f, "firmware left {what} switched on"),
+            Self::Memory { purpose, words, needed } => write!(
+                f,
+                "memory for {purpose} has {words} words, but {needed} naturally aligned words are needed"
+            ),
+            Self::UnknownStream { stream } => write!(f, "stream {:#x} is not assigned", stream.0),
+            Self::StreamBusy { stream } => write!(f, "stream {:#x} is in use", stream.0),
+            Self::PasidState { stream, pasid: Some(pasid) } => {
+                write!(f, "PASID {:#x} of stream {:#x} is not in the state for this", pasid.value(), stream.0)
+            }
+            Self::PasidState { stream, pasid: None } => {
+                write!(f, "stream {:#x} without PASID is not in the state for this", stream.0)
+            }
+            Self::PasidOutOfRange { pasid, limit } => {
+                write!(f, "PASID {:#x} is past the {limit} of the tables", pasid.value())
+            }
+            Self::Exhausted { what } => write!(f, "there are no more {what}"),
+            Self::QueueFull { needed, free } => {
+                write!(f, "the command queue has room for {free} entries, not {needed}")
+            }
+            Self::Timeout { register, waited_us } => {
+                write!(f, "{register} gave no acknowledgement in {waited_us} us")
+            }
+        }
+    }
+}
+
+impl core::error::Error for Error {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ATTACHMENT: Attachment = Attachment {
+        stream: StreamId(0x20),
+        pasid: None,
+        domain: DomainId(1),
+        stage1: true,
+        device_tlb: false,
+    };
+
+    #[test]
+    fn an_invalidation_covers_every_page_that_its_bytes_touch() {
+        let pages = |iova, bytes| match Invalidation::covering(ATTACHMENT, Iova(iova), bytes) {
+            Invalidation::Pages { iova, pages, .. } => (iova.0, pages),
+            other => panic!("{other:?}"),
+        };
+
+        assert_eq!(pages(0x1000, 0x1000), (0x1000, 1));
+        assert_eq!(pages(0x1FFF, 2), (0x1000, 2));
+        assert_eq!(pages(u64::MAX - 1, 0x1_0000), (u64::MAX - 0xFFF, 1), "the end does not wrap");
+    }
+
+    #[test]
+    fn an_error_names_the_thing() {
+        let error = Error::Timeout { register: "GSTS.TES", waited_us: 100_000 };
+
+        assert_eq!(error.to_string(), "GSTS.TES gave no acknowledgement in 100000 us");
+    }
+}

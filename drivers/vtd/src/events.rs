@@ -1,0 +1,214 @@
+//! What the unit reports: page requests and faults.
+
+use crate::{
+    interrupts,
+    queue::PageRequestQueue,
+    regs::{self, FRCD_TOP, FSTS, PRS},
+};
+use iommu::{
+    Access, Bus, Event, FaultReason, FaultRecord, Field, GroupTag, Iova, Message, PageRequest, Pasid, Perms,
+    StreamId, Words, descriptor,
+};
+
+descriptor! {
+    /// One entry of the page request queue ("Page Request Descriptor").
+    pub struct RequestEntry([u64; 4]);
+}
+
+impl RequestEntry {
+    const TYPE: Field<Self> = Field::bits(7, 0);
+    const PASID_PRESENT: Field<Self> = Field::bit(8);
+    const REQUESTER: Field<Self> = Field::bits(31, 16);
+    const PASID: Field<Self> = Field::bits(51, 32);
+    const EXECUTE: Field<Self> = Field::bit(52);
+    const PRIVILEGED: Field<Self> = Field::bit(53);
+    const READ: Field<Self> = Field::bit(64);
+    const WRITE: Field<Self> = Field::bit(65);
+    const LAST: Field<Self> = Field::bit(66);
+    const GROUP: Field<Self> = Field::bits(75, 67);
+    const ADDRESS: Field<Self> = Field::bits(127, 76);
+
+    /// Returns what the entry says.
+    ///
+    /// A last request that asks for neither read nor write is a stop marker if it has a PASID; without one it is an
+    /// ordinary request that happens to ask for nothing, and wants an answer.
+    pub fn decode(&self) -> Event {
+        if self.get(Self::TYPE) != 1 {
+            return Event::Malformed { words: [self.0[0], self.0[1]] };
+        }
+        let stream = StreamId(self.get(Self::REQUESTER) as u32);
+        let pasid = self.is_set(Self::PASID_PRESENT).then(|| Pasid::from_low_bits(self.get(Self::PASID)));
+        let perms = Perms {
+            read: self.is_set(Self::READ),
+            write: self.is_set(Self::WRITE),
+            execute: self.is_set(Self::EXECUTE),
+            privileged: self.is_set(Self::PRIVILEGED),
+        };
+        let last = self.is_set(Self::LAST);
+        if last && !perms.read && !perms.write && pasid.is_some() {
+            return Event::StopMarker { stream, pasid };
+        }
+        Event::PageRequest(PageRequest {
+            stream,
+            tag: GroupTag { pasid, index: self.get(Self::GROUP) as u16 },
+            iova: Iova(self.address(Self::ADDRESS)),
+            perms,
+            last,
+        })
+    }
+}
+
+descriptor! {
+    /// One fault-recording register ("Fault Recording Registers").
+    pub struct FaultEntry([u64; 2]);
+}
+
+impl FaultEntry {
+    const INFO: Field<Self> = Field::bits(63, 12);
+    const SOURCE: Field<Self> = Field::bits(79, 64);
+    const TYPE_2: Field<Self> = Field::bit(92);
+    const PASID_PRESENT: Field<Self> = Field::bit(95);
+    const REASON: Field<Self> = Field::bits(103, 96);
+    const PASID: Field<Self> = Field::bits(123, 104);
+    const TYPE_1: Field<Self> = Field::bit(126);
+    const FAULT: Field<Self> = Field::bit(127);
+
+    /// Returns what the record says, or `None` if it holds no fault.
+    pub fn decode(&self) -> Option<FaultRecord> {
+        if !self.is_set(Self::FAULT) {
+            return None;
+        }
+        let code = self.get(Self::REASON) as u16;
+        let access = match (self.is_set(Self::TYPE_1), self.is_set(Self::TYPE_2)) {
+            (false, false) => Access::Write,
+            (true, false) => Access::Read,
+            (false, true) => Access::PageRequest,
+            (true, true) => Access::Atomic,
+        };
+        Some(FaultRecord {
+            stream: StreamId(self.get(Self::SOURCE) as u32),
+            pasid: self.is_set(Self::PASID_PRESENT).then(|| Pasid::from_low_bits(self.get(Self::PASID))),
+            access,
+            iova: Iova(self.address(Self::INFO)),
+            reason: reason(code),
+            code,
+        })
+    }
+}
+
+/// Sorts the manual's fault reasons ("Fault Conditions and Remapping Hardware Behavior") into what an owner acts upon.
+///
+/// Both numberings are accepted: units report legacy codes for some conditions of scalable mode.
+const fn reason(code: u16) -> FaultReason {
+    match code {
+        // Root, context, PASID directory or PASID entry not present; a request that the entry does not admit. An
+        // entry that is all zero is reported as invalid (0x5B) by units that look at its type first.
+        0x01 | 0x02 | 0x0D | 0x31 | 0x32 | 0x39 | 0x41 | 0x44..=0x47 | 0x51 | 0x59 | 0x5B => {
+            FaultReason::NotAttached
+        }
+        // First-stage or second-stage entry not present. A legacy second-stage entry that is not present has
+        // neither permission and is reported as such.
+        0x71 | 0x79 => FaultReason::NotMapped,
+        0x05 | 0x06 | 0x5C | 0x5D | 0x81 | 0x82 | 0x85 | 0x86 => FaultReason::NotPermitted,
+        0x04 | 0x80 | 0x83 | 0x84 => FaultReason::AddressSize,
+        0x03 | 0x07..=0x0C | 0x30 | 0x38 | 0x3A | 0x40 | 0x42 | 0x43 | 0x48 | 0x50 | 0x52 | 0x58 | 0x5A => {
+            FaultReason::BadTables
+        }
+        0x70 | 0x72..=0x78 | 0x7A..=0x7D | 0x90 | 0x91 => FaultReason::BadTables,
+        0x0E | 0x20..=0x29 | 0x87 => FaultReason::Interrupt,
+        _ => FaultReason::Other,
+    }
+}
+
+/// The event side of a unit; see [`iommu::Events`].
+#[derive(Debug)]
+pub struct Events<B> {
+    bus: B,
+    requests: PageRequestQueue,
+    /// Byte offset of the first fault-recording register, and how many there are.
+    records: (usize, usize),
+    /// The fault-recording register to look at next.
+    next_record: usize,
+    /// Whether a stopped invalidation queue was reported; it stays stopped.
+    stopped: bool,
+}
+
+impl<B: Bus> Events<B> {
+    pub(crate) fn new(bus: B, requests: PageRequestQueue, records: (usize, usize)) -> Self {
+        Self { bus, requests, records, next_record: 0, stopped: false }
+    }
+
+    /// Lets the unit interrupt: by `faults` for faults and command errors, by `requests` for page requests.
+    ///
+    /// What was reported before interrupts at once. Call it when the handlers stand.
+    pub fn enable_interrupts(&mut self, faults: Message, requests: Message) {
+        interrupts::unmask(&self.bus, &regs::FAULT_EVENT, faults);
+        interrupts::unmask(&self.bus, &regs::PAGE_REQUEST_EVENT, requests);
+    }
+
+    /// Takes the oldest page request, or the news that some were lost.
+    fn next_request(&mut self) -> Option<Event> {
+        if let Some(entry) = self.requests.pop(&self.bus) {
+            return Some(RequestEntry(entry).decode());
+        }
+        // PRO is looked at after the queue was found empty, not when the interrupt came: while it is set the unit neither
+        // queues nor interrupts.
+        if !regs::PRS.read(&self.bus).is_set(PRS::PRO) {
+            return None;
+        }
+        // Between the two reads the queue may have filled, and only then overflowed. Once PRO is seen nothing comes any
+        // more, so a queue that is empty now stays so until PRO is cleared.
+        if let Some(entry) = self.requests.pop(&self.bus) {
+            return Some(RequestEntry(entry).decode());
+        }
+        regs::PRS.clear(&self.bus, PRS::PRO::SET);
+        Some(Event::RequestsLost)
+    }
+
+    /// Takes the next fault, or the news that some were lost or that the invalidation queue met an error.
+    fn next_fault(&mut self) -> Option<Event> {
+        let (first, count) = self.records;
+        let status = regs::FSTS.read(&self.bus);
+        if status.is_set(FSTS::PPF) {
+            // At most two: where the last pass ended, else where the unit says that the oldest fault is.
+            for index in [self.next_record, status.read(FSTS::FRI) as usize % count] {
+                let record = regs::FaultRecording::at(first, index);
+                let high = record.high.read(&self.bus).get();
+                // ORDER: F is in the high word; the low word belongs to it only if it is read afterwards.
+                let entry = FaultEntry([record.low.read(&self.bus).get(), high]);
+                if let Some(fault) = entry.decode() {
+                    // F alone is written; every other bit of the record is read-only.
+                    record.top.clear(&self.bus, FRCD_TOP::F::SET);
+                    self.next_record = (index + 1) % count;
+                    return Some(Event::Fault(fault));
+                }
+            }
+        }
+        if status.is_set(FSTS::PFO) {
+            regs::FSTS.clear(&self.bus, FSTS::PFO::SET);
+            return Some(Event::FaultsLost);
+        }
+        if status.any_matching_bits_set(FSTS::IQE::SET + FSTS::ITE::SET) && !self.stopped {
+            // Neither is cleared, so the queue stays stopped and its tickets stay pending: after IQE the unit would fetch
+            // the same descriptor again, and after ITE a later wait would complete although an earlier one was aborted.
+            self.stopped = true;
+            return Some(Event::CommandsFailed { status: status.get() });
+        }
+        if status.is_set(FSTS::ICE) {
+            regs::FSTS.clear(&self.bus, FSTS::ICE::SET);
+            return Some(Event::CommandsFailed { status: status.get() });
+        }
+        None
+    }
+}
+
+impl<B: Bus> iommu::Events for Events<B> {
+    /// Clears `PRS.PPR`, before the tail is read: a request that arrives later sets it again, and interrupts.
+    fn acknowledge(&mut self) {
+        regs::PRS.clear(&self.bus, PRS::PPR::SET);
+    }
+
+    fn next_event(&mut self) -> Option<Event> {
+        self.next_request().or_else(|| self.next_fault())
+    }
+}

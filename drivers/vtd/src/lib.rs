@@ -1,0 +1,271 @@
+//! Driver for Intel VT-d, the IOMMU of x86 platforms, in scalable mode.
+//!
+//! [`Found`] is a unit that was identified and left as it was. [`Found::enable`] takes it into service: from then on
+//! every device that was not assigned is blocked. A unit in service is three halves ([`Vtd`]): what it reports
+//! ([`Events`]), what it is told ([`Commands`]), which device is translated how ([`Tables`]).
+//!
+//! The words are those of the VT-d architecture specification, revision 4 and later.
+//!
+//! What it assumes of the hardware: scalable mode, queued invalidation, and no need to flush write buffers
+//! (`ECAP.SMTS`, `ECAP.QI`, not `CAP.RWBF`); a unit without them is refused by name. Firmware left translation and
+//! interrupt remapping off.
+//!
+//! ```
+//! # use iommu::{Bus, Error, DmaBuf};
+//! fn bring_up<B: Bus + Clone>(bus: B, memory: vtd::Memory) -> Result<vtd::Vtd<B>, Error> {
+//!     let found = vtd::Found::probe(bus)?;
+//!     found.enable(memory)
+//! }
+//! ```
+//!
+//! | feature | supported | note |
+//! |---|---|---|
+//! | scalable mode, first stage | yes | 4 levels, 5 where reported |
+//! | scalable mode, second stage | encoded | QEMU offers it without page requests |
+//! | PASID | yes | 1 to 8191 for each device |
+//! | queued invalidation, 256 bits | yes | tickets; an error is reported, and stops the queue for good |
+//! | device TLBs | yes | a time-out stops the queue for good |
+//! | page requests | yes | groups are put together by the broker |
+//! | primary faults | yes | all records, overflow |
+//! | legacy mode, pass-through, nested, takeover, interrupt remapping | no | |
+#![cfg_attr(not(test), no_std)]
+#![forbid(unsafe_code)]
+
+pub mod commands;
+pub mod dmar;
+pub mod events;
+mod interrupts;
+mod queue;
+mod regs;
+pub mod tables;
+
+pub use commands::Commands;
+pub use events::Events;
+pub use tables::{FRAME_WORDS, FRAMES, Tables};
+
+use heapless::Vec;
+use iommu::{
+    Bus, Capabilities, Commands as _, Completion, DmaBuf, Error, Invalidation, PhysAddr, bus::wait_until,
+};
+use queue::{ENTRY_WORDS, InvalidationQueue, PageRequestQueue};
+use regs::{CAP, ECAP, GLOBAL, IQA, PQA, RTADDR};
+use tock_registers::LocalRegisterCopy;
+
+/// How long the unit may take to acknowledge a control write or a first invalidation, in microseconds.
+///
+/// The manual sets no bound. 100 ms is short enough for a boot log to say what failed.
+const ACK_LIMIT_US: u64 = 100_000;
+
+/// The one-shot bits of `GCMD`; they read back as status and must not be written back.
+const ONE_SHOT: u32 = 1 << 24 | 1 << 27 | 1 << 29 | 1 << 30;
+
+/// A unit that has been identified and left as it was.
+#[derive(Debug)]
+pub struct Found<B> {
+    bus: B,
+    cap: LocalRegisterCopy<u64, CAP::Register>,
+    ecap: LocalRegisterCopy<u64, ECAP::Register>,
+}
+
+/// Memory that a unit keeps for as long as it is in service. All of it is aligned to 4 KiB, queues to their size.
+#[derive(Debug)]
+pub struct Memory {
+    /// One frame: the root table.
+    pub root: DmaBuf,
+    /// One to 128 frames, a power of two: the invalidation queue, 128 entries a frame.
+    pub invalidation_queue: DmaBuf,
+    /// One frame: where the unit writes what it has completed.
+    pub status: DmaBuf,
+    /// One to 128 frames, a power of two: the page request queue, 128 entries a frame.
+    pub page_requests: DmaBuf,
+    /// Frames for context tables, PASID directories and PASID tables: three for the first device, two for each other.
+    pub frames: Vec<DmaBuf, FRAMES>,
+    /// Answers to page requests that may be owed at one time; as many entries of the invalidation queue stay free
+    /// for them.
+    pub answers: usize,
+}
+
+/// A unit in service, in its three halves.
+#[derive(Debug)]
+pub struct Vtd<B> {
+    /// What it reports.
+    pub events: Events<B>,
+    /// What it is told.
+    pub commands: Commands<B>,
+    /// Which device is translated how.
+    pub tables: Tables<B>,
+}
+
+impl<B: Bus + Clone> Found<B> {
+    /// Identifies the unit behind `bus`, reading only.
+    pub fn probe(bus: B) -> Result<Self, Error> {
+        let (cap, ecap) = (regs::CAP.read(&bus), regs::ECAP.read(&bus));
+        if cap.get() == u64::MAX && ecap.get() == u64::MAX {
+            return Err(Error::Absent);
+        }
+        Ok(Self { bus, cap, ecap })
+    }
+
+    /// Returns what the unit can do.
+    pub fn capabilities(&self) -> Capabilities {
+        let (cap, ecap) = (self.cap, self.ecap);
+        let pasid = ecap.is_set(ECAP::PASID);
+        let device_tlb = ecap.is_set(ECAP::DT);
+        Capabilities {
+            stage1: ecap.is_set(ECAP::FSTS),
+            stage2: ecap.is_set(ECAP::SSTS),
+            levels: if cap.is_set(CAP::FS5LP) { 5 } else { 4 },
+            pasid_bits: if pasid { ecap.read(ECAP::PSS) as u8 + 1 } else { 0 },
+            // Without drain a device cannot be taken away safely, so its page requests are not used either.
+            page_requests: ecap.is_set(ECAP::PRS) && ecap.is_set(ECAP::PDS) && pasid && device_tlb,
+            device_tlb,
+            coherent_walks: ecap.is_set(ECAP::SMPWCS),
+            caches_absence: cap.is_set(CAP::CM),
+        }
+    }
+
+    /// Takes the unit into service, in the order of the manual. Interrupts stay masked.
+    ///
+    /// From the write that enables translation on, no device reaches memory. Before, they reach what firmware let
+    /// them: a caller that needs more turns bus masters off first.
+    pub fn enable(self, memory: Memory) -> Result<Vtd<B>, Error> {
+        self.check()?;
+        let Memory { mut root, invalidation_queue, status, page_requests, frames, answers } = memory;
+        let commands_size = queue_size("the invalidation queue", &invalidation_queue)?;
+        let requests_size = queue_size("the page request queue", &page_requests)?;
+        for (purpose, frame) in [("the root table", &root), ("completions", &status)]
+            .into_iter()
+            .chain(frames.iter().map(|frame| ("tables", frame)))
+        {
+            aligned(purpose, frame, FRAME_WORDS)?;
+        }
+        let entries = invalidation_queue.words() / ENTRY_WORDS;
+        if answers + commands::BATCH >= entries {
+            let needed = (answers + commands::BATCH + 1).next_power_of_two() * ENTRY_WORDS;
+            let words = invalidation_queue.words();
+            return Err(Error::Memory { purpose: "the invalidation queue", words, needed });
+        }
+
+        let bus = &self.bus;
+        for event in [&regs::FAULT_EVENT, &regs::INVALIDATION_EVENT, &regs::PAGE_REQUEST_EVENT] {
+            interrupts::mask(bus, event);
+        }
+        self.discard_old_faults();
+
+        regs::IQT.set(bus, 0);
+        let base = invalidation_queue.phys().0 >> 12;
+        regs::IQA.write(bus, IQA::BASE.val(base) + IQA::DW::SET + IQA::QS.val(commands_size));
+        self.command(GLOBAL::QIE::SET.value, "GSTS.QIES")?;
+
+        root.clear();
+        bus.publish(root.range(0, FRAME_WORDS));
+        regs::RTADDR.write(bus, RTADDR::RTA.val(root.phys().0 >> 12) + RTADDR::TTM::Scalable);
+        self.command(GLOBAL::SRTP::SET.value, "GSTS.RTPS")?;
+
+        let queue = InvalidationQueue::new(invalidation_queue);
+        let mut commands = Commands::new(self.bus.clone(), queue, status, self.command_abilities(), answers);
+        // Also where setting the root table has invalidated everything (CAP.ESRTPS): it happens once.
+        let ticket = commands.submit(&[Invalidation::All])?;
+        wait_until(bus, "the first invalidation", ACK_LIMIT_US, || {
+            commands.poll(ticket) == Completion::Done
+        })?;
+
+        self.command(GLOBAL::TE::SET.value, "GSTS.TES")?;
+
+        if self.capabilities().page_requests {
+            regs::PQH.set(bus, 0);
+            regs::PQT.set(bus, 0);
+            let base = page_requests.phys().0 >> 12;
+            regs::PQA.write(bus, PQA::BASE.val(base) + PQA::PQS.val(requests_size));
+            regs::PRS.clear(bus, regs::PRS::PPR::SET + regs::PRS::PRO::SET);
+        }
+        let requests = PageRequestQueue::new(page_requests);
+        let abilities = tables::Abilities {
+            capabilities: self.capabilities(),
+            domains: 1 << (4 + 2 * self.cap.read(CAP::ND).min(6)),
+        };
+        Ok(Vtd {
+            events: Events::new(self.bus.clone(), requests, self.fault_records()),
+            commands,
+            tables: Tables::new(self.bus.clone(), root, frames, abilities),
+        })
+    }
+
+    /// Refuses a unit that lacks what the driver rests on, or that firmware left in use.
+    fn check(&self) -> Result<(), Error> {
+        for (there, feature) in [
+            (self.ecap.is_set(ECAP::SMTS), "ECAP.SMTS (scalable mode)"),
+            (self.ecap.is_set(ECAP::QI), "ECAP.QI (queued invalidation)"),
+            (!self.cap.is_set(CAP::RWBF), "coherent write buffers (CAP.RWBF is set)"),
+        ] {
+            if !there {
+                return Err(Error::Unsupported { feature });
+            }
+        }
+        let status = regs::GSTS.read(&self.bus);
+        for (on, what) in [
+            (status.is_set(GLOBAL::TE), "translation (GSTS.TES)"),
+            (status.is_set(GLOBAL::QIE), "queued invalidation (GSTS.QIES)"),
+            (status.is_set(GLOBAL::IRE), "interrupt remapping (GSTS.IRES)"),
+        ] {
+            if on {
+                return Err(Error::InUse { what });
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes `GCMD` with one more bit set, and waits until `GSTS` shows it.
+    fn command(&self, bit: u32, status: &'static str) -> Result<(), Error> {
+        let kept = regs::GSTS.read(&self.bus).get() & !ONE_SHOT;
+        regs::GCMD.set(&self.bus, kept | bit);
+        wait_until(&self.bus, status, ACK_LIMIT_US, || regs::GSTS.read(&self.bus).get() & bit != 0)
+    }
+
+    /// Clears what faults firmware's time left behind, so that none is taken for a fault of ours.
+    fn discard_old_faults(&self) {
+        let (first, count) = self.fault_records();
+        for index in 0..count {
+            let record = regs::FaultRecording::at(first, index);
+            record.top.clear(&self.bus, regs::FRCD_TOP::F::SET);
+        }
+        let errors =
+            regs::FSTS::PFO::SET + regs::FSTS::IQE::SET + regs::FSTS::ICE::SET + regs::FSTS::ITE::SET;
+        regs::FSTS.clear(&self.bus, errors);
+    }
+
+    /// Returns where the fault-recording registers start, in bytes, and how many there are.
+    fn fault_records(&self) -> (usize, usize) {
+        (self.cap.read(CAP::FRO) as usize * 16, self.cap.read(CAP::NFR) as usize + 1)
+    }
+
+    fn command_abilities(&self) -> commands::Abilities {
+        commands::Abilities {
+            drain: self.cap.read(CAP::DWD) | self.cap.read(CAP::DRD) << 1,
+            mask_limit: self.cap.read(CAP::MAMV) as u8,
+            second_stage_pages: self.cap.is_set(CAP::PSI),
+            physical_function: self.ecap.is_set(ECAP::DIT),
+        }
+    }
+}
+
+/// Checks that `buffer` has at least `words` words and is aligned to its whole size.
+fn aligned(purpose: &'static str, buffer: &DmaBuf, needed: usize) -> Result<(), Error> {
+    let (PhysAddr(phys), words) = (buffer.phys(), buffer.words());
+    let bytes = words as u64 * 8;
+    if words >= needed && words.is_power_of_two() && phys.is_multiple_of(bytes) {
+        Ok(())
+    } else {
+        Err(Error::Memory { purpose, words, needed })
+    }
+}
+
+/// Returns the manual's size of a queue: log2 of its 4 KiB pages.
+fn queue_size(purpose: &'static str, buffer: &DmaBuf) -> Result<u64, Error> {
+    aligned(purpose, buffer, FRAME_WORDS)?;
+    let size = (buffer.words() / FRAME_WORDS).ilog2();
+    if size > 7 {
+        return Err(Error::Memory { purpose, words: buffer.words(), needed: FRAME_WORDS << 7 });
+    }
+    Ok(size.into())
+}

@@ -1,0 +1,28 @@
+//! What a guest answers with.
+
+/// Names one group of page requests towards its guest: a slot, counted within the guest, and the slot's generation.
+///
+/// The hypervisor makes it, and the guest gives it back. A generation is used once: a cookie that is stale, or was
+/// answered, or was made up, names nothing.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
+pub struct Cookie(pub u64);
+
+/// Bits of the slot, below the generation.
+const SLOT_BITS: u32 = 8;
+/// Generations wrap at 2^56: at a group each microsecond that is two thousand years.
+pub(crate) const GENERATION: u64 = u64::MAX >> SLOT_BITS;
+
+impl Cookie {
+    pub(crate) fn new(slot: u8, generation: u64) -> Self {
+        Self(generation << SLOT_BITS | u64::from(slot))
+    }
+
+    pub(crate) fn slot(self) -> u8 {
+        self.0 as u8
+    }
+
+    pub(crate) fn generation(self) -> u64 {
+        self.0 >> SLOT_BITS
+    }
+}

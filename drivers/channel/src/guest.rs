@@ -1,0 +1,65 @@
+//! A guest's side of a channel: the only consumer.
+
+use crate::{
+    Record,
+    record::{Event, RECORD_WORDS, Request},
+    ring::{
+        CONSUMER, EVENTS, EVENTS_WORD, HEADER, MAGIC, MAGIC_WORD, RECORDS, REQUESTS, REQUESTS_WORD, VERSION,
+        VERSION_WORD,
+    },
+};
+use core::sync::atomic::{Ordering, fence};
+
+/// How a guest reaches the frames of its channel.
+pub trait Frames {
+    /// Loads a word of a frame, in one load.
+    fn load(&self, frame: usize, word: usize) -> u64;
+    /// Stores a word of a frame, in one store.
+    fn store(&self, frame: usize, word: usize, value: u64);
+}
+
+/// A guest's side of a channel.
+#[derive(Debug)]
+pub struct Guest<F> {
+    frames: F,
+    requests: u64,
+    events: u64,
+}
+
+impl<F: Frames> Guest<F> {
+    /// Opens the channel in `frames`, or returns `None` if it is not one of this version.
+    pub fn open(frames: F) -> Option<Self> {
+        let expected = VERSION | RECORDS << 32;
+        let known = frames.load(HEADER, MAGIC_WORD) == MAGIC && frames.load(HEADER, VERSION_WORD) == expected;
+        known.then_some(Self { frames, requests: 0, events: 0 })
+    }
+
+    /// Takes the next page of a request.
+    pub fn next_request(&mut self) -> Option<Request> {
+        self.next(REQUESTS, REQUESTS_WORD, self.requests).and_then(|record| {
+            self.requests += 1;
+            record.as_request()
+        })
+    }
+
+    /// Takes the next event.
+    pub fn next_event(&mut self) -> Option<Event> {
+        self.next(EVENTS, EVENTS_WORD, self.events).and_then(|record| {
+            self.events += 1;
+            record.as_event()
+        })
+    }
+
+    fn next(&self, ring: usize, word: usize, at: u64) -> Option<Record> {
+        if self.frames.load(HEADER, word) <= at {
+            return None;
+        }
+        // ORDER: the record is read after the index that admits it, and before it is given back.
+        fence(Ordering::Acquire);
+        let place = (at % RECORDS) as usize * RECORD_WORDS;
+        let record = Record(core::array::from_fn(|i| self.frames.load(ring, place + i)));
+        fence(Ordering::Release);
+        self.frames.store(CONSUMER, word, at + 1);
+        Some(record)
+    }
+}

@@ -1,0 +1,24 @@
+//! What a guest sees: the fault channel's two rings, and the calls that go with them.
+//!
+//! The wire layout is defined once, in [`record`] and [`ring`]; the hypervisor's side is [`host`], a Rust guest's side is
+//! [`guest`], the operations are in [`call`].
+//!
+//! The frames of the rings belong to the hypervisor. The guest reads them and cannot write them; its consumer indices
+//! live in a frame of their own, and are only ever numbers: an impossible one ends the channel.
+//!
+//! | feature | supported | note |
+//! |---|---|---|
+//! | requests, a group at a time | yes | a group becomes visible whole |
+//! | events, lossy and numbered | yes | each record says how many were lost before it |
+//! | C header | no | |
+#![cfg_attr(not(test), no_std)]
+#![forbid(unsafe_code)]
+
+pub mod call;
+pub mod guest;
+pub mod host;
+pub mod record;
+pub mod ring;
+
+pub use call::{Call, Code, Status};
+pub use record::Record;

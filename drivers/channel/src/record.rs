@@ -1,0 +1,287 @@
+//! One record of a ring: 64 bytes, eight little-endian words, every bit of them written.
+//!
+//! | word | bits | content |
+//! |---|---|---|
+//! | 0 | 63:0 | cookie of a request; number of an event, counted from 1 |
+//! | 1 | 63:12 | page address; the low bits are zero |
+//! | 2 | 63:0 | the opaque value of the attachment |
+//! | 3 | 31:0 | the guest's own name for the device |
+//! | 3 | 63:32 | PASID; all ones if the access had none |
+//! | 4 | 7:0 | 1 request, 2 event |
+//! | 4 | 15:8 | access: 1 read, 2 write, 3 both, 4 fetch, 0 none of these |
+//! | 4 | 16 | privileged |
+//! | 4 | 47:32 | group index of a request |
+//! | 4 | 63:48 | reason of an event |
+//! | 5 | 31:0 | pages of the group; 0 for an event |
+//! | 5 | 63:32 | which of them this is, from 0 |
+//! | 6 | 63:0 | events lost so far; 0 for a request |
+//! | 7 | 63:0 | zero |
+
+use iommu::{FaultReason, Field, Iova, Pasid, Perms, Words, descriptor};
+
+/// Words of a record.
+pub const RECORD_WORDS: usize = 8;
+
+descriptor! {
+    /// A record, as it lies in a ring.
+    pub struct Record([u64; 8]);
+}
+
+/// What a device wanted, as an enumeration.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
+pub enum Wanted {
+    /// Neither of the others.
+    Nothing = 0,
+    /// To read.
+    Read = 1,
+    /// To write.
+    Write = 2,
+    /// To read and write.
+    ReadWrite = 3,
+    /// To fetch instructions, and to read.
+    Fetch = 4,
+}
+
+impl From<Perms> for Wanted {
+    fn from(perms: Perms) -> Self {
+        match perms {
+            Perms { execute: true, .. } => Self::Fetch,
+            Perms { read: true, write: true, .. } => Self::ReadWrite,
+            Perms { write: true, .. } => Self::Write,
+            Perms { read: true, .. } => Self::Read,
+            _ => Self::Nothing,
+        }
+    }
+}
+
+/// A page request, as a guest sees it.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Request {
+    /// What to answer with.
+    pub cookie: u64,
+    /// The guest's own name for the device.
+    pub device: u32,
+    /// The PASID.
+    pub pasid: Option<Pasid>,
+    /// The opaque value of the attachment.
+    pub opaque: u64,
+    /// The device's number for the group.
+    pub group: u16,
+    /// The page.
+    pub iova: Iova,
+    /// What the device wants to do there.
+    pub perms: Perms,
+    /// Pages of the group, and which of them this is.
+    pub pages: u32,
+    /// Counted from 0.
+    pub index: u32,
+}
+
+/// An unrecoverable fault, as a guest sees it.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Event {
+    /// Counted from 1 for each channel; a gap means lost events.
+    pub number: u64,
+    /// Events lost so far.
+    pub lost: u64,
+    /// The guest's own name for the device.
+    pub device: u32,
+    /// The PASID.
+    pub pasid: Option<Pasid>,
+    /// The opaque value of the attachment.
+    pub opaque: u64,
+    /// The page.
+    pub iova: Iova,
+    /// What was tried.
+    pub perms: Perms,
+    /// Why it was refused.
+    pub reason: Reason,
+}
+
+/// Why an access was refused, as a guest is told.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
+pub enum Reason {
+    /// Something else.
+    Other = 0,
+    /// The device, or this PASID of it, is attached to nothing.
+    NotAttached = 1,
+    /// No mapping at this address.
+    NotMapped = 2,
+    /// A mapping that does not permit this access.
+    NotPermitted = 3,
+    /// An address outside what can be mapped.
+    AddressSize = 4,
+}
+
+impl From<FaultReason> for Reason {
+    fn from(reason: FaultReason) -> Self {
+        match reason {
+            FaultReason::NotAttached => Self::NotAttached,
+            FaultReason::NotMapped => Self::NotMapped,
+            FaultReason::NotPermitted => Self::NotPermitted,
+            FaultReason::AddressSize => Self::AddressSize,
+            _ => Self::Other,
+        }
+    }
+}
+
+const NO_PASID: u64 = 0xFFFF_FFFF;
+
+impl Record {
+    const NUMBER: Field<Self> = Field::bits(63, 0);
+    const ADDRESS: Field<Self> = Field::bits(127, 76);
+    const OPAQUE: Field<Self> = Field::bits(191, 128);
+    const DEVICE: Field<Self> = Field::bits(223, 192);
+    const PASID: Field<Self> = Field::bits(255, 224);
+    const KIND: Field<Self> = Field::bits(263, 256);
+    const WANTED: Field<Self> = Field::bits(271, 264);
+    const PRIVILEGED: Field<Self> = Field::bit(272);
+    const GROUP: Field<Self> = Field::bits(303, 288);
+    const REASON: Field<Self> = Field::bits(319, 304);
+    const PAGES: Field<Self> = Field::bits(351, 320);
+    const INDEX: Field<Self> = Field::bits(383, 352);
+    const LOST: Field<Self> = Field::bits(447, 384);
+
+    const REQUEST: u64 = 1;
+    const EVENT: u64 = 2;
+
+    fn common(number: u64, device: u32, pasid: Option<Pasid>, opaque: u64, iova: Iova, perms: Perms) -> Self {
+        Self::default()
+            .with(Self::NUMBER, number)
+            .with_address(Self::ADDRESS, iova.0)
+            .with(Self::OPAQUE, opaque)
+            .with(Self::DEVICE, device.into())
+            .with(Self::PASID, pasid.map_or(NO_PASID, |pasid| pasid.value().into()))
+            .with(Self::WANTED, Wanted::from(perms) as u64)
+            .with(Self::PRIVILEGED, perms.privileged.into())
+    }
+
+    /// The record of one page of a request.
+    pub fn request(request: &Request) -> Self {
+        let Request { cookie, device, pasid, opaque, iova, perms, .. } = *request;
+        Self::common(cookie, device, pasid, opaque, iova, perms)
+            .with(Self::KIND, Self::REQUEST)
+            .with(Self::GROUP, request.group.into())
+            .with(Self::PAGES, request.pages.into())
+            .with(Self::INDEX, request.index.into())
+    }
+
+    /// The record of an event.
+    pub fn event(event: &Event) -> Self {
+        let Event { number, device, pasid, opaque, iova, perms, .. } = *event;
+        Self::common(number, device, pasid, opaque, iova, perms)
+            .with(Self::KIND, Self::EVENT)
+            .with(Self::REASON, event.reason as u64)
+            .with(Self::LOST, event.lost)
+    }
+
+    fn pasid(&self) -> Option<Pasid> {
+        Pasid::new(self.get(Self::PASID) as u32)
+    }
+
+    fn perms(&self) -> Perms {
+        let wanted = self.get(Self::WANTED);
+        Perms {
+            read: matches!(wanted, 1 | 3 | 4),
+            write: matches!(wanted, 2 | 3),
+            execute: wanted == 4,
+            privileged: self.is_set(Self::PRIVILEGED),
+        }
+    }
+
+    /// Returns the request that this record holds, if it holds one.
+    pub fn as_request(&self) -> Option<Request> {
+        (self.get(Self::KIND) == Self::REQUEST).then(|| Request {
+            cookie: self.get(Self::NUMBER),
+            device: self.get(Self::DEVICE) as u32,
+            pasid: self.pasid(),
+            opaque: self.get(Self::OPAQUE),
+            group: self.get(Self::GROUP) as u16,
+            iova: Iova(self.address(Self::ADDRESS)),
+            perms: self.perms(),
+            pages: self.get(Self::PAGES) as u32,
+            index: self.get(Self::INDEX) as u32,
+        })
+    }
+
+    /// Returns the event that this record holds, if it holds one.
+    pub fn as_event(&self) -> Option<Event> {
+        let reason = match self.get(Self::REASON) {
+            1 => Reason::NotAttached,
+            2 => Reason::NotMapped,
+            3 => Reason::NotPermitted,
+            4 => Reason::AddressSize,
+            _ => Reason::Other,
+        };
+        (self.get(Self::KIND) == Self::EVENT).then(|| Event {
+            number: self.get(Self::NUMBER),
+            lost: self.get(Self::LOST),
+            device: self.get(Self::DEVICE) as u32,
+            pasid: self.pasid(),
+            opaque: self.get(Self::OPAQUE),
+            iova: Iova(self.address(Self::ADDRESS)),
+            perms: self.perms(),
+            reason,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_request_lies_in_its_record_as_documented() {
+        let request = Request {
+            cookie: 0x0102_0304_0506_0708,
+            device: 2,
+            pasid: Pasid::new(0x1_2345),
+            opaque: 0xFEED_F00D,
+            group: 0x1FF,
+            iova: Iova(0x7F00_0000_1000),
+            perms: Perms { privileged: true, ..Perms::READ_WRITE },
+            pages: 4,
+            index: 3,
+        };
+
+        let record = Record::request(&request);
+
+        assert_eq!(
+            record.0,
+            [
+                0x0102_0304_0506_0708,
+                0x7F00_0000_1000,
+                0xFEED_F00D,
+                0x0001_2345_0000_0002,
+                0x0000_01FF_0001_0301,
+                0x0000_0003_0000_0004,
+                0,
+                0
+            ]
+        );
+        assert_eq!(record.as_request(), Some(request));
+        assert_eq!(record.as_event(), None);
+    }
+
+    #[test]
+    fn an_event_lies_in_its_record_as_documented() {
+        let event = Event {
+            number: 9,
+            lost: 2,
+            device: 1,
+            pasid: None,
+            opaque: 7,
+            iova: Iova(0x4000_0000),
+            perms: Perms { write: true, ..Perms::default() },
+            reason: Reason::NotMapped,
+        };
+
+        let record = Record::event(&event);
+
+        assert_eq!(record.0, [9, 0x4000_0000, 7, 0xFFFF_FFFF_0000_0001, 0x0002_0000_0000_0202, 0, 2, 0]);
+        assert_eq!(record.as_event(), Some(event));
+        assert_eq!(record.as_request(), None);
+    }
+}

@@ -1,0 +1,167 @@
+//! The log: defmt frames through a 16550 at 0x3F8, 115200 baud, 8N1; and the last words of a panic.
+//!
+//! One frame at a time leaves, whichever core it comes from, with interrupts masked meanwhile. A core that cannot have
+//! the console within a second gives its frame up, and the count of those is told at the end. NMI never logs.
+#![expect(unsafe_code, reason = "the UART is reached through I/O ports, and defmt asks for a lock by hand")]
+
+use crate::cpu::{CORES, core, exit, now_us, relax};
+use core::{
+    cell::UnsafeCell,
+    panic::PanicInfo,
+    sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering},
+};
+use x86_64::instructions::{interrupts, port::Port};
+
+defmt::timestamp!("{=u64:us}", now_us());
+
+const COM1: u16 = 0x3F8;
+/// Registers, by their distance from [`COM1`].
+const DATA: u16 = 0;
+const INTERRUPT_ENABLE: u16 = 1;
+const FIFO_CONTROL: u16 = 2;
+const LINE_CONTROL: u16 = 3;
+const MODEM_CONTROL: u16 = 4;
+const LINE_STATUS: u16 = 5;
+
+/// `THRE` of the line status: the next byte may be written.
+const TRANSMITTER_READY: u8 = 1 << 5;
+/// `TEMT` of the line status: the last byte has left.
+const TRANSMITTER_EMPTY: u8 = 1 << 6;
+/// Polls, of 0.5 us and more each, before a byte is dropped: at 115200 baud a byte leaves in 87 us.
+const POLLS: u32 = 20_000;
+
+fn read(register: u16) -> u8 {
+    let mut port = Port::<u8>::new(COM1 + register);
+    // SAFETY: the UART is this module's, and its registers do nothing to memory.
+    unsafe { port.read() }
+}
+
+fn write(register: u16, value: u8) {
+    let mut port = Port::<u8>::new(COM1 + register);
+    // SAFETY: as above.
+    unsafe { port.write(value) };
+}
+
+/// Sets up the UART.
+pub(crate) fn init() {
+    write(INTERRUPT_ENABLE, 0);
+    // The divisor latch in place of the first two registers, a divisor of 1, then 8 bits without parity.
+    write(LINE_CONTROL, 0x80);
+    write(DATA, 1);
+    write(INTERRUPT_ENABLE, 0);
+    write(LINE_CONTROL, 0x03);
+    // FIFOs on and emptied; DTR and RTS.
+    write(FIFO_CONTROL, 0x07);
+    write(MODEM_CONTROL, 0x03);
+}
+
+fn wait_for(status: u8) -> bool {
+    for _ in 0..POLLS {
+        if read(LINE_STATUS) & status != 0 {
+            return true;
+        }
+        relax();
+    }
+    false
+}
+
+fn write_bytes(bytes: &[u8]) {
+    for &byte in bytes {
+        if wait_for(TRANSMITTER_READY) {
+            write(DATA, byte);
+        }
+    }
+}
+
+/// How long a core waits for the console, in microseconds; a frame takes a hundredth of it at most.
+const LIMIT_US: u64 = 1_000_000;
+
+/// Which core is sending a frame: its index and 1, or 0 for none.
+static OWNER: AtomicUsize = AtomicUsize::new(0);
+static ENCODER: Encoder = Encoder(UnsafeCell::new(defmt::Encoder::new()));
+/// Whether a core had interrupts unmasked before its frame.
+static WERE_ENABLED: [AtomicBool; CORES] = [const { AtomicBool::new(false) }; CORES];
+/// Frames that were given up.
+static LOST: AtomicU32 = AtomicU32::new(0);
+
+struct Encoder(UnsafeCell<defmt::Encoder>);
+
+// SAFETY: only the core that `OWNER` names touches the encoder.
+unsafe impl Sync for Encoder {}
+
+fn with_encoder(f: impl FnOnce(&mut defmt::Encoder)) {
+    if OWNER.load(Ordering::Relaxed) == core() + 1 {
+        // SAFETY: this core owns the encoder, with interrupts masked; what may still come in between, an exception, never
+        // returns here.
+        f(unsafe { &mut *ENCODER.0.get() });
+    }
+}
+
+#[defmt::global_logger]
+struct Uart;
+
+// SAFETY: between `acquire` and `release` only the owner writes, and the frames of others are dropped.
+unsafe impl defmt::Logger for Uart {
+    fn acquire() {
+        let me = core();
+        let were_enabled = interrupts::are_enabled();
+        interrupts::disable();
+        WERE_ENABLED[me].store(were_enabled, Ordering::Relaxed);
+        let start_us = now_us();
+        while let Err(owner) = OWNER.compare_exchange(0, me + 1, Ordering::Acquire, Ordering::Relaxed) {
+            if owner == me + 1 {
+                // An exception or a panic in the middle of a frame. That frame will never be continued: it is left as it
+                // is, and the fresh encoder begins with the separator that ends it.
+                with_encoder(|encoder| *encoder = defmt::Encoder::new());
+                break;
+            }
+            if now_us() - start_us >= LIMIT_US {
+                LOST.fetch_add(1, Ordering::Relaxed);
+                return;
+            }
+            relax();
+        }
+        with_encoder(|encoder| encoder.start_frame(write_bytes));
+    }
+
+    unsafe fn flush() {}
+
+    unsafe fn release() {
+        let me = core();
+        with_encoder(|encoder| encoder.end_frame(write_bytes));
+        // Fails where the frame was given up.
+        let _ = OWNER.compare_exchange(me + 1, 0, Ordering::Release, Ordering::Relaxed);
+        if WERE_ENABLED[me].load(Ordering::Relaxed) {
+            interrupts::enable();
+        }
+    }
+
+    unsafe fn write(bytes: &[u8]) {
+        with_encoder(|encoder| encoder.write(bytes, write_bytes));
+    }
+}
+
+/// Waits until the log is out of the UART, after telling what it lacks.
+pub(crate) fn finish() {
+    let lost = LOST.swap(0, Ordering::Relaxed);
+    if lost != 0 {
+        defmt::warn!("{=u32} lines of this log were lost", lost);
+    }
+    wait_for(TRANSMITTER_EMPTY);
+}
+
+/// Returns whether this core may still speak: false once it has, since what it said may be what failed.
+pub(crate) fn last_words() -> bool {
+    static SPOKEN: [AtomicBool; CORES] = [const { AtomicBool::new(false) }; CORES];
+    interrupts::disable();
+    !SPOKEN[core()].swap(true, Ordering::Relaxed)
+}
+
+#[panic_handler]
+fn panic(info: &PanicInfo) -> ! {
+    if last_words() {
+        let (file, line) = info.location().map_or(("?", 0), |at| (at.file(), at.line()));
+        defmt::error!("{=str}:{=u32}: {}", file, line, defmt::Display2Format(&info.message()));
+    }
+    exit(false)
+}

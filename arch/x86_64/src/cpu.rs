@@ -1,0 +1,254 @@
+//! The cores: which there are, starting them, their interrupt mask, time, locks and the end.
+#![expect(
+    unsafe_code,
+    reason = "per-core data, the interrupt flag and the start of cores are the processor's"
+)]
+
+use crate::{
+    apic, console,
+    entry::{self, APIC_IDS},
+    machine::{Boot, Error},
+};
+use core::{
+    arch::asm,
+    arch::x86_64::CpuidResult,
+    marker::PhantomData,
+    sync::atomic::{AtomicU64, AtomicUsize, Ordering},
+};
+use spin::mutex::TicketMutex;
+use x86_64::{
+    VirtAddr,
+    instructions::{interrupts, port::Port},
+    registers::model_specific::GsBase,
+};
+
+pub use crate::clock::now_us;
+
+/// The most cores that this build serves.
+pub const CORES: usize = 3;
+
+/// What the GS base of each core points at: its index.
+static INDEX: [usize; CORES] = {
+    let mut index = [0; CORES];
+    let mut core = 0;
+    while core < CORES {
+        index[core] = core;
+        core += 1;
+    }
+    index
+};
+
+static PRESENT: AtomicUsize = AtomicUsize::new(1);
+/// Physical address of the page below 1 MiB where started cores begin.
+static TRAMPOLINE: AtomicU64 = AtomicU64::new(0);
+
+/// Returns the index of this core, from 0, below [`CORES`]. The core that booted is 0.
+pub fn core() -> usize {
+    let core;
+    // SAFETY: `set_index` ran first on every core, so GS points at a word of `INDEX`.
+    unsafe { asm!("mov {}, gs:[0]", out(reg) core, options(pure, readonly, nostack, preserves_flags)) };
+    core
+}
+
+/// Says to this core which one it is.
+pub(crate) fn set_index(core: usize) {
+    GsBase::write(VirtAddr::from_ptr(&raw const INDEX[core]));
+}
+
+/// Returns the number of cores that can be started, this one included; at most [`CORES`].
+pub fn cores_present() -> usize {
+    PRESENT.load(Ordering::Relaxed)
+}
+
+/// Notes which cores the MADT lists, and puts their first code where they can reach it.
+pub(crate) fn find(boot: &Boot) -> Result<(), Error> {
+    let own = apic::id();
+    let mut ids = heapless::Vec::<u32, CORES>::new();
+    let others = boot.apic_ids().filter(|&id| id != own && id <= apic::MAX_ID);
+    for id in core::iter::once(own).chain(others) {
+        // Cores past the table stay asleep.
+        let _ = ids.push(id);
+    }
+    for (place, &id) in APIC_IDS.iter().zip(&ids) {
+        place.store(id, Ordering::Relaxed);
+    }
+    PRESENT.store(ids.len(), Ordering::Relaxed);
+
+    let page = boot.page_below_1_mib().ok_or(Error::NoMemory { what: "the start of cores, below 1 MiB" })?;
+    let code = entry::trampoline();
+    let to = core::ptr::with_exposed_provenance_mut::<u8>(page as usize);
+    // SAFETY: `to` is a free page of RAM, mapped to itself, and the code is far shorter than it.
+    unsafe { to.copy_from_nonoverlapping(code.as_ptr(), code.len()) };
+    TRAMPOLINE.store(page, Ordering::Relaxed);
+    Ok(())
+}
+
+/// What a core that was started finds to do; the slot is the whole handshake.
+enum Start {
+    Asleep,
+    /// `start` waits for the core to take this.
+    Asked(fn() -> !),
+    Running,
+}
+
+static STARTS: [Locked<Start>; CORES] = [const { Locked::new(Start::Asleep) }; CORES];
+
+/// How long a core may take to say that it is up, in microseconds.
+const START_LIMIT_US: u64 = 100_000;
+/// How long to wait between the messages that start a core, in microseconds.
+///
+/// The manual's 10 ms after INIT are for processors that needed an APIC on a chip of its own.
+const START_STEP_US: u64 = 200;
+
+/// Starts `core`, which runs `entry` with interrupts masked. Waits at most 100 ms for it to say that it is up.
+///
+/// A core that comes later than that finds nothing to do and sleeps again.
+pub fn start(core: usize, entry: fn() -> !) -> Result<(), Error> {
+    let present = cores_present();
+    let slot = STARTS.get(core).filter(|_| core < present && core != 0);
+    let slot = slot.ok_or(Error::UnknownCore { core, present })?;
+    slot.with(|start| match start {
+        Start::Asleep => {
+            *start = Start::Asked(entry);
+            Ok(())
+        }
+        _ => Err(Error::CoreRunning { core }),
+    })?;
+    let is_up = || slot.with(|start| matches!(start, Start::Running));
+    let id = entry::apic_id(core);
+    let began_us = now_us();
+    apic::send_init(id);
+    wait_until(began_us + START_STEP_US, || false);
+    // The manual asks for a second start-up message in case the first was lost; a running core ignores it.
+    apic::send_startup(id, TRAMPOLINE.load(Ordering::Relaxed));
+    if !wait_until(now_us() + START_STEP_US, is_up) {
+        apic::send_startup(id, TRAMPOLINE.load(Ordering::Relaxed));
+        wait_until(began_us + START_LIMIT_US, is_up);
+    }
+    slot.with(|start| match start {
+        Start::Running => Ok(()),
+        _ => {
+            *start = Start::Asleep;
+            Err(Error::CoreSilent { core, waited_us: now_us() - began_us })
+        }
+    })
+}
+
+/// Waits for `done`, until `end_us` at the latest; returns whether it came.
+fn wait_until(end_us: u64, done: impl Fn() -> bool) -> bool {
+    loop {
+        let late = now_us() >= end_us;
+        if done() {
+            return true;
+        }
+        if late {
+            return false;
+        }
+        relax();
+    }
+}
+
+/// Takes up the work that `core` was started for, on `core`.
+pub(crate) fn arrive(core: usize) -> ! {
+    let asked = STARTS[core].with(|start| match *start {
+        Start::Asked(entry) => {
+            *start = Start::Running;
+            Some(entry)
+        }
+        _ => None,
+    });
+    match asked {
+        Some(entry) => entry(),
+        None => halt(),
+    }
+}
+
+/// Tells the processor that this is a waiting loop (PAUSE).
+pub fn relax() {
+    core::hint::spin_loop();
+}
+
+/// Sleeps until an interrupt comes, and handles it. Called with interrupts masked; returns with them masked.
+///
+/// An interrupt that came since they were masked ends the sleep at once, so what was checked before is still true or
+/// its interrupt has been handled. NMI ends it too.
+pub fn wait_for_interrupt() {
+    // The instruction after STI runs before any interrupt is taken, so none fits between it and the HLT.
+    // SAFETY: interrupt handlers keep all registers, and the flag is masked again at the end as it was.
+    unsafe { asm!("sti", "hlt", "cli", options(nostack)) };
+}
+
+/// Handles the interrupts that are pending on this core. Called with interrupts masked; returns with them masked.
+pub(crate) fn take_interrupts() {
+    // SAFETY: interrupt handlers keep all registers, and the flag is masked again at the end as it was.
+    unsafe { asm!("sti", "nop", "cli", options(nostack)) };
+}
+
+/// Interrupts are masked on this core until this is dropped; then they are as they were before.
+#[must_use = "interrupts stay masked only as long as this lives"]
+pub struct Masked {
+    were_enabled: bool,
+    /// The mask is this core's, so it must not go to another.
+    _core: PhantomData<*const ()>,
+}
+
+impl Drop for Masked {
+    fn drop(&mut self) {
+        if self.were_enabled {
+            interrupts::enable();
+        }
+    }
+}
+
+/// Masks interrupts on this core.
+pub fn mask() -> Masked {
+    let were_enabled = interrupts::are_enabled();
+    interrupts::disable();
+    Masked { were_enabled, _core: PhantomData }
+}
+
+/// Opens interrupts on this core for the first time; every core begins with them masked.
+pub fn unmask_forever() {
+    interrupts::enable();
+}
+
+/// A value that one core at a time may use, with interrupts masked: cores are served in the order in which they ask.
+///
+/// Since no interrupt comes while it is held, a handler may use it too. It must not be used within itself.
+pub struct Locked<T>(TicketMutex<T>);
+
+impl<T> Locked<T> {
+    /// Locks `value` away.
+    pub const fn new(value: T) -> Self {
+        Self(TicketMutex::new(value))
+    }
+
+    /// Returns what `f` makes of the value. `f` is short: other cores spin meanwhile.
+    pub fn with<R>(&self, f: impl FnOnce(&mut T) -> R) -> R {
+        let _masked = mask();
+        f(&mut self.0.lock())
+    }
+}
+
+/// Ends the machine: tells QEMU's `isa-debug-exit` 0x10 (passed) or 0x11, once the log is out. Elsewhere the core halts.
+pub fn exit(passed: bool) -> ! {
+    interrupts::disable();
+    console::finish();
+    let mut debug_exit = Port::<u32>::new(0xF4);
+    // SAFETY: nothing else answers at this port on a PC.
+    unsafe { debug_exit.write(if passed { 0x10 } else { 0x11 }) };
+    halt()
+}
+
+/// Sleeps for ever, with interrupts masked.
+pub(crate) fn halt() -> ! {
+    loop {
+        interrupts::disable();
+        x86_64::instructions::hlt();
+    }
+}
+
+/// Returns what CPUID says for `leaf` and `subleaf`.
+pub(crate) fn cpuid(leaf: u32, subleaf: u32) -> CpuidResult {
+    core::arch::x86_64::__cpuid_count(leaf, subleaf)
+}

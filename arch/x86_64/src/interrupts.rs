@@ -1,0 +1,267 @@
+//! Interrupts: where they come from, who handles them, and what the processor reports about ourselves.
+#![expect(unsafe_code, reason = "the interrupt descriptor table names code to the processor")]
+
+use crate::{
+    apic, console, cpu, entry,
+    segments::{DOUBLE_FAULT_STACK, NMI_STACK},
+};
+use core::{
+    arch::global_asm,
+    sync::atomic::{AtomicU32, Ordering},
+};
+use iommu::Message;
+use spin::Once;
+use x86_64::{
+    VirtAddr,
+    instructions::tables::lidt,
+    registers::control::Cr2,
+    structures::{DescriptorTablePointer, idt},
+};
+
+/// Why a core is interrupted. Each has a vector of its own.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, defmt::Format)]
+pub enum Source {
+    /// An IOMMU reports a fault.
+    IommuFault,
+    /// An IOMMU has page requests.
+    PageRequest,
+    /// The time given to [`arm_timer`] is over.
+    Timer,
+    /// Another core, or this one, has work for this core.
+    Kick,
+}
+
+impl Source {
+    const ALL: [Self; 4] = [Self::IommuFault, Self::PageRequest, Self::Timer, Self::Kick];
+
+    /// The vector; its upper four bits are the priority.
+    const fn vector(self) -> u8 {
+        0x40 + ((self as u8) << 4)
+    }
+}
+
+/// The vector of an interrupt that was withdrawn before it could be delivered; the manual wants ones in the low bits.
+const SPURIOUS: u8 = 0xFF;
+
+static HANDLERS: [Once<fn()>; Source::ALL.len()] = [const { Once::new() }; Source::ALL.len()];
+static UNEXPECTED: [AtomicU32; 256] = [const { AtomicU32::new(0) }; 256];
+static NMIS: AtomicU32 = AtomicU32::new(0);
+
+/// Lets `handler` handle `source`, on every core. It runs with interrupts masked, on the core that was interrupted.
+///
+/// PANICS: when `source` has a handler already.
+pub fn on(source: Source, handler: fn()) {
+    let slot = &HANDLERS[source as usize];
+    assert!(!slot.is_completed(), "a source of interrupts has one handler");
+    slot.call_once(|| handler);
+}
+
+/// Lets this core be interrupted, once it unmasks. Comes before everything else in this module, and before
+/// [`cpu::start`], on each core.
+pub fn init_core() {
+    apic::enable(SPURIOUS);
+}
+
+/// Returns the message by which a device interrupts `core` for `source`: fixed delivery, edge-triggered.
+///
+/// PANICS: when there is no such core.
+pub fn message(source: Source, core: usize) -> Message {
+    Message { address: apic::BASE | u64::from(destination(core)) << 12, data: u32::from(source.vector()) }
+}
+
+/// Interrupts `core`, which may be this one, for `source`. Several kicks may arrive as one.
+///
+/// What this core stored before is visible to the other when it handles the interrupt.
+///
+/// PANICS: when there is no such core.
+pub fn kick(core: usize, source: Source) {
+    apic::send(destination(core), source.vector());
+}
+
+fn destination(core: usize) -> u32 {
+    assert!(core < cpu::cores_present(), "no such core");
+    entry::apic_id(core)
+}
+
+/// Interrupts this core for [`Source::Timer`] in `after_us` microseconds, once, in place of what was armed before.
+///
+/// The counter has 32 bits (a minute and more on QEMU, some seconds at least elsewhere): a longer time ends early.
+pub fn arm_timer(after_us: u64) {
+    apic::arm_timer(Source::Timer.vector(), after_us);
+}
+
+/// Takes back what [`arm_timer`] armed on this core. An interrupt that is already on its way still comes.
+pub fn disarm_timer() {
+    apic::disarm_timer();
+}
+
+/// Returns how many non-maskable interrupts have come, on all cores. That is all that is done about them.
+pub fn non_maskable() -> u32 {
+    NMIS.load(Ordering::Relaxed)
+}
+
+// One stub for each vector, 16 bytes apart. The processor pushes an error code for some exceptions alone; the others get
+// a 0, so that all look alike to `dispatch`.
+global_asm!(
+    r#"
+.section .text.interrupts, "ax", @progbits
+.p2align 4
+.global interrupt_stubs
+interrupt_stubs:
+    .set vector, 0
+    .rept 256
+    .p2align 4
+    .if (vector == 8) || (vector >= 10 && vector <= 14) || (vector == 17) || (vector == 21) || (vector == 29) || (vector == 30)
+    .else
+    push 0
+    .endif
+    push vector
+    jmp interrupt_entry
+    .set vector, vector + 1
+    .endr
+
+interrupt_entry:
+    push rax
+    push rcx
+    push rdx
+    push rsi
+    push rdi
+    push r8
+    push r9
+    push r10
+    push r11
+    cld
+    lea rdi, [rsp + 72]
+    call {dispatch}                 # the stack is aligned: 5 + 2 + 9 words under an aligned one
+    pop r11
+    pop r10
+    pop r9
+    pop r8
+    pop rdi
+    pop rsi
+    pop rdx
+    pop rcx
+    pop rax
+    add rsp, 16
+    iretq
+"#,
+    dispatch = sym dispatch,
+);
+
+/// What lies on the stack when `dispatch` is called.
+#[repr(C)]
+struct Frame {
+    vector: u64,
+    error_code: u64,
+    rip: u64,
+    cs: u64,
+    rflags: u64,
+    rsp: u64,
+    ss: u64,
+}
+
+type Idt = [idt::Entry<idt::HandlerFunc>; 256];
+
+/// Loads the interrupt descriptor table, the same for all cores.
+pub(crate) fn load() {
+    static IDT: Once<Idt> = Once::new();
+    unsafe extern "C" {
+        safe static interrupt_stubs: [[u8; 16]; 256];
+    }
+    let idt = IDT.call_once(|| {
+        let mut table = [const { idt::Entry::missing() }; 256];
+        for (entry, stub) in table.iter_mut().zip(&interrupt_stubs) {
+            // SAFETY: the stub keeps all registers and returns with IRETQ, as a handler must.
+            unsafe { entry.set_handler_addr(VirtAddr::from_ptr(stub)) };
+        }
+        for (vector, stack) in [(2, NMI_STACK), (8, DOUBLE_FAULT_STACK)] {
+            let address = table[vector].handler_addr();
+            // SAFETY: as above.
+            let options = unsafe { table[vector].set_handler_addr(address) };
+            // SAFETY: `segments` sets up both stacks; neither handler can be interrupted by what uses the same.
+            unsafe { options.set_stack_index(stack) };
+        }
+        table
+    });
+    let pointer =
+        DescriptorTablePointer { limit: size_of::<Idt>() as u16 - 1, base: VirtAddr::from_ptr(idt) };
+    // SAFETY: the table is complete, and lives for ever.
+    unsafe { lidt(&pointer) };
+}
+
+extern "sysv64" fn dispatch(frame: &Frame) {
+    let vector = frame.vector as u8;
+    match vector {
+        2 => {
+            NMIS.fetch_add(1, Ordering::Relaxed);
+        }
+        0..=31 => exception(frame),
+        SPURIOUS => {}
+        _ => {
+            let source = Source::ALL.into_iter().find(|source| source.vector() == vector);
+            match source.and_then(|source| HANDLERS[source as usize].get()) {
+                Some(handler) => handler(),
+                None => unexpected(vector),
+            }
+            apic::end_of_interrupt();
+        }
+    }
+}
+
+fn unexpected(vector: u8) {
+    if UNEXPECTED[usize::from(vector)].fetch_add(1, Ordering::Relaxed) == 0 {
+        defmt::warn!("nobody handles vector {=u8:#x}; told once", vector);
+    }
+}
+
+/// The exceptions' mnemonics and names in the manual, by vector.
+const EXCEPTIONS: [&str; 32] = [
+    "#DE divide error",
+    "#DB debug exception",
+    "NMI",
+    "#BP breakpoint",
+    "#OF overflow",
+    "#BR bound range exceeded",
+    "#UD invalid opcode",
+    "#NM device not available",
+    "#DF double fault",
+    "coprocessor segment overrun",
+    "#TS invalid TSS",
+    "#NP segment not present",
+    "#SS stack fault",
+    "#GP general protection",
+    "#PF page fault",
+    "exception 15",
+    "#MF floating-point error",
+    "#AC alignment check",
+    "#MC machine check",
+    "#XM SIMD floating-point",
+    "#VE virtualization exception",
+    "#CP control protection",
+    "exception 22",
+    "exception 23",
+    "exception 24",
+    "exception 25",
+    "exception 26",
+    "exception 27",
+    "#HV hypervisor injection",
+    "#VC VMM communication",
+    "#SX security exception",
+    "exception 31",
+];
+
+/// Reports an exception of the hypervisor itself, and ends the machine.
+fn exception(frame: &Frame) -> ! {
+    if console::last_words() {
+        defmt::error!(
+            "{=str} on core {=usize}: error code {=u64:#x}, rip {=u64:#x}, rsp {=u64:#x}, cr2 {=u64:#x}",
+            EXCEPTIONS[frame.vector as usize & 31],
+            cpu::core(),
+            frame.error_code,
+            frame.rip,
+            frame.rsp,
+            Cr2::read_raw(),
+        );
+    }
+    cpu::exit(false)
+}

@@ -1,0 +1,131 @@
+//! The machine's IOMMU, and the table formats that it and the cores walk.
+#![expect(unsafe_code, reason = "names the registers that firmware's table points at")]
+
+use crate::{bus::Mmio, machine::Boot};
+use core::fmt;
+use heapless::Vec;
+use iommu::{Capabilities, DmaBuf, Root, Translation};
+use vtd::dmar::{self, Dmar};
+
+/// The event side of the unit.
+pub type Events = vtd::Events<Mmio>;
+/// The command side of the unit.
+pub type Commands = vtd::Commands<Mmio>;
+/// The table side of the unit.
+pub type Tables = vtd::Tables<Mmio>;
+
+/// The format of tables that translate what devices issue.
+pub const DEVICE_TABLES: pgtable::Format = pgtable::VTD_FIRST_STAGE;
+/// The format of tables that translate what guests issue.
+pub const GUEST_TABLES: pgtable::Format = pgtable::SVM_NESTED;
+
+/// Translates a device by tables in the format [`DEVICE_TABLES`].
+pub fn translation(root: Root) -> Translation {
+    Translation::Stage1(root)
+}
+
+/// Why there is no IOMMU in service.
+#[derive(Clone, Copy, Debug, defmt::Format)]
+pub enum Error {
+    /// ACPI has no `DMAR` table: firmware offers no IOMMU.
+    NoTable,
+    /// The `DMAR` table is wrong.
+    Table(dmar::Error),
+    /// The table lists several units, or one for another segment than 0: devices behind them would go unwatched.
+    NotOneUnit,
+    /// The registers lie where this build maps nothing.
+    OutOfReach,
+    /// The unit cannot be used.
+    Unit(iommu::Error),
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NoTable => write!(f, "there is no DMAR table: switch VT-d on in the firmware's set-up"),
+            Self::Table(error) => write!(f, "{error}"),
+            Self::NotOneUnit => write!(f, "the DMAR table does not list exactly one unit, for segment 0"),
+            Self::OutOfReach => write!(f, "the unit's registers are above 4 GiB"),
+            Self::Unit(error) => write!(f, "{error}"),
+        }
+    }
+}
+
+/// The unit, identified and left as it was.
+pub struct Found {
+    unit: vtd::Found<Mmio>,
+    bus: Mmio,
+}
+
+/// The unit in service.
+pub struct Unit {
+    /// What it reports.
+    pub events: Events,
+    /// What it is told.
+    pub commands: Commands,
+    /// Which device is translated how.
+    pub tables: Tables,
+}
+
+/// Frames for the unit's own tables.
+const TABLE_FRAMES: usize = 24;
+/// Frames of the invalidation queue: 256 entries.
+const COMMAND_FRAMES: usize = 2;
+/// Frames of the page request queue: 128 entries, of which 127 can be outstanding.
+const REQUEST_FRAMES: usize = 1;
+
+/// Page requests that all devices together may have outstanding, stop markers included.
+pub const OUTSTANDING: usize = 127;
+
+/// Finds the unit that firmware describes.
+pub fn find(boot: &Boot) -> Result<Found, Error> {
+    let table = boot.acpi_table(b"DMAR").ok_or(Error::NoTable)?;
+    let mut units = Dmar::new(table).map_err(Error::Table)?.units();
+    let unit = units.next().ok_or(Error::NotOneUnit)?.map_err(Error::Table)?;
+    if units.next().is_some() || unit.segment != 0 {
+        return Err(Error::NotOneUnit);
+    }
+    let reachable =
+        unit.base.spanning(unit.bytes).filter(|r| r.end.0 <= 1 << 32 && r.start.0.is_multiple_of(4096));
+    let registers = reachable.ok_or(Error::OutOfReach)?;
+    // SAFETY: firmware says that a unit's registers are here, and its driver is the only one to use them.
+    let bus = unsafe { Mmio::new(registers.start, unit.bytes as usize) };
+    let unit = vtd::Found::probe(bus).map_err(Error::Unit)?;
+    Ok(Found { unit, bus })
+}
+
+impl Found {
+    /// Returns what the unit can do.
+    pub fn capabilities(&self) -> Capabilities {
+        self.unit.capabilities()
+    }
+
+    /// Returns how the unit is reached; memory is published through it.
+    pub fn bus(&self) -> Mmio {
+        self.bus
+    }
+
+    /// Takes the unit into service with memory that `cut` gives by the frame, zeroed and aligned to its size.
+    pub fn enable(self, mut cut: impl FnMut(usize) -> Option<DmaBuf>) -> Result<Unit, Error> {
+        let mut cut = |frames: usize| {
+            let none =
+                iommu::Error::Memory { purpose: "the unit", words: 0, needed: frames * vtd::FRAME_WORDS };
+            cut(frames).ok_or(Error::Unit(none))
+        };
+        let mut frames = Vec::new();
+        for _ in 0..TABLE_FRAMES {
+            // There is room: the unit takes more than these.
+            let _ = frames.push(cut(1)?);
+        }
+        let memory = vtd::Memory {
+            root: cut(1)?,
+            invalidation_queue: cut(COMMAND_FRAMES)?,
+            status: cut(1)?,
+            page_requests: cut(REQUEST_FRAMES)?,
+            frames,
+            answers: OUTSTANDING,
+        };
+        let vtd::Vtd { events, commands, tables } = self.unit.enable(memory).map_err(Error::Unit)?;
+        Ok(Unit { events, commands, tables })
+    }
+}

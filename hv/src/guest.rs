@@ -1,0 +1,315 @@
+//! A guest: its memory, its virtual CPU, the devices that it owns; and the core that is its home.
+
+use crate::{
+    control::{Owned, Space},
+    hypervisor::{self, Ending, GUESTS, Home, Hypervisor, Inbox, Order, SERVICE_CORE, SLOTS},
+    memory::{self, GuestRam},
+};
+use arch::{
+    cpu,
+    guest::{Exit, Vcpu},
+    interrupts::{self, Source},
+    unit::GUEST_TABLES,
+};
+use broker::Group;
+use channel::{host::Host, ring};
+use core::sync::atomic::Ordering::{Relaxed, SeqCst};
+use heapless::Vec;
+use iommu::{DmaBuf, Gpa, PAGE_SIZE, Perms};
+use pgtable::Tree;
+
+/// Frames of a guest's RAM, which starts at its address 0: 2 MiB.
+const RAM_FRAMES: usize = 512;
+/// Where a guest's program is put, and entered.
+const ENTRY: Gpa = Gpa(0x10_0000);
+/// Where a guest finds its fault channel, once it is open.
+pub const CHANNEL: Gpa = Gpa(0x8000_0000);
+/// Where a guest finds the registers of its first device; each further one is [`WINDOW`] bytes on.
+pub const REGISTERS: Gpa = Gpa(0x9000_0000);
+/// Bytes between the registers of two devices; larger ones are not given away.
+pub const WINDOW: u64 = 1 << 20;
+/// Attachments of a guest.
+pub const ATTACHMENTS: usize = 4;
+
+/// A guest that exists. Its home core owns it.
+pub struct Guest {
+    /// What all cores share.
+    pub hv: &'static Hypervisor,
+    /// Which guest this is, from 0.
+    pub index: usize,
+    /// Its memory.
+    pub ram: GuestRam,
+    /// What its virtual CPU reaches.
+    pub nested: Tree,
+    /// Its virtual CPU.
+    pub vcpu: Vcpu,
+    /// Its devices, by their place in [`Hypervisor::devices`]; the guest counts them from 1.
+    pub devices: Vec<usize, 2>,
+    /// The empty spaces of its devices, for accesses without PASID.
+    pub blanks: Vec<Space, 2>,
+    /// What it attached, by its own name for it minus one.
+    pub attachments: [Option<Owned>; ATTACHMENTS],
+    /// Its fault channel, once it is open.
+    pub channel: Option<Host>,
+    /// Slots that were announced and are not in the channel yet, oldest first.
+    pub announced: Vec<u8, SLOTS>,
+    /// The first of them, if it was read already and found no room.
+    pub undelivered: Option<Group>,
+}
+
+/// Why a guest could not be made.
+#[derive(Clone, Copy, Debug, defmt::Format)]
+enum NotMade {
+    Memory,
+    Tables(pgtable::Error),
+    Processor(arch::machine::Error),
+    Image { bytes: usize },
+    Device(crate::control::Error),
+}
+
+/// What a home core does for ever: it makes the guests that it is asked for, and runs each to its end.
+pub fn home() -> ! {
+    interrupts::init_core();
+    let index = cpu::core() - SERVICE_CORE - 1;
+    let hv = hypervisor::get();
+    let inbox = hv.and_then(|hv| hv.homes.get(index)?.inbox.with(Option::take));
+    let (Some(hv), Some(mut inbox), Ok(())) = (hv, inbox, arch::guest::init_core()) else {
+        defmt::error!("core {=usize} cannot be a home", cpu::core());
+        cpu::exit(false)
+    };
+    cpu::unmask_forever();
+    let home = &hv.homes[index];
+    loop {
+        let order = {
+            let _masked = cpu::mask();
+            let order = home.order.with(Option::take);
+            if order.is_none() {
+                cpu::wait_for_interrupt();
+            }
+            order
+        };
+        if let Some(order) = order {
+            let ending = live(hv, index, &order, &mut inbox);
+            home.ending.with(|slot| *slot = Some(ending));
+            interrupts::kick(SERVICE_CORE, Source::Kick);
+        }
+    }
+}
+
+/// Makes a guest, runs it, and takes everything back.
+// A guest with its virtual CPU takes some KiB; the frames that hold one do not merge into one large frame.
+#[inline(never)]
+fn live(hv: &'static Hypervisor, index: usize, order: &Order, inbox: &mut Inbox) -> Ending {
+    let mut guest = match Guest::new(hv, index) {
+        Ok(guest) => guest,
+        Err(error) => {
+            defmt::error!("guest {=usize} could not be made: {}", index, error);
+            return Ending::NotStarted;
+        }
+    };
+    let ending = match guest.own(order) {
+        Ok(()) => guest.run(inbox),
+        Err(error) => {
+            defmt::error!("guest {=usize} could not be given its devices: {}", index, error);
+            Ending::NotStarted
+        }
+    };
+    guest.depart();
+    // What was announced for the guest that left was answered when it left.
+    while inbox.slots.dequeue().is_some() {}
+    while inbox.notices.dequeue().is_some() {}
+    ending
+}
+
+impl Guest {
+    /// Makes a guest with its program in its memory, and no devices.
+    #[inline(never)]
+    fn new(hv: &'static Hypervisor, index: usize) -> Result<Self, NotMade> {
+        let pool = &hv.pool;
+        let mut ram = pool.with(|pool| GuestRam::new(pool, RAM_FRAMES)).ok_or(NotMade::Memory)?;
+        let nested = pool.with(|pool| {
+            let nested = Tree::new(pool, GUEST_TABLES).map_err(NotMade::Tables)?;
+            let all = ram.grant(Gpa(0), ram.bytes()).ok_or(NotMade::Memory)?;
+            let perms = Perms { execute: true, ..Perms::READ_WRITE };
+            nested.map(pool, 0, &all, perms).map_err(NotMade::Tables)?;
+            Ok(nested)
+        })?;
+        if !ram.write(ENTRY, hv.image) {
+            return Err(NotMade::Image { bytes: hv.image.len() });
+        }
+        let mut vcpu = Vcpu::new(memory::root(&nested), index as u16).map_err(NotMade::Processor)?;
+        vcpu.start_at(ENTRY, 0);
+        hv.homes[index].ram.store(ram.phys().0, Relaxed);
+        Ok(Self {
+            hv,
+            index,
+            ram,
+            nested,
+            vcpu,
+            devices: Vec::new(),
+            blanks: Vec::new(),
+            attachments: [const { None }; ATTACHMENTS],
+            channel: None,
+            announced: Vec::new(),
+            undelivered: None,
+        })
+    }
+
+    /// Gives the guest its devices: unit first, then configuration space, then their registers.
+    fn own(&mut self, order: &Order) -> Result<(), NotMade> {
+        for &device in &order.devices {
+            self.take_device(device).map_err(NotMade::Device)?;
+            let registers = self.hv.devices[device].registers.clone();
+            let at = REGISTERS.0 + (self.devices.len() as u64 - 1) * WINDOW;
+            let grant = memory::registers(registers);
+            let map = |pool: &mut memory::Pool| self.nested.map(pool, at, &grant, Perms::READ_WRITE);
+            self.hv.pool.with(map).map_err(NotMade::Tables)?;
+        }
+        Ok(())
+    }
+
+    /// Returns how other cores see the guest.
+    pub fn home(&self) -> &'static Home {
+        &self.hv.homes[self.index]
+    }
+
+    /// Runs the guest until it ends.
+    fn run(&mut self, inbox: &mut Inbox) -> Ending {
+        loop {
+            let exit = {
+                // From the last look at the rings until the guest is entered no interrupt is handled: one that comes
+                // then brings the guest out at once, and the rings are looked at again.
+                let _masked = cpu::mask();
+                if self.home().stop.load(SeqCst) {
+                    return Ending::Stopped;
+                }
+                if let Err(broken) = self.forward(inbox) {
+                    defmt::warn!("guest {=usize} broke its channel: {}", self.index, broken);
+                    return Ending::Crashed;
+                }
+                self.vcpu.run()
+            };
+            match exit {
+                Exit::Interrupted => {}
+                Exit::Halt => self.sleep(inbox, u64::MAX),
+                Exit::Hypercall { operation, arguments } => {
+                    if let Some(ending) = self.call(operation, arguments, inbox) {
+                        return ending;
+                    }
+                }
+                Exit::Memory { address, write, execute } => {
+                    defmt::info!(
+                        "guest {=usize} may not reach {} (write {=bool}, execute {=bool})",
+                        self.index,
+                        address,
+                        write,
+                        execute
+                    );
+                    self.home().refused_accesses.fetch_add(1, Relaxed);
+                    self.vcpu.refuse_access();
+                }
+                Exit::Crash(crash) => {
+                    defmt::error!("guest {=usize} crashed: {}", self.index, defmt::Display2Format(&crash));
+                    return Ending::Crashed;
+                }
+            }
+        }
+    }
+
+    /// Lets the core sleep until the guest has an interrupt, or until `end_us`, or until the guest shall go.
+    pub fn sleep(&mut self, inbox: &Inbox, end_us: u64) {
+        let _masked = cpu::mask();
+        loop {
+            let now_us = cpu::now_us();
+            let stop = self.home().stop.load(SeqCst);
+            let news = inbox.slots.ready() || inbox.notices.ready() || self.vcpu.is_interrupt_pending();
+            if stop || news || now_us >= end_us {
+                break;
+            }
+            if end_us != u64::MAX {
+                interrupts::arm_timer(end_us - now_us);
+            }
+            cpu::wait_for_interrupt();
+        }
+        interrupts::disarm_timer();
+    }
+
+    /// Opens the fault channel, in frames that the guest sees and does not own.
+    pub fn open_channel(&mut self) -> Option<()> {
+        let pool = &self.hv.pool;
+        let mut frames: Vec<DmaBuf, { ring::FRAMES }> = Vec::new();
+        let cut = |pool: &mut memory::Pool| {
+            while !frames.is_full() {
+                let Some(frame) = pool.cut(1) else { break };
+                let _ = frames.push(frame);
+            }
+        };
+        pool.with(cut);
+        let frames = match frames.into_array::<{ ring::FRAMES }>() {
+            Ok(frames) => frames,
+            Err(some) => {
+                pool.with(|pool| some.into_iter().for_each(|frame| pool.give_back(frame)));
+                return None;
+            }
+        };
+        let mapped = pool.with(|pool| {
+            frames.iter().enumerate().all(|(number, frame)| {
+                let perms = if number == ring::CONSUMER { Perms::READ_WRITE } else { Perms::READ };
+                let at = CHANNEL.0 + number as u64 * PAGE_SIZE;
+                self.nested.map(pool, at, &memory::shared(frame), perms).is_ok()
+            })
+        });
+        // Even if a frame could not be mapped the guest may reach the others: they are the channel's until it departs.
+        self.channel = Some(Host::new(frames));
+        mapped.then_some(())
+    }
+
+    /// Takes everything back from a guest that runs no more: first its devices, then its memory.
+    #[inline(never)]
+    fn depart(mut self) {
+        let released = self.release_devices();
+        // The virtual CPU goes here, so nobody walks its tables any more.
+        let Self { hv, index, ram, nested, channel, .. } = self;
+        hv.homes[index].ram.store(0, Relaxed);
+        if !released {
+            // A device may still reach the memory: it is never used again.
+            defmt::error!("guest {=usize}: its memory is kept, because a device did not let go of it", index);
+            return;
+        }
+        hv.pool.with(|pool| {
+            nested.take_down(pool);
+            for frame in channel.into_iter().flat_map(Host::into_frames) {
+                pool.give_back(frame);
+            }
+            pool.give_back(ram.into_buffer());
+        });
+    }
+}
+
+/// Asks the home core of guest `index` for a guest with `devices`, which will be told `task`.
+pub fn start(hv: &Hypervisor, index: usize, task: [u64; 3], devices: &[usize]) {
+    let home = &hv.homes[index % GUESTS];
+    home.stop.store(false, SeqCst);
+    home.ending.with(|ending| *ending = None);
+    for (place, value) in home.task.iter().zip(task) {
+        place.store(value, SeqCst);
+    }
+    for counter in home.reports.iter().chain([
+        &home.refused_accesses,
+        &home.refused_calls,
+        &home.unmapped,
+        &home.longest_to_record_us,
+        &home.longest_to_answer_us,
+    ]) {
+        counter.store(0, Relaxed);
+    }
+    let devices = devices.iter().copied().take(2).collect();
+    home.order.with(|order| *order = Some(Order { devices }));
+    interrupts::kick(hypervisor::home_of(index % GUESTS), Source::Kick);
+}
+
+/// Asks a guest to go.
+pub fn stop(hv: &Hypervisor, index: usize) {
+    hv.homes[index % GUESTS].stop.store(true, SeqCst);
+    interrupts::kick(hypervisor::home_of(index % GUESTS), Source::Kick);
+}

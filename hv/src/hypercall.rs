@@ -1,0 +1,228 @@
+//! The guest's calls. Every argument is a guest's: what names nothing of its own is refused by name, and what lies in its
+//! memory is copied once before it is looked at.
+
+use crate::{
+    control,
+    guest::{CHANNEL, Guest, REGISTERS, WINDOW},
+    hypervisor::{Ending, Inbox, SERVICE_CORE},
+};
+use arch::{
+    cpu,
+    interrupts::{self, Source},
+};
+use broker::Cookie;
+use channel::call::{
+    ARRAY, Call, Code, DEADLINE_MAX_US, DEADLINE_US, NONE, REPORTS, Status, VERSION, WRITABLE,
+};
+use core::sync::atomic::Ordering::Relaxed;
+use heapless::Vec;
+use iommu::{Gpa, Iova, Outcome, PAGE_SIZE, Pasid, Perms};
+
+/// Bytes that one call maps or unmaps, at most: 64 pages.
+const RANGE: u64 = 64 * PAGE_SIZE;
+/// Bytes of a line that a guest says.
+const LINE: usize = 128;
+/// The longest sleep, in microseconds.
+const SLEEP_US: u64 = 10_000_000;
+
+/// What a call returns besides its status.
+type Values = [u64; 3];
+
+impl From<control::Error> for Refused {
+    fn from(error: control::Error) -> Self {
+        Self(match error {
+            control::Error::Unit(iommu::Error::Timeout { .. }) => Status::TimedOut,
+            control::Error::Unit(iommu::Error::PasidOutOfRange { .. } | iommu::Error::Unsupported { .. }) => {
+                Status::Malformed
+            }
+            control::Error::Unit(iommu::Error::Exhausted { .. })
+            | control::Error::Tables(pgtable::Error::NoFrame) => Status::NoRoom,
+            control::Error::Tables(pgtable::Error::Range { .. } | pgtable::Error::Permissions) => {
+                Status::Malformed
+            }
+            _ => Status::WrongState,
+        })
+    }
+}
+
+/// A call that was not done.
+struct Refused(Status);
+
+impl Guest {
+    /// Handles one call. Returns how the guest ended, if the call ended it.
+    pub fn call(&mut self, operation: u64, arguments: [u64; 4], inbox: &Inbox) -> Option<Ending> {
+        if Call::from_number(operation) == Some(Call::Finish) {
+            return Some(Ending::Finished { passed: arguments[0] == 1 });
+        }
+        let (status, [first, second, third]) = match self.dispatch(operation, arguments, inbox) {
+            Ok(values) => (Status::Done, values),
+            Err(Refused(status)) => {
+                defmt::debug!("guest {=usize}: call {=u64:#x} refused: {}", self.index, operation, status);
+                self.home().refused_calls.fetch_add(1, Relaxed);
+                (status, [0; 3])
+            }
+        };
+        self.vcpu.answer([status as u64, first, second, third]);
+        None
+    }
+
+    fn dispatch(&mut self, operation: u64, arguments: [u64; 4], inbox: &Inbox) -> Result<Values, Refused> {
+        let [first, second, third, fourth] = arguments;
+        match Call::from_number(operation).ok_or(Refused(Status::UnknownCall))? {
+            Call::Probe => self.probe(first),
+            Call::OpenChannel if self.channel.is_some() => Err(Refused(Status::WrongState)),
+            Call::OpenChannel => {
+                self.open_channel().ok_or(Refused(Status::NoRoom))?;
+                Ok([CHANNEL.0, 0, 0])
+            }
+            Call::Attach => self.call_attach(first, second, third, fourth),
+            Call::Detach => match self.detach(first) {
+                Some(Ok(())) => Ok([0; 3]),
+                Some(Err(error)) => Err(error.into()),
+                None => Err(Refused(Status::NotYours)),
+            },
+            Call::Map => {
+                let owned = self.owned(first & !WRITABLE).ok_or(Refused(Status::NotYours))?;
+                let perms = if first & WRITABLE != 0 { Perms::READ_WRITE } else { Perms::READ };
+                whole_pages(second | third, fourth)?;
+                let grant = self.ram.grant(Gpa(third), fourth).ok_or(Refused(Status::NotYours))?;
+                self.map(owned, Iova(second), &grant, perms)?;
+                Ok([0; 3])
+            }
+            Call::Unmap => {
+                let owned = self.owned(first).ok_or(Refused(Status::NotYours))?;
+                whole_pages(second, third)?;
+                self.unmap(owned, Iova(second), third)?;
+                Ok([0; 3])
+            }
+            Call::Respond => self.respond(first, second),
+            Call::Task => Ok([0, 1, 2].map(|at: usize| self.home().task[at].load(Relaxed))),
+            Call::Say => {
+                let line = self.line(first, second)?;
+                defmt::info!(
+                    "guest {=usize}: {=str}",
+                    self.index,
+                    core::str::from_utf8(&line).unwrap_or("(not UTF-8)")
+                );
+                Ok([0; 3])
+            }
+            Call::Report => {
+                let at = usize::try_from(first)
+                    .ok()
+                    .filter(|&at| at < REPORTS)
+                    .ok_or(Refused(Status::Malformed))?;
+                self.home().reports[at].store(second, Relaxed);
+                interrupts::kick(SERVICE_CORE, Source::Kick);
+                Ok([0; 3])
+            }
+            Call::Sleep => {
+                self.sleep(inbox, cpu::now_us().saturating_add(first.min(SLEEP_US)));
+                Ok([0; 3])
+            }
+            // Answered before; it has no answer.
+            Call::Finish => Ok([0; 3]),
+        }
+    }
+
+    fn probe(&self, which: u64) -> Result<Values, Refused> {
+        let Some(at) = which.checked_sub(1) else {
+            return Ok([VERSION, self.devices.len() as u64, 1]);
+        };
+        let number =
+            usize::try_from(at).ok().and_then(|at| self.devices.get(at)).ok_or(Refused(Status::NotYours))?;
+        let device = self.hv.devices.get(*number).ok_or(Refused(Status::NotYours))?;
+        let bytes = device.registers.end.0 - device.registers.start.0;
+        let identity = u64::from(device.function.vendor) | u64::from(device.function.device) << 16;
+        Ok([REGISTERS.0 + at * WINDOW, bytes, identity])
+    }
+
+    fn call_attach(
+        &mut self,
+        device: u64,
+        pasid: u64,
+        opaque: u64,
+        deadline: u64,
+    ) -> Result<Values, Refused> {
+        if device == 0 || device > self.devices.len() as u64 {
+            return Err(Refused(Status::NotYours));
+        }
+        let pasid = match pasid {
+            NONE => None,
+            number => {
+                let number = u32::try_from(number).ok().and_then(Pasid::new);
+                Some(number.ok_or(Refused(Status::Malformed))?)
+            }
+        };
+        let deadline_us = match deadline {
+            NONE => DEADLINE_US,
+            us if us <= DEADLINE_MAX_US => us,
+            _ => return Err(Refused(Status::Malformed)),
+        };
+        if self.attachments.iter().all(Option::is_some) {
+            return Err(Refused(Status::NoRoom));
+        }
+        Ok([self.attach(device as u32, pasid, opaque, deadline_us)?, 0, 0])
+    }
+
+    /// Answers groups: the array is copied, then looked at.
+    fn respond(&mut self, array: u64, length: u64) -> Result<Values, Refused> {
+        if length > ARRAY {
+            return Err(Refused(Status::Malformed));
+        }
+        let mut entries = Vec::<(u64, u64), { ARRAY as usize }>::new();
+        for at in 0..length {
+            let word = |n: u64| {
+                let gpa = array.checked_add(at * 16 + n * 8)?;
+                self.ram.load(Gpa(gpa))
+            };
+            let entry = word(0).zip(word(1)).ok_or(Refused(Status::NotYours))?;
+            // There is room: the length was checked.
+            let _ = entries.push(entry);
+        }
+        let mut refused = 0;
+        for &(cookie, code) in &entries {
+            let outcome = match Code::from_number(code) {
+                Some(Code::Success) => Outcome::Success,
+                Some(Code::Invalid) => Outcome::Invalid,
+                None => {
+                    defmt::debug!("guest {=usize} answers with code {=u64}, which is none", self.index, code);
+                    refused += 1;
+                    continue;
+                }
+            };
+            match self.hv.queues[self.index].settle(Cookie(cookie), outcome) {
+                Ok(answer) => {
+                    let home = self.home();
+                    home.longest_to_answer_us.fetch_max(home.age_us(answer.slot()), Relaxed);
+                    self.hv.answer(answer);
+                }
+                Err(refusal) => {
+                    defmt::debug!("guest {=usize}: {} refused: {}", self.index, Cookie(cookie), refusal);
+                    refused += 1;
+                }
+            }
+        }
+        Ok([length, refused, 0])
+    }
+
+    /// Copies a line out of the guest's memory.
+    fn line(&self, from: u64, bytes: u64) -> Result<Vec<u8, LINE>, Refused> {
+        if bytes > LINE as u64 {
+            return Err(Refused(Status::Malformed));
+        }
+        let mut line = Vec::new();
+        for at in 0..bytes {
+            let gpa = from.checked_add(at).ok_or(Refused(Status::NotYours))?;
+            let word = self.ram.load(Gpa(gpa & !7)).ok_or(Refused(Status::NotYours))?;
+            // There is room: the length was checked.
+            let _ = line.push((word >> (gpa % 8 * 8)) as u8);
+        }
+        Ok(line)
+    }
+}
+
+/// Checks that addresses and length are those of whole pages, and that one call may take so many.
+fn whole_pages(addresses: u64, bytes: u64) -> Result<(), Refused> {
+    let whole = (addresses | bytes).is_multiple_of(PAGE_SIZE);
+    if whole && bytes != 0 && bytes <= RANGE { Ok(()) } else { Err(Refused(Status::Malformed)) }
+}

@@ -1,0 +1,351 @@
+//! What all cores share.
+
+use crate::memory::Pool;
+use arch::{
+    cpu::{self, Locked},
+    interrupts::{self, Source},
+    machine::{Boot, Ecam},
+    unit::{Commands, Tables},
+};
+use broker::{Answer, Attachments, Queue};
+use channel::call::REPORTS;
+use core::{
+    ops::Range,
+    sync::atomic::{
+        AtomicBool, AtomicU64,
+        Ordering::{AcqRel, Acquire, Relaxed, Release},
+    },
+};
+use heapless::{Vec, spsc};
+use iommu::{
+    Capabilities, Commands as _, Completion, Error, FaultRecord, Invalidation, PageResponse, PhysAddr, Ticket,
+};
+use pcie::Function;
+use spin::Once;
+
+/// The core that serves the unit.
+pub const SERVICE_CORE: usize = 0;
+/// Guests, one to a core.
+pub const GUESTS: usize = 2;
+/// Groups that a guest may have outstanding.
+pub const SLOTS: usize = 32;
+/// Attachments at one time.
+pub const ATTACHMENTS: usize = 16;
+/// Events on their way to a guest's core; more are lost, and counted.
+const NOTICES: usize = 32;
+/// Devices that are looked at.
+const DEVICES: usize = 16;
+
+/// How long the unit may take to complete an invalidation, in microseconds.
+const COMPLETION_LIMIT_US: u64 = 100_000;
+
+/// Returns the core that is the home of guest `index`.
+pub const fn home_of(index: usize) -> usize {
+    SERVICE_CORE + 1 + index
+}
+
+/// A device that can be given away, or driven by the demonstration.
+#[derive(Clone, Debug)]
+pub struct Device {
+    /// Its function.
+    pub function: Function,
+    /// Its registers, from the first base address register.
+    pub registers: Range<PhysAddr>,
+}
+
+/// A fault for a guest, on its way from the service core to the guest's.
+#[derive(Clone, Copy, Debug)]
+pub struct Notice {
+    /// What happened.
+    pub fault: FaultRecord,
+    /// The guest's own name for the device.
+    pub device: u32,
+    /// The opaque value of the attachment.
+    pub opaque: u64,
+}
+
+/// What a guest's home core receives: slots that wait, and events. The service core is the only producer of both.
+pub struct Inbox {
+    /// Slots of groups that are whole. It has room for all slots at once, so nothing is ever lost here.
+    pub slots: spsc::Consumer<'static, u8>,
+    /// Events.
+    pub notices: spsc::Consumer<'static, Notice>,
+}
+
+/// What the service core sends to a guest's home core.
+pub struct Outbox {
+    /// Slots of groups that are whole.
+    pub slots: spsc::Producer<'static, u8>,
+    /// Events.
+    pub notices: spsc::Producer<'static, Notice>,
+}
+
+/// What became of a guest.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, defmt::Format)]
+pub enum Ending {
+    /// It finished its task, and says whether all went as expected.
+    Finished {
+        /// Its own verdict.
+        passed: bool,
+    },
+    /// It was stopped.
+    Stopped,
+    /// It did what a guest must not do.
+    Crashed,
+    /// Its resources could not be had.
+    NotStarted,
+}
+
+/// What a guest is made for.
+#[derive(Clone, Debug)]
+pub struct Order {
+    /// The devices that it is to own, by their place in [`Hypervisor::devices`].
+    pub devices: Vec<usize, 2>,
+}
+
+/// One home core, as the others see it.
+pub struct Home {
+    /// What to make a guest for; taken by the home core.
+    pub order: Locked<Option<Order>>,
+    /// What became of the last guest; `None` while it runs.
+    pub ending: Locked<Option<Ending>>,
+    /// The guest shall go.
+    pub stop: AtomicBool,
+    /// What the guest is told when it asks for its task: the task, two values.
+    pub task: [AtomicU64; 3],
+    /// What the guest reported.
+    pub reports: [AtomicU64; REPORTS],
+    /// Accesses to memory that is not the guest's; each was refused.
+    pub refused_accesses: AtomicU64,
+    /// Calls that were refused, by any status but done.
+    pub refused_calls: AtomicU64,
+    /// Mappings taken away, each invalidated.
+    pub unmapped: AtomicU64,
+    /// Where the guest's memory is; 0 while there is none.
+    pub ram: AtomicU64,
+    /// The home core's ends of its rings; taken once.
+    pub inbox: Locked<Option<Inbox>>,
+    /// Events that found the ring to the home core full.
+    pub notices_lost: AtomicU64,
+    /// When the group in each slot was reported by hardware, in microseconds.
+    pub reported_us: [AtomicU64; SLOTS],
+    /// The longest times seen, in microseconds: from report to record, and from report to answer.
+    pub longest_to_record_us: AtomicU64,
+    /// From report to answer.
+    pub longest_to_answer_us: AtomicU64,
+}
+
+impl Home {
+    const fn new() -> Self {
+        Self {
+            order: Locked::new(None),
+            ending: Locked::new(None),
+            stop: AtomicBool::new(false),
+            task: [const { AtomicU64::new(0) }; 3],
+            reports: [const { AtomicU64::new(0) }; REPORTS],
+            refused_accesses: AtomicU64::new(0),
+            refused_calls: AtomicU64::new(0),
+            unmapped: AtomicU64::new(0),
+            ram: AtomicU64::new(0),
+            inbox: Locked::new(None),
+            notices_lost: AtomicU64::new(0),
+            reported_us: [const { AtomicU64::new(0) }; SLOTS],
+            longest_to_record_us: AtomicU64::new(0),
+            longest_to_answer_us: AtomicU64::new(0),
+        }
+    }
+
+    /// Returns how long ago the group in `slot` was reported, in microseconds.
+    pub fn age_us(&self, slot: u8) -> u64 {
+        let reported = self.reported_us.get(usize::from(slot)).map_or(u64::MAX, |at| at.load(Relaxed));
+        arch::cpu::now_us().saturating_sub(reported)
+    }
+}
+
+/// What all cores share.
+pub struct Hypervisor {
+    /// What the boot loader said.
+    pub boot: Boot,
+    /// Frames of RAM.
+    pub pool: Locked<Pool>,
+    /// Configuration space.
+    pub config: Ecam,
+    /// What the unit can do.
+    pub capabilities: Capabilities,
+    /// The command side of the unit.
+    pub commands: Locked<Commands>,
+    /// The table side of the unit. Its changes are published one by one; waiting for their invalidation comes after.
+    pub tables: Locked<Tables>,
+    /// Which device's requests go where.
+    pub attachments: &'static Attachments<ATTACHMENTS>,
+    /// The groups that each guest has outstanding.
+    pub queues: &'static [Queue<SLOTS>; GUESTS],
+    /// The home cores.
+    pub homes: &'static [Home; GUESTS],
+    /// What passes of the service routine were asked for, and are done.
+    pub drains: Drains,
+    /// Faults of devices that no guest owns: how many, and the last.
+    pub unowned: Locked<(u64, Option<FaultRecord>)>,
+    /// The most microseconds that an answer came after its deadline.
+    pub latest_expiry_us: AtomicU64,
+    /// When the control core wants to be woken, in microseconds.
+    pub control_wakes_us: AtomicU64,
+    /// Devices of bus 0 with registers.
+    pub devices: Vec<Device, DEVICES>,
+    /// The guests' program.
+    pub image: &'static [u8],
+}
+
+static HYPERVISOR: Once<Hypervisor> = Once::new();
+// What can be made at compile time lies beside it, and never passes over a stack.
+static ATTACHED: Attachments<ATTACHMENTS> = Attachments::new();
+static HOMES: [Home; GUESTS] = [const { Home::new() }; GUESTS];
+/// Their cookies count from far apart, so that no guest's cookie is another's.
+static QUEUES: [Queue<SLOTS>; GUESTS] = [Queue::new(0x01 << 40), Queue::new(0x02 << 40)];
+
+/// Returns the hypervisor, once it is published: for interrupt handlers, and for cores that start.
+pub fn get() -> Option<&'static Hypervisor> {
+    HYPERVISOR.get()
+}
+
+impl Hypervisor {
+    /// Puts together what bring-up found, and makes it known to all cores.
+    pub fn publish(
+        boot: Boot,
+        pool: Pool,
+        config: Ecam,
+        capabilities: Capabilities,
+        commands: Commands,
+        tables: Tables,
+        image: &'static [u8],
+    ) -> &'static Self {
+        let mut devices = Vec::new();
+        for function in Function::on_bus_0(&config) {
+            if let Some(registers) = function.memory_bar(&config, 0) {
+                // Devices past the table are left alone: blocked.
+                let _ = devices.push(Device { function, registers });
+            }
+        }
+        HYPERVISOR.call_once(|| Self {
+            boot,
+            pool: Locked::new(pool),
+            config,
+            capabilities,
+            commands: Locked::new(commands),
+            tables: Locked::new(tables),
+            attachments: &ATTACHED,
+            queues: &QUEUES,
+            homes: &HOMES,
+            drains: Drains::new(),
+            unowned: Locked::new((0, None)),
+            latest_expiry_us: AtomicU64::new(0),
+            control_wakes_us: AtomicU64::new(u64::MAX),
+            devices,
+            image,
+        })
+    }
+
+    /// Makes the rings between the service core and the home cores. Called once.
+    pub fn connect(&self) -> Option<[Outbox; GUESTS]> {
+        let connect = |home: &Home| {
+            let (slots, notices) = self.pool.with(|pool| {
+                // A ring of n holds n - 1, and must hold every slot of the queue.
+                let slots = pool.keep(spsc::Queue::<u8, { SLOTS + 1 }>::new())?;
+                Some((slots, pool.keep(spsc::Queue::<Notice, { NOTICES + 1 }>::new())?))
+            })?;
+            let ((slots_in, slots_out), (notices_in, notices_out)) = (slots.split(), notices.split());
+            home.inbox.with(|inbox| *inbox = Some(Inbox { slots: slots_out, notices: notices_out }));
+            Some(Outbox { slots: slots_in, notices: notices_in })
+        };
+        let [first, second] = self.homes;
+        Some([connect(first)?, connect(second)?])
+    }
+
+    /// Sends the answer to a group that waited, and frees its slot.
+    ///
+    /// Entries of the command queue are reserved for answers, so it fails only if the unit has stopped. Then the slot
+    /// stays taken: the device still waits, and its number must not be used for another group.
+    pub fn answer(&self, answer: Answer<'_, SLOTS>) {
+        let sent = self.commands.with(|commands| answer.send(|response| commands.respond(response)));
+        if let Err((answer, error)) = sent {
+            defmt::error!("{} could not be sent: {}", answer.response(), error);
+        }
+    }
+
+    /// Sends the answer to a group that waited nowhere.
+    pub fn respond(&self, response: PageResponse) {
+        if let Err((response, error)) = self.commands.with(|commands| commands.respond(response)) {
+            defmt::error!("{} could not be sent: {}", response, error);
+        }
+    }
+
+    /// Submits `invalidations` and waits until they have completed. Interrupts are open, and no lock is held.
+    ///
+    /// On an error nothing that they cover may be used again.
+    pub fn invalidate(&self, invalidations: &[Invalidation]) -> Result<(), Error> {
+        let start = cpu::now_us();
+        let in_time = || cpu::now_us().saturating_sub(start) < COMPLETION_LIMIT_US;
+        let ticket = loop {
+            match self.commands.with(|commands| commands.submit(invalidations)) {
+                Err(Error::QueueFull { .. }) if in_time() => cpu::relax(),
+                submitted => break submitted?,
+            }
+        };
+        self.wait(ticket, start)
+    }
+
+    fn wait(&self, ticket: Ticket, start: u64) -> Result<(), Error> {
+        loop {
+            // The clock is read first: a wait that was preempted for long looks once more before it gives up.
+            let waited_us = cpu::now_us().saturating_sub(start);
+            if self.commands.with(|commands| commands.poll(ticket)) == Completion::Done {
+                return Ok(());
+            }
+            if waited_us >= COMPLETION_LIMIT_US {
+                return Err(Error::Timeout { register: "the invalidation queue", waited_us });
+            }
+            cpu::relax();
+        }
+    }
+
+    /// Waits until the service routine has emptied the unit's queues once, from start to end, after this call.
+    ///
+    /// Whatever the unit had reported before is then admitted, and whoever looked at the attachments before is done.
+    pub fn drain(&self) -> Result<(), Error> {
+        let start = cpu::now_us();
+        let wanted = self.drains.asked.fetch_add(1, AcqRel) + 1;
+        interrupts::kick(SERVICE_CORE, Source::PageRequest);
+        loop {
+            let waited_us = cpu::now_us().saturating_sub(start);
+            if self.drains.done.load(Acquire) >= wanted {
+                return Ok(());
+            }
+            if waited_us >= COMPLETION_LIMIT_US {
+                return Err(Error::Timeout { register: "the service core", waited_us });
+            }
+            cpu::relax();
+        }
+    }
+}
+
+/// Passes of the service routine that someone waits for.
+pub struct Drains {
+    asked: AtomicU64,
+    done: AtomicU64,
+}
+
+impl Drains {
+    const fn new() -> Self {
+        Self { asked: AtomicU64::new(0), done: AtomicU64::new(0) }
+    }
+
+    /// Returns what was asked for until now; the service routine reads it before it begins.
+    pub fn asked(&self) -> u64 {
+        self.asked.load(Acquire)
+    }
+
+    /// Says that a pass which began after `asked` was read has found the queues empty.
+    pub fn done(&self, asked: u64) {
+        self.done.store(asked, Release);
+    }
+}

@@ -1,0 +1,83 @@
+//! The reference hypervisor: two guests, each with devices of its own that may fault, on one IOMMU.
+//!
+//! Core 0 serves the unit: its interrupts and its deadline timer come here ([`service`]), and between them it runs the
+//! demonstration ([`scenes`]). Each other core is the home of one guest ([`guest`]).
+#![cfg_attr(target_os = "none", no_std, no_main)]
+
+#[cfg(not(target_os = "none"))]
+compile_error!(
+    "hv is an image for a machine without an operating system: `cargo run` builds and boots it, and \
+     `cargo build -p hv --target x86_64-unknown-none` builds it alone"
+);
+
+mod control;
+mod forward;
+mod guest;
+mod hypercall;
+mod hypervisor;
+mod memory;
+mod scenes;
+mod service;
+
+use arch::{cpu, interrupts, machine::Boot, unit};
+use hypervisor::Hypervisor;
+use memory::Pool;
+use pcie::Function;
+
+/// Where `arch` hands over, on the core that booted: our own tables and stack, interrupts masked.
+#[expect(unsafe_code, reason = "names the symbol that arch calls")]
+#[unsafe(no_mangle)]
+fn hypervisor(boot: Boot) -> ! {
+    defmt::info!("Portcullis, {=usize} cores", cpu::cores_present());
+    match bring_up(boot) {
+        Ok(hv) => cpu::exit(scenes::run(hv)),
+        Err(what) => {
+            defmt::error!("bring-up stopped: {}", what);
+            cpu::exit(false)
+        }
+    }
+}
+
+/// Why there is no hypervisor.
+#[derive(defmt::Format)]
+enum Failure {
+    Machine(arch::machine::Error),
+    Unit(unit::Error),
+    NoMemory,
+    NoGuestImage,
+    TooFewCores { present: usize, needed: usize },
+}
+
+/// Takes the machine into service. From the moment when the unit is enabled no device reaches memory.
+fn bring_up(boot: Boot) -> Result<&'static Hypervisor, Failure> {
+    interrupts::init_core();
+    let needed = 1 + hypervisor::GUESTS;
+    if cpu::cores_present() < needed {
+        return Err(Failure::TooFewCores { present: cpu::cores_present(), needed });
+    }
+    arch::guest::supported().map_err(Failure::Machine)?;
+
+    // What firmware let devices do ends before the unit can stop them itself.
+    let config = boot.config_space().map_err(Failure::Machine)?;
+    for function in Function::on_bus_0(&config) {
+        function.disable_page_requests(&config);
+        function.disable_bus_master(&config);
+    }
+
+    let found = unit::find(&boot).map_err(Failure::Unit)?;
+    let capabilities = found.capabilities();
+    defmt::info!("IOMMU: {}", capabilities);
+    let mut pool = Pool::new(boot.memory(), found.bus());
+    let unit = found.enable(|frames| pool.cut(frames)).map_err(Failure::Unit)?;
+    defmt::info!("unit enabled: every device is blocked");
+
+    let image = boot.guest_image_bytes().ok_or(Failure::NoGuestImage)?;
+    let unit::Unit { events, commands, tables } = unit;
+    let hv = Hypervisor::publish(boot, pool, config, capabilities, commands, tables, image);
+    service::start(hv, events).ok_or(Failure::NoMemory)?;
+    for index in 0..hypervisor::GUESTS {
+        cpu::start(hypervisor::home_of(index), guest::home).map_err(Failure::Machine)?;
+    }
+    cpu::unmask_forever();
+    Ok(hv)
+}

@@ -1,0 +1,225 @@
+//! Who owns which frame of RAM: the promises behind [`DmaBuf`], [`Root`] and [`Grant`].
+//!
+//! All RAM that the hypervisor hands out comes from one [`Pool`], and a frame has one owner at a time. That is what the
+//! `unsafe` blocks of this file rest on, and no other file of the hypervisor has any.
+#![expect(unsafe_code, reason = "physical memory becomes typed memory here, and nowhere else")]
+
+use arch::bus::Mmio;
+use core::{ops::Range, ptr::NonNull};
+use iommu::{Bus, DmaBuf, Gpa, Grant, PAGE_SIZE, PhysAddr, Root};
+use pgtable::Tree;
+
+/// Frames that the pool manages, at most: 256 MiB.
+const FRAMES: usize = 1 << 16;
+/// 64-bit words of a frame.
+pub const FRAME_WORDS: usize = PAGE_SIZE as usize / 8;
+
+/// The frames of RAM that belong to the hypervisor.
+pub struct Pool {
+    start: u64,
+    frames: usize,
+    /// Bit n set: frame n has an owner.
+    taken: [u64; FRAMES / 64],
+    in_use: usize,
+    /// Makes stores to tables visible to the unit.
+    publisher: Mmio,
+}
+
+impl Pool {
+    /// A pool of the largest of `regions`, usable RAM that nobody owns.
+    pub fn new(regions: impl Iterator<Item = Range<PhysAddr>>, publisher: Mmio) -> Self {
+        let largest = regions.max_by_key(|r| r.end.0.saturating_sub(r.start.0));
+        let region = largest.unwrap_or(PhysAddr(0)..PhysAddr(0));
+        let bytes = region.end.0.saturating_sub(region.start.0);
+        let frames = (bytes / PAGE_SIZE).min(FRAMES as u64) as usize;
+        Self { start: region.start.0, frames, taken: [0; FRAMES / 64], in_use: 0, publisher }
+    }
+
+    /// Returns the number of frames that have an owner.
+    pub fn in_use(&self) -> usize {
+        self.in_use
+    }
+
+    /// Takes `count` frames in a row, aligned to `count` rounded up to a power of two. Their content is whatever it was.
+    fn take_run(&mut self, count: usize) -> Option<PhysAddr> {
+        let align = count.checked_next_power_of_two()? as u64 * PAGE_SIZE;
+        let skew = (self.start.next_multiple_of(align) - self.start) / PAGE_SIZE;
+        let step = count.next_power_of_two();
+        let first = (skew as usize..self.frames.checked_sub(count)? + 1)
+            .step_by(step)
+            .find(|&at| (at..at + count).all(|frame| self.taken[frame / 64] >> (frame % 64) & 1 == 0))?;
+        for frame in first..first + count {
+            self.taken[frame / 64] |= 1 << (frame % 64);
+        }
+        self.in_use += count;
+        Some(PhysAddr(self.start + first as u64 * PAGE_SIZE))
+    }
+
+    fn give_back_run(&mut self, phys: PhysAddr, count: usize) {
+        let first = (phys.0.wrapping_sub(self.start) / PAGE_SIZE) as usize;
+        for frame in first..first.saturating_add(count).min(self.frames) {
+            self.taken[frame / 64] &= !(1 << (frame % 64));
+            self.in_use -= 1;
+        }
+    }
+
+    /// Cuts `frames` frames out of the pool, zeroed, aligned to their size if that is a power of two.
+    pub fn cut(&mut self, frames: usize) -> Option<DmaBuf> {
+        let phys = self.take_run(frames)?;
+        let cpu = arch::bus::direct(phys)?;
+        // SAFETY: the frames are RAM that is mapped at `cpu`, page-aligned, and were free until now; `take_run` gives
+        // them to nobody else before `give_back`, which consumes the value.
+        let mut buffer = unsafe { DmaBuf::new(cpu, phys, frames * FRAME_WORDS) };
+        buffer.clear();
+        Some(buffer)
+    }
+
+    /// Takes back what `cut` gave. No device and no guest reaches it any more.
+    pub fn give_back(&mut self, buffer: DmaBuf) {
+        self.give_back_run(buffer.phys(), buffer.words() / FRAME_WORDS);
+    }
+
+    /// Keeps `value` in frames of its own, for ever.
+    pub fn keep<T>(&mut self, value: T) -> Option<&'static mut T> {
+        const { assert!(align_of::<T>() <= PAGE_SIZE as usize, "frames are aligned to 4 KiB") };
+        let phys = self.take_run(size_of::<T>().div_ceil(PAGE_SIZE as usize).max(1))?;
+        let mut place: NonNull<T> = arch::bus::direct(phys)?.cast();
+        // SAFETY: the frames are RAM, mapped, aligned and large enough for a `T`, and owned by nobody else.
+        unsafe { place.write(value) };
+        // SAFETY: the value was just written; the frames are never given back, and this is the only reference.
+        Some(unsafe { place.as_mut() })
+    }
+
+    /// Returns the address of word `index` of a frame of the pool.
+    fn word(&self, frame: PhysAddr, index: usize) -> NonNull<u64> {
+        let inside = frame.0 >= self.start && (frame.0 - self.start) / PAGE_SIZE < self.frames as u64;
+        assert!(inside && index < FRAME_WORDS, "tables lie in frames of the pool");
+        let base = arch::bus::direct(PhysAddr(frame.0 & !(PAGE_SIZE - 1)));
+        // PANICS: never: what the pool holds is mapped.
+        let base = base.unwrap_or(NonNull::dangling());
+        // SAFETY: `index` stays inside the frame.
+        unsafe { base.add(index) }
+    }
+}
+
+impl pgtable::Frames for Pool {
+    fn take(&mut self) -> Option<PhysAddr> {
+        let phys = self.take_run(1)?;
+        for index in 0..FRAME_WORDS {
+            // SAFETY: the frame was free, and is a table's from now on; hardware may walk it, so stores are volatile.
+            unsafe { self.word(phys, index).write_volatile(0) };
+        }
+        self.publisher.publish(phys..PhysAddr(phys.0 + PAGE_SIZE));
+        Some(phys)
+    }
+
+    fn give_back(&mut self, frame: PhysAddr) {
+        self.give_back_run(frame, 1);
+    }
+
+    fn load(&self, frame: PhysAddr, index: usize) -> u64 {
+        // SAFETY: the word lies in a frame of the pool; hardware may change it, so the load is volatile.
+        unsafe { self.word(frame, index).read_volatile() }
+    }
+
+    fn store(&mut self, frame: PhysAddr, index: usize, value: u64) {
+        // SAFETY: the word lies in a frame that the caller took as a table.
+        unsafe { self.word(frame, index).write_volatile(value) };
+        let at = PhysAddr(frame.0 + index as u64 * 8);
+        self.publisher.publish(at..PhysAddr(at.0 + 8));
+    }
+}
+
+/// Names the root of `tree` for a unit or a core to walk.
+///
+/// Trees map only what was granted to the guest that they serve, and are taken down only after their guest stopped and
+/// the invalidation that follows the detachment has completed; otherwise their frames are never used again.
+pub fn root(tree: &Tree) -> Root {
+    // SAFETY: the life of a tree, above; its tables are frames of the pool until it is taken down.
+    unsafe { Root::new(tree.root(), tree.levels()) }
+}
+
+/// Grants registers of a device that a guest owns.
+pub fn registers(range: Range<PhysAddr>) -> Grant {
+    // SAFETY: no hypervisor data lives in the registers of a device, and what its DMA reaches is the IOMMU's to bound.
+    unsafe { Grant::new(range) }
+}
+
+/// Opens registers of a device that the hypervisor itself drives. `None` if they are out of its reach.
+pub fn device(range: Range<PhysAddr>) -> Option<Mmio> {
+    let bytes = range.end.0.checked_sub(range.start.0)?;
+    // Everything that `direct` reaches is mapped, and so is what lies between two such addresses.
+    arch::bus::direct(PhysAddr(range.end.0.checked_sub(8)?))?;
+    arch::bus::direct(range.start)?;
+    // SAFETY: a device's registers, from its base address register; its DMA is the IOMMU's to bound.
+    Some(unsafe { Mmio::new(range.start, bytes as usize) })
+}
+
+/// Grants frames for reading, whose content the hypervisor wrote for the reader.
+pub fn shared(buffer: &DmaBuf) -> Grant {
+    let range = buffer.range(0, buffer.words());
+    // SAFETY: nothing but a channel's records and indices lives there, and those are only ever taken for numbers.
+    unsafe { Grant::new(range) }
+}
+
+/// RAM of a guest: whatever is in it is the guest's, and the hypervisor believes none of it.
+pub struct GuestRam {
+    buffer: DmaBuf,
+}
+
+impl GuestRam {
+    /// Cuts `frames` frames out of the pool, zeroed.
+    pub fn new(pool: &mut Pool, frames: usize) -> Option<Self> {
+        Some(Self { buffer: pool.cut(frames)? })
+    }
+
+    /// Gives the memory up. Neither its guest nor a device reaches it any more.
+    pub fn into_buffer(self) -> DmaBuf {
+        self.buffer
+    }
+
+    /// Returns where it lies.
+    pub fn phys(&self) -> PhysAddr {
+        self.buffer.phys()
+    }
+
+    /// Returns its size in bytes.
+    pub fn bytes(&self) -> u64 {
+        self.buffer.words() as u64 * 8
+    }
+
+    /// Grants `bytes` bytes from the guest's address `from`, counted from the start of its RAM; `None` past its end.
+    pub fn grant(&self, from: Gpa, bytes: u64) -> Option<Grant> {
+        let end = from.0.checked_add(bytes).filter(|&end| end <= self.bytes())?;
+        let base = self.phys().0;
+        // SAFETY: guest RAM holds nothing of the hypervisor's, and stays the guest's until guest and devices are gone.
+        Some(unsafe { Grant::new(PhysAddr(base + from.0)..PhysAddr(base + end)) })
+    }
+
+    /// Copies `image` to the guest's address `to`; `false` if it does not fit.
+    pub fn write(&mut self, to: Gpa, image: &[u8]) -> bool {
+        let fits = to.0.checked_add(image.len() as u64).is_some_and(|end| end <= self.bytes());
+        if !fits || !to.0.is_multiple_of(8) {
+            return false;
+        }
+        for (at, chunk) in (to.0 as usize / 8..).zip(image.chunks(8)) {
+            let mut word = [0; 8];
+            word[..chunk.len()].copy_from_slice(chunk);
+            self.buffer.store(at, u64::from_le_bytes(word));
+        }
+        true
+    }
+
+    /// Loads the aligned word at the guest's address `at`, once; `None` outside the RAM.
+    pub fn load(&self, at: Gpa) -> Option<u64> {
+        let inside = at.0.is_multiple_of(8) && at.0 < self.bytes();
+        inside.then(|| self.buffer.load(at.0 as usize / 8))
+    }
+
+    /// Stores the aligned word at the guest's address `at`, if it is in the RAM.
+    pub fn store(&mut self, at: Gpa, value: u64) {
+        if at.0.is_multiple_of(8) && at.0 < self.bytes() {
+            self.buffer.store(at.0 as usize / 8, value);
+        }
+    }
+}

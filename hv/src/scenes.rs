@@ -1,0 +1,490 @@
+//! What the demonstration shows, one function a scene.
+//!
+//! A scene arranges, lets devices and guests act, and checks what came of it. It fails by saying which expectation did
+//! not hold. Frames are counted around each scene: one that leaves a frame taken has failed.
+
+use crate::{
+    control,
+    guest::{self},
+    hypervisor::{Device, Ending, GUESTS, Hypervisor},
+    memory::{self, GuestRam},
+    service,
+};
+use arch::cpu;
+use broker::{Policy, Tally};
+use core::sync::atomic::Ordering::{Relaxed, SeqCst};
+use heapless::Vec;
+use iommu::{Bus, Features, Gpa, Iova, PAGE_SIZE, Perms};
+
+/// The tasks of the guest program.
+mod task {
+    pub const EVENT: u64 = 1;
+    pub const WATCH: u64 = 2;
+    pub const REPAIR: u64 = 3;
+    pub const SILENCE: u64 = 4;
+    pub const FORGERY: u64 = 5;
+    pub const HOLD: u64 = 6;
+    pub const RELEASE: u64 = 7;
+    pub const LEAVE: u64 = 8;
+    pub const ISOLATION: u64 = 9;
+}
+
+/// How long a scene waits for a guest, in microseconds of the machine's time.
+const PATIENCE_US: u64 = 5_000_000;
+
+/// What a scene has seen: the numbers that go into the report.
+struct Seen {
+    name: &'static str,
+}
+
+impl Seen {
+    fn count(&self, key: &str, value: u64) {
+        defmt::info!("scene count name={=str} key={=str} value={=u64}", self.name, key, value);
+    }
+}
+
+/// An expectation that did not hold.
+type Unexpected = &'static str;
+
+type Scene = fn(&Hypervisor, &Seen) -> Result<&'static str, Unexpected>;
+
+/// Each scene: its name, whether it needs devices that send page requests, and itself.
+const SCENES: [(&str, bool, Scene); 8] = [
+    ("deny", false, deny),
+    ("allow", false, allow),
+    ("event", true, event),
+    ("repair", true, repair),
+    ("silence", true, silence),
+    ("forgery", true, forgery),
+    ("departure", true, departure),
+    ("isolation", true, isolation),
+];
+
+/// Shows the scenes that were asked for; returns whether all of them passed.
+pub fn run(hv: &Hypervisor) -> bool {
+    let wanted = hv.boot.command_line();
+    let is_wanted = |name: &str| wanted.trim().is_empty() || wanted.split_whitespace().any(|one| one == name);
+    let (mut ended, mut passed, mut skipped) = (0u32, 0u32, 0u32);
+    for (name, needs_requests, scene) in SCENES.into_iter().filter(|(name, ..)| is_wanted(name)) {
+        if needs_requests && requesters(hv).len() < GUESTS {
+            defmt::warn!(
+                "scene skip name={=str} reason=there are no two devices that send page requests",
+                name
+            );
+            skipped += 1;
+            continue;
+        }
+        defmt::info!("scene begin name={=str}", name);
+        let frames = hv.pool.with(|pool| pool.in_use());
+        let result = scene(hv, &Seen { name }).and_then(|seen| {
+            let left = hv.pool.with(|pool| pool.in_use());
+            if left == frames { Ok(seen) } else { Err("memory was not given back") }
+        });
+        ended += 1;
+        match result {
+            Ok(seen) => {
+                passed += 1;
+                defmt::info!("scene end name={=str} passed=true seen={=str}", name, seen);
+            }
+            Err(what) => defmt::info!("scene end name={=str} passed=false seen={=str}", name, what),
+        }
+    }
+    defmt::info!("demonstration end scenes={=u32} passed={=u32}", ended, passed);
+    passed == ended && skipped == 0 && ended > 0
+}
+
+/// Turns a condition into the name of what did not hold.
+fn expect(holds: bool, otherwise: Unexpected) -> Result<(), Unexpected> {
+    if holds { Ok(()) } else { Err(otherwise) }
+}
+
+/// Returns the devices that send page requests, by their place in [`Hypervisor::devices`].
+fn requesters(hv: &Hypervisor) -> Vec<usize, GUESTS> {
+    let requests = |(_, device): &(usize, &Device)| device.function.has_page_requests();
+    hv.devices.iter().enumerate().filter(requests).map(|(number, _)| number).take(GUESTS).collect()
+}
+
+/// Sleeps until `done`, with the service routine at work; returns whether it came in time.
+fn wait_for(hv: &Hypervisor, limit_us: u64, mut done: impl FnMut() -> bool) -> bool {
+    let end_us = cpu::now_us().saturating_add(limit_us);
+    service::wake_control_at(hv, end_us);
+    let _masked = cpu::mask();
+    let came = loop {
+        let late = cpu::now_us() >= end_us;
+        if done() {
+            break true;
+        }
+        if late {
+            break false;
+        }
+        cpu::wait_for_interrupt();
+    };
+    hv.control_wakes_us.store(u64::MAX, Relaxed);
+    came
+}
+
+/// Waits for a guest's end.
+fn ending_of(hv: &Hypervisor, index: usize) -> Result<Ending, Unexpected> {
+    let mut ending = None;
+    if wait_for(hv, PATIENCE_US, || {
+        ending = hv.homes[index].ending.with(|ending| *ending);
+        ending.is_some()
+    }) {
+        return ending.ok_or("a guest did not end in time");
+    }
+    guest::stop(hv, index);
+    let stopped = wait_for(hv, PATIENCE_US, || hv.homes[index].ending.with(|ending| ending.is_some()));
+    Err(if stopped { "a guest did not end in time, and was stopped" } else { "a guest cannot be stopped" })
+}
+
+/// Waits until a guest has passed its task.
+fn passes(hv: &Hypervisor, index: usize) -> Result<(), Unexpected> {
+    match ending_of(hv, index)? {
+        Ending::Finished { passed: true } => Ok(()),
+        Ending::Finished { passed: false } => Err("the guest's own check failed; its lines above say which"),
+        Ending::Crashed => Err("the guest crashed"),
+        Ending::Stopped => Err("the guest was stopped"),
+        Ending::NotStarted => Err("the guest could not be made"),
+    }
+}
+
+/// Runs `task` on guest `index` with one device, and waits until it has passed.
+fn perform(hv: &Hypervisor, index: usize, task: [u64; 3], device: usize) -> Result<(), Unexpected> {
+    guest::start(hv, index, task, &[device]);
+    passes(hv, index)
+}
+
+fn report(hv: &Hypervisor, index: usize, number: usize) -> u64 {
+    hv.homes[index].reports[number].load(Relaxed)
+}
+
+/// What a guest's queue counted since `before`, and that its groups add up.
+fn tally_since(hv: &Hypervisor, index: usize, before: &Tally) -> Result<Tally, Unexpected> {
+    let now = hv.queues[index].counters().tally();
+    let since = Tally {
+        opened: now.opened - before.opened,
+        succeeded: now.succeeded - before.succeeded,
+        declined: now.declined - before.declined,
+        expired: now.expired - before.expired,
+        evicted: now.evicted - before.evicted,
+        refused: now.refused - before.refused,
+        discarded: now.discarded - before.discarded,
+        duplicates: now.duplicates - before.duplicates,
+        late: now.late - before.late,
+        stale: now.stale - before.stale,
+        unknown: now.unknown - before.unknown,
+        out_of_range: now.out_of_range - before.out_of_range,
+    };
+    expect(hv.queues[index].outstanding() == 0, "a slot is still taken")?;
+    expect(
+        since.opened == since.answered() + since.discarded,
+        "groups opened are not the sum of groups answered and discarded",
+    )?;
+    Ok(since)
+}
+
+/// QEMU's `iommu-testdev`: writes one word through the IOMMU, and reads it back where it should have arrived.
+struct Writer<'h> {
+    device: &'h Device,
+    registers: arch::bus::Mmio,
+}
+
+impl<'h> Writer<'h> {
+    const DOES_IT: usize = 0x00;
+    const IOVA: usize = 0x04;
+    const LENGTH: usize = 0x0C;
+    const RESULT: usize = 0x10;
+    const ARM: usize = 0x14;
+    const ATTRIBUTES: usize = 0x18;
+    const PHYSICAL: usize = 0x1C;
+
+    const DONE: u32 = 0;
+    /// The access was refused.
+    const REFUSED: u32 = 0xDEAD_0002;
+
+    /// What it writes.
+    const PATTERN: u32 = 0x1234_5678;
+
+    fn find(hv: &'h Hypervisor) -> Result<Self, Unexpected> {
+        let is_it = |d: &&Device| (d.function.vendor, d.function.device) == (0x1B36, 0x0005);
+        let device = hv.devices.iter().find(is_it).ok_or("there is no iommu-testdev")?;
+        let registers = memory::device(device.registers.clone()).ok_or("iommu-testdev is out of reach")?;
+        Ok(Self { device, registers })
+    }
+
+    /// Writes one word to `iova`, expected at `phys`; returns the device's verdict.
+    fn write(&self, iova: Iova, phys: u64) -> u32 {
+        let set = |register, value| self.registers.write32(register, value);
+        let set_pair = |register, value: u64| {
+            set(register, value as u32);
+            set(register + 4, (value >> 32) as u32);
+        };
+        set_pair(Self::IOVA, iova.0);
+        set_pair(Self::PHYSICAL, phys);
+        set(Self::LENGTH, 4);
+        set(Self::ATTRIBUTES, 0);
+        set(Self::ARM, 1);
+        // Reading is what starts it.
+        let _ = self.registers.read32(Self::DOES_IT);
+        self.registers.read32(Self::RESULT)
+    }
+}
+
+/// A frame whose words are all known, to see whether anybody wrote to it.
+struct Canary(GuestRam);
+
+impl Canary {
+    fn new(hv: &Hypervisor) -> Result<Self, Unexpected> {
+        let mut frame =
+            hv.pool.with(|pool| GuestRam::new(pool, 1)).ok_or("there is no frame for a canary")?;
+        for at in (0..PAGE_SIZE).step_by(8) {
+            frame.store(Gpa(at), Self::word(at));
+        }
+        Ok(Self(frame))
+    }
+
+    const fn word(at: u64) -> u64 {
+        at.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ 0x5043_4152_4459
+    }
+
+    fn is_unchanged(&self) -> bool {
+        (0..PAGE_SIZE).step_by(8).all(|at| self.0.load(Gpa(at)) == Some(Self::word(at)))
+    }
+
+    fn phys(&self) -> u64 {
+        self.0.phys().0
+    }
+
+    fn release(self, hv: &Hypervisor) {
+        hv.pool.with(|pool| pool.give_back(self.0.into_buffer()));
+    }
+}
+
+/// Before any attachment a device's DMA is refused, and the fault is reported.
+fn deny(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
+    let writer = Writer::find(hv)?;
+    let target = Canary::new(hv)?;
+    let before = hv.unowned.with(|(count, _)| *count);
+    writer.device.function.enable_bus_master(&hv.config);
+
+    let verdict = writer.write(Iova(target.phys()), target.phys());
+    let reported = wait_for(hv, PATIENCE_US, || hv.unowned.with(|(count, _)| *count) > before);
+
+    writer.device.function.disable_bus_master(&hv.config);
+    let unchanged = target.is_unchanged();
+    let address = target.phys();
+    target.release(hv);
+    expect(verdict == Writer::REFUSED, "the device was not refused")?;
+    expect(unchanged, "memory changed")?;
+    expect(reported, "no fault was reported")?;
+    let fault = hv.unowned.with(|(_, last)| *last).ok_or("no fault was reported")?;
+    seen.count("stream", fault.stream.0.into());
+    seen.count("address", fault.iova.0);
+    seen.count("code", fault.code.into());
+    expect(fault.stream == writer.device.function.id, "the fault names another device")?;
+    expect(fault.iova.0 == address, "the fault names another address")?;
+    expect(fault.access == iommu::Access::Write, "the fault names another access")?;
+    expect(fault.reason == iommu::FaultReason::NotAttached, "the fault names another reason")?;
+    Ok("DMA before any attachment was refused; the fault came by interrupt with device, address and reason")
+}
+
+/// Attached and mapped, the same DMA arrives; unmapped and invalidated, it is refused again.
+fn allow(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
+    const AT: Iova = Iova(0x4000_0000);
+    let writer = Writer::find(hv)?;
+    let stream = writer.device.function.id;
+    let target = Canary::new(hv)?;
+    let no = |_| "the unit refused";
+    control::assign(hv, stream, Features::default()).map_err(no)?;
+    let policy =
+        Policy { stream, pasid: None, queue: u8::MAX, budget: 0, device: 0, opaque: 0, deadline_us: 0 };
+    let owned = control::attach(hv, &policy).map_err(no)?;
+    let grant = target.0.grant(Gpa(0), PAGE_SIZE).ok_or("a frame cannot be granted")?;
+    control::map(hv, &owned, AT, &grant, Perms::READ_WRITE).map_err(no)?;
+    writer.device.function.enable_bus_master(&hv.config);
+
+    let at = 0x128;
+    let verdict = writer.write(Iova(AT.0 + at), target.phys() + at);
+    let arrived = target.0.load(Gpa(at)).unwrap_or(0) as u32;
+    control::unmap(hv, &owned, AT, PAGE_SIZE).map_err(no)?;
+    let before = hv.unowned.with(|(count, _)| *count);
+    let refused = writer.write(Iova(AT.0 + at + 8), target.phys() + at + 8);
+    let beside = target.0.load(Gpa(at + 8));
+    let reported = wait_for(hv, PATIENCE_US, || hv.unowned.with(|(count, _)| *count) > before);
+
+    writer.device.function.disable_bus_master(&hv.config);
+    let leaving = control::block(hv, stream).map_err(no)?;
+    control::detach(hv, 0, owned).map_err(no)?;
+    hv.tables.with(|tables| iommu::Tables::finish(tables, leaving));
+    target.release(hv);
+    expect(verdict == Writer::DONE, "the device was refused although its page is mapped")?;
+    expect(arrived == Writer::PATTERN, "the word did not arrive")?;
+    expect(refused == Writer::REFUSED, "the device was not refused after its page was unmapped")?;
+    expect(beside == Some(Canary::word(at + 8)), "memory changed after it was unmapped")?;
+    expect(reported, "no fault was reported")?;
+    let reason = hv.unowned.with(|(_, last)| last.map(|fault| fault.reason));
+    expect(reason == Some(iommu::FaultReason::NotMapped), "the fault names another reason")?;
+    seen.count("written", arrived.into());
+    seen.count("unmaps", 1);
+    Ok("the word arrived in the right frame; after unmap and invalidation the same DMA was refused")
+}
+
+/// A fault that nobody can repair reaches the guest that owns the device, and no other.
+fn event(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
+    let devices = requesters(hv);
+    guest::start(hv, 1, [task::WATCH, 0, 0], &[devices[1]]);
+    let told = perform(hv, 0, [task::EVENT, 0, 0], devices[0]);
+    let watched = passes(hv, 1);
+    told.and(watched)?;
+    seen.count("events", report(hv, 0, 0));
+    seen.count("interrupts", report(hv, 0, 1));
+    seen.count("events_of_the_other_guest", report(hv, 1, 0));
+    seen.count("requests_of_the_other_guest", report(hv, 1, 2));
+    expect(report(hv, 0, 0) == 2 && report(hv, 0, 1) >= 1, "the owner was not told")?;
+    expect(report(hv, 1, 0) == 0 && report(hv, 1, 2) == 0, "the other guest was told")?;
+    Ok("two faults, numbered, in the owner's event ring by virtual interrupt; the other guest saw nothing")
+}
+
+/// Both guests repair the faults of their own devices at once.
+fn repair(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
+    let devices = requesters(hv);
+    let before = [0, 1].map(|index: usize| hv.queues[index].counters().tally());
+    for index in 0..GUESTS {
+        guest::start(hv, index, [task::REPAIR, 0xA0 + index as u64, 0], &[devices[index]]);
+    }
+    let results = [0, 1].map(|index: usize| passes(hv, index));
+    let mut total = Tally::default();
+    for (index, result) in results.into_iter().enumerate() {
+        result?;
+        let tally = tally_since(hv, index, &before[index])?;
+        expect(tally.succeeded > 0 && tally.expired == 0, "a group was not answered by its guest")?;
+        expect(report(hv, index, 2) == report(hv, index, 3), "the device misses an answer")?;
+        expect(report(hv, index, 4) == 0, "the device got an answer that it did not ask for")?;
+        expect(tally.opened == report(hv, index, 2), "device and hypervisor count different groups")?;
+        total.opened += tally.opened;
+        total.succeeded += tally.succeeded;
+        total.declined += tally.declined;
+    }
+    let unmapped: u64 = hv.homes.iter().map(|home| home.unmapped.load(Relaxed)).sum();
+    seen.count("groups", total.opened);
+    seen.count("answered_success", total.succeeded);
+    seen.count("answered_invalid", total.declined);
+    seen.count("pages_mapped", report(hv, 0, 1) + report(hv, 1, 1));
+    seen.count("unmaps", unmapped);
+    let longest = |of: fn(&crate::hypervisor::Home) -> u64| hv.homes.iter().map(of).max().unwrap_or(0);
+    seen.count("longest_to_record_us", longest(|home| home.longest_to_record_us.load(Relaxed)));
+    seen.count("longest_to_answer_us", longest(|home| home.longest_to_answer_us.load(Relaxed)));
+    Ok(
+        "both guests at once: request, interrupt, ring, map, answer by cookie; the data is right, each group has one answer",
+    )
+}
+
+/// A guest that does not answer is answered for, at the deadline of its device.
+fn silence(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
+    let devices = requesters(hv);
+    let before = hv.queues[0].counters().tally();
+    hv.latest_expiry_us.store(0, Relaxed);
+    perform(hv, 0, [task::SILENCE, 0, 0], devices[0])?;
+    let tally = tally_since(hv, 0, &before)?;
+    seen.count("expired", tally.expired);
+    seen.count("late_answers_refused", tally.late);
+    seen.count("latest_us_after_its_deadline", hv.latest_expiry_us.load(Relaxed));
+    seen.count("stray_answers_at_the_device", report(hv, 0, 3));
+    expect(tally.expired == 2 && report(hv, 0, 2) == 2, "a silent group was not answered at its deadline")?;
+    expect(tally.late == 2 && report(hv, 0, 1) == 2, "a late answer was not refused")?;
+    expect(report(hv, 0, 3) == 0, "the device got a second answer")?;
+    Ok(
+        "100 ms and 20 ms deadlines: the hypervisor answered, the device failed cleanly, the late answers were refused",
+    )
+}
+
+/// Cookies that were made up, are stale, were used, or are another guest's change nothing.
+fn forgery(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
+    let devices = requesters(hv);
+    let before = [0, 1].map(|index: usize| hv.queues[index].counters().tally());
+    guest::start(hv, 1, [task::HOLD, 0, 0], &[devices[1]]);
+    let holds = wait_for(hv, PATIENCE_US, || report(hv, 1, 0) != 0);
+    let foreign = report(hv, 1, 0);
+    let forged = if holds {
+        perform(hv, 0, [task::FORGERY, foreign, 0], devices[0])
+    } else {
+        Err("the other guest has no request outstanding")
+    };
+    let still_held = hv.queues[1].outstanding() == 1;
+    hv.homes[1].task[0].store(task::RELEASE, SeqCst);
+    let released = passes(hv, 1);
+    forged.and(released)?;
+    let tally = tally_since(hv, 0, &before[0])?;
+    let others = tally_since(hv, 1, &before[1])?;
+    seen.count("forged", report(hv, 0, 0));
+    seen.count("refused", report(hv, 0, 1));
+    seen.count("unknown_cookies", tally.unknown);
+    seen.count("stale_cookies", tally.stale);
+    seen.count("repeated_cookies", tally.late);
+    seen.count("out_of_range", tally.out_of_range);
+    expect(report(hv, 0, 0) > 0 && report(hv, 0, 0) == report(hv, 0, 1), "a forged answer was taken")?;
+    expect(
+        tally.unknown > 0 && tally.stale > 0 && tally.late > 0 && tally.out_of_range > 0,
+        "a kind was not counted",
+    )?;
+    expect(still_held && others.succeeded == 1, "the other guest's request was touched")?;
+    expect(report(hv, 0, 3) == 0 && report(hv, 1, 2) == 0, "a device got an answer that it did not ask for")?;
+    Ok(
+        "made-up, stale, repeated, foreign and out-of-range cookies: each refused and counted, nothing changed",
+    )
+}
+
+/// A guest goes with requests outstanding; a new one takes its device over.
+fn departure(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
+    let devices = requesters(hv);
+    let before = hv.queues[0].counters().tally();
+    guest::start(hv, 0, [task::LEAVE, 0, 0], &[devices[0]]);
+    let ready = wait_for(hv, PATIENCE_US, || report(hv, 0, 1) == 1);
+    let outstanding = hv.queues[0].outstanding();
+    guest::stop(hv, 0);
+    let ending = ending_of(hv, 0)?;
+    expect(ready, "the guest has no requests outstanding")?;
+    expect(ending == Ending::Stopped, "the guest ended by itself")?;
+    let left = tally_since(hv, 0, &before)?;
+    seen.count("outstanding_when_it_was_stopped", outstanding as u64);
+    seen.count("evicted", left.evicted);
+    seen.count("half_seen_groups_discarded", left.discarded);
+    expect(report(hv, 0, 0) == 4 && left.evicted == 4, "not every request was answered when the guest went")?;
+    expect(left.discarded == 1, "the half-seen group was not discarded")?;
+
+    let before = hv.queues[0].counters().tally();
+    perform(hv, 0, [task::REPAIR, 0xDE, 0], devices[0])?;
+    let tally = tally_since(hv, 0, &before)?;
+    seen.count("groups_of_the_next_owner", tally.opened);
+    expect(tally.succeeded > 0 && report(hv, 0, 4) == 0, "the next owner's requests were not served")?;
+    Ok(
+        "every request was answered, the device blocked, all frames came back; a new guest owns the device and repairs",
+    )
+}
+
+/// Neither a guest's code nor its device reaches memory that is not its own.
+fn isolation(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
+    let devices = requesters(hv);
+    let canary = Canary::new(hv)?;
+    guest::start(hv, 1, [task::WATCH, 0, 0], &[devices[1]]);
+    let there = wait_for(hv, PATIENCE_US, || hv.homes[1].ram.load(Relaxed) != 0);
+    let neighbour = hv.homes[1].ram.load(Relaxed);
+    let tried = perform(hv, 0, [task::ISOLATION, canary.phys(), neighbour], devices[0]);
+    let watched = passes(hv, 1);
+    let unchanged = canary.is_unchanged();
+    canary.release(hv);
+    expect(there, "the other guest has no memory")?;
+    tried.and(watched)?;
+    seen.count("tries", report(hv, 0, 0));
+    seen.count("refused", report(hv, 0, 1));
+    seen.count("by_code", report(hv, 0, 2));
+    seen.count("by_call", report(hv, 0, 3));
+    seen.count("by_device", report(hv, 0, 4));
+    seen.count("accesses_that_the_hypervisor_refused", hv.homes[0].refused_accesses.load(Relaxed));
+    seen.count("calls_that_the_hypervisor_refused", hv.homes[0].refused_calls.load(Relaxed));
+    expect(unchanged, "the hypervisor's memory changed")?;
+    expect(report(hv, 0, 0) > 0 && report(hv, 0, 0) == report(hv, 0, 1), "a try was not refused")?;
+    expect(hv.homes[0].refused_accesses.load(Relaxed) == report(hv, 0, 2), "an access was refused unseen")?;
+    expect(report(hv, 1, 0) == 0 && report(hv, 1, 2) == 0, "the other guest was told of it")?;
+    Ok("every try by code, call and device was refused and reported; the bytes are unchanged")
+}

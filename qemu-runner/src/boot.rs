@@ -1,0 +1,307 @@
+//! One boot: QEMU's command line, the log as it comes, the deadline, and how it ended.
+
+use std::{
+    fmt,
+    fs::{self, File},
+    io::{Read, Write},
+    path::Path,
+    process::{Command, ExitStatus, Stdio},
+    sync::mpsc::{self, Receiver, RecvTimeoutError},
+    thread,
+    time::{Duration, Instant},
+};
+
+use crate::{
+    build::Images,
+    error::Error,
+    log::{Dictionary, Line},
+    machine::Machine,
+    process::Running,
+    qemu::{Plugin, Qemu},
+};
+
+/// How long QEMU may take to end once its serial port is closed.
+const END_LIMIT: Duration = Duration::from_secs(5);
+
+/// What is booted, and how.
+pub(crate) struct Boot<'b> {
+    pub(crate) machine: Machine,
+    pub(crate) qemu: &'b Qemu,
+    /// The device that issues page requests, where QEMU can have it.
+    pub(crate) plugin: Option<&'b Plugin>,
+    pub(crate) images: &'b Images,
+    /// Scenes to show, for the hypervisor's command line; all if empty.
+    pub(crate) scenes: &'b [&'b str],
+    pub(crate) limit: Duration,
+    /// Where the files of this boot go.
+    pub(crate) directory: &'b Path,
+}
+
+/// How a boot ended.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub(crate) enum Ending {
+    /// The hypervisor says that every scene passed.
+    Passed,
+    /// The hypervisor says that something failed.
+    Failed,
+    /// QEMU ended by itself, with a status that is not the hypervisor's and the last it said on standard error.
+    Unexpected(ExitStatus, String),
+    /// QEMU was stopped at the deadline.
+    Deadline(Duration),
+}
+
+/// QEMU's exit status when the hypervisor writes 0x10 to `isa-debug-exit`: every scene passed.
+const PASSED: i32 = exit_status(0x10);
+/// QEMU's exit status when the hypervisor writes 0x11 to `isa-debug-exit`: something failed.
+const FAILED: i32 = exit_status(0x11);
+
+/// What `isa-debug-exit` makes of the value that is written to it.
+const fn exit_status(value: i32) -> i32 {
+    value << 1 | 1
+}
+
+impl Ending {
+    fn of(status: ExitStatus, stderr: &str) -> Self {
+        match status.code() {
+            Some(PASSED) => Self::Passed,
+            Some(FAILED) => Self::Failed,
+            _ => Self::Unexpected(status, last_lines(stderr, 5)),
+        }
+    }
+
+    /// Says what is wrong with this ending, if something is.
+    pub(crate) fn problem(&self) -> Option<String> {
+        match self {
+            Self::Passed => None,
+            _ => Some(self.to_string()),
+        }
+    }
+}
+
+impl fmt::Display for Ending {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Passed => f.write_str("the hypervisor ended: every scene passed"),
+            Self::Failed => f.write_str("the hypervisor ended: something failed"),
+            // QEMU runs with -no-reboot: what would have been a reset is the end.
+            Self::Unexpected(status, _) if status.success() => {
+                f.write_str("the machine was reset or switched off, by a triple fault most likely")
+            }
+            Self::Unexpected(status, said) if said.is_empty() => {
+                write!(f, "QEMU ended in the middle, with {status}, and said nothing")
+            }
+            Self::Unexpected(status, said) => {
+                write!(f, "QEMU ended in the middle, with {status}, and said: {said}")
+            }
+            Self::Deadline(limit) => {
+                write!(
+                    f,
+                    "nothing ended the boot within {} s, so it was stopped (--timeout sets the limit)",
+                    limit.as_secs()
+                )
+            }
+        }
+    }
+}
+
+/// What is left of a boot besides its log.
+pub(crate) struct Outcome {
+    pub(crate) ending: Ending,
+    /// Damaged frames on the serial port, each a line of the log that is missing.
+    pub(crate) lost: u64,
+}
+
+/// Names of a boot's files in its directory.
+pub(crate) const TRACE: &str = "trace.txt";
+const SERIAL: &str = "serial.bin";
+const LOG: &str = "log.txt";
+const STDERR: &str = "stderr.txt";
+
+impl Boot<'_> {
+    /// Boots, hands each line of the log to `watch` as it comes, and returns when QEMU is gone.
+    pub(crate) fn run(
+        &self,
+        root: &Path,
+        mut watch: impl FnMut(&Line) -> Result<(), Error>,
+    ) -> Result<Outcome, Error> {
+        let elf = fs::read(&self.images.hypervisor).map_err(Error::io("reading", &self.images.hypervisor))?;
+        let dictionary = Dictionary::read(&self.images.hypervisor, &elf)?;
+        let mut decoder = dictionary.decoder(root);
+        let (mut serial, mut log) =
+            (Kept::create(self.directory, SERIAL)?, Kept::create(self.directory, LOG)?);
+
+        // A QEMU that does not come as far as its trace leaves an empty one.
+        Kept::create(self.directory, TRACE)?;
+
+        let deadline = Instant::now() + self.limit;
+        let mut command = self.command();
+        command.stdin(Stdio::null()).stdout(Stdio::piped());
+        command.stderr(Kept::create(self.directory, STDERR)?.file);
+        let mut running = Running::start(&mut command)?;
+        let chunks = read_chunks(running.stdout());
+        let in_time = loop {
+            // Asked anew each time: a hypervisor that never falls silent has a deadline as well.
+            let Some(left) = deadline.checked_duration_since(Instant::now()) else { break false };
+            match chunks.recv_timeout(left) {
+                Ok(bytes) => {
+                    serial.write(&bytes)?;
+                    for line in decoder.decode(&bytes) {
+                        log.write(format!("{line}\n").as_bytes())?;
+                        watch(&line)?;
+                    }
+                }
+                Err(RecvTimeoutError::Disconnected) => break true,
+                Err(RecvTimeoutError::Timeout) => break false,
+            }
+        };
+        let status = if in_time { running.wait_until(Instant::now() + END_LIMIT)? } else { None };
+        drop(running);
+
+        let ending = match status {
+            Some(status) => {
+                let path = self.directory.join(STDERR);
+                let said = fs::read(&path).map_err(Error::io("reading", &path))?;
+                Ending::of(status, &String::from_utf8_lossy(&said))
+            }
+            None => Ending::Deadline(self.limit),
+        };
+        Ok(Outcome { ending, lost: decoder.lost() })
+    }
+
+    fn command(&self) -> Command {
+        let mut command = self.qemu.command();
+        match self.machine {
+            Machine::X86_64 => self.add_x86_64(&mut command),
+        }
+        command.args(["-nodefaults", "-no-user-config", "-no-reboot"]);
+        command.args(["-display", "none", "-monitor", "none", "-serial", "stdio"]);
+        // Time is counted in instructions, so that a busy host cannot make the machine late; sleep keeps it from
+        // running ahead of the real clock while it waits.
+        command.args(["-icount", "shift=0,sleep=on"]);
+        command.arg("-kernel").arg(&self.images.hypervisor);
+        command.arg("-initrd").arg(&self.images.guest);
+        command.arg("-append").arg(self.scenes.join(" "));
+        command.arg("-D").arg(self.directory.join(TRACE));
+        command
+    }
+
+    fn add_x86_64(&self, command: &mut Command) {
+        command.args(["-machine", "q35,accel=tcg", "-cpu", "max", "-smp", "3", "-m", "256M"]);
+        command.args(["-device", "isa-debug-exit,iobase=0xf4,iosize=4", "-trace", "vtd_*"]);
+        // The IOMMU comes before every device that it is to translate for: iommu-testdev looks for it once, when it
+        // is made, and goes past one that comes later.
+        match self.plugin {
+            Some(plugin) => {
+                plugin.add_to(command);
+                command.args(["-device", &format!("{VTD},svm=on")]);
+                command.args([
+                    "-device",
+                    "iommu-testdev,addr=3",
+                    "-device",
+                    "sva-dev,addr=4",
+                    "-device",
+                    "sva-dev,addr=5",
+                ]);
+            }
+            None => {
+                command.args(["-device", VTD, "-device", "iommu-testdev,addr=3"]);
+            }
+        }
+    }
+}
+
+/// QEMU's VT-d with first-stage tables.
+const VTD: &str = "intel-iommu,scalable-mode=on,fsts=on,device-iotlb=on,pasid-bits=20";
+
+/// A file of a boot that is written as the boot goes on.
+struct Kept<'d> {
+    directory: &'d Path,
+    name: &'static str,
+    file: File,
+}
+
+impl<'d> Kept<'d> {
+    fn create(directory: &'d Path, name: &'static str) -> Result<Self, Error> {
+        let path = directory.join(name);
+        let file = File::create(&path).map_err(Error::io("creating", &path))?;
+        Ok(Self { directory, name, file })
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> Result<(), Error> {
+        self.file
+            .write_all(bytes)
+            .map_err(|source| Error::io("writing", &self.directory.join(self.name))(source))
+    }
+}
+
+/// Reads `stream` on a thread of its own, so that a deadline can pass while nothing comes.
+fn read_chunks(stream: Option<impl Read + Send + 'static>) -> Receiver<Vec<u8>> {
+    // A bound, so that QEMU waits for the reader and not the other way round in memory.
+    let (sender, receiver) = mpsc::sync_channel(64);
+    thread::spawn(move || {
+        let Some(mut stream) = stream else { return };
+        let mut buffer = [0; 4096];
+        // An error ends the stream, as its end does: either way there is nothing more to come.
+        while let Ok(count @ 1..) = stream.read(&mut buffer) {
+            if sender.send(buffer[..count].to_vec()).is_err() {
+                return;
+            }
+        }
+    });
+    receiver
+}
+
+/// Returns the last `count` lines of `text`.
+fn last_lines(text: &str, count: usize) -> String {
+    let lines: Vec<&str> = text.trim_end().lines().collect();
+    lines[lines.len().saturating_sub(count)..].join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::process::ExitStatusExt;
+
+    use super::*;
+
+    fn ending(code: i32) -> Ending {
+        Ending::of(ExitStatus::from_raw(code << 8), "qemu: one\nqemu: two\n")
+    }
+
+    #[test]
+    fn only_the_hypervisors_good_status_is_no_problem() {
+        assert_eq!(ending(33), Ending::Passed);
+        assert_eq!(ending(33).problem(), None);
+        assert_eq!(ending(35), Ending::Failed);
+        for code in [0, 1, 16, 32, 34, 37] {
+            assert!(matches!(ending(code), Ending::Unexpected(..)), "{code}");
+        }
+    }
+
+    #[test]
+    fn an_unexpected_end_quotes_qemu() {
+        let problem = ending(1).problem().unwrap();
+
+        assert!(problem.contains("exit status: 1") && problem.contains("qemu: two"), "{problem}");
+    }
+
+    #[test]
+    fn an_end_without_a_verdict_is_a_reset() {
+        assert!(ending(0).problem().unwrap().contains("triple fault"));
+    }
+
+    #[test]
+    fn a_signal_and_a_deadline_say_so() {
+        let killed = Ending::of(ExitStatus::from_raw(9), "").problem().unwrap();
+        let late = Ending::Deadline(Duration::from_secs(60)).problem().unwrap();
+
+        assert!(killed.contains("signal: 9") && killed.contains("said nothing"), "{killed}");
+        assert!(late.contains("within 60 s"), "{late}");
+    }
+
+    #[test]
+    fn the_last_lines_are_the_last() {
+        assert_eq!(last_lines("a\nb\nc\n", 2), "b\nc");
+        assert_eq!(last_lines("a", 2), "a");
+        assert_eq!(last_lines("", 2), "");
+    }
+}

@@ -1,0 +1,239 @@
+//! A demonstration: everything prepared once, then booted, watched and judged as often as asked.
+
+use std::{
+    collections::VecDeque,
+    fs::File,
+    io::{self, BufReader, Write},
+    path::{Path, PathBuf},
+};
+
+use crate::{
+    boot::{Boot, Ending, TRACE},
+    build::Images,
+    error::Error,
+    log::{Level, Line},
+    machine::{Machine, Scene},
+    options::Options,
+    process::say,
+    qemu::{Plugin, Qemu},
+    report::{Evidence, Report},
+    scenes::{Message, Transcript},
+    toolchain::{BARE_TARGETS, Toolchain},
+    trace::Trace,
+    workspace::{BootDirectory, Workspace},
+};
+
+/// How many lines of the log are shown again when a boot ends badly.
+const TAIL: usize = 20;
+
+/// Machines that are ready to boot.
+#[derive(Debug)]
+pub struct Demonstration {
+    options: Options,
+    workspace: Workspace,
+    stages: Vec<Stage>,
+}
+
+/// One machine that is ready to boot.
+#[derive(Debug)]
+struct Stage {
+    machine: Machine,
+    qemu: Qemu,
+    /// The device that issues page requests, or why there is none.
+    plugin: Result<Plugin, String>,
+    images: Images,
+}
+
+impl Demonstration {
+    /// Finds, fetches and builds what the demonstration needs; a `hypervisor` image that is given is taken as it is.
+    pub fn prepare(options: Options, hypervisor: Option<&Path>) -> Result<Self, Error> {
+        let workspace = Workspace::locate()?;
+        let lock = workspace.lock()?;
+        let mut stages = Vec::new();
+        for &machine in &options.machines {
+            let qemu = Qemu::provide(&workspace, machine, options.offline)?;
+            let toolchain = Toolchain::provide(&workspace, &[machine.target()], options.offline)?;
+            let images = Images::build(&toolchain, machine, hypervisor, options.offline)?;
+            let plugin = qemu.try_plugin(&images.plugin);
+            if let Err(reason) = &plugin {
+                say(&format!("scenes with page requests are skipped: {reason}"));
+            }
+            stages.push(Stage { machine, qemu, plugin, images });
+        }
+        drop(lock);
+        Ok(Self { options, workspace, stages })
+    }
+
+    /// Where [`Report::write`] is meant to write: `portcullis/report.json` in cargo's build directory.
+    pub fn report_path(&self) -> PathBuf {
+        self.workspace.kept.join("report.json")
+    }
+
+    /// Boots every machine once, shows on `out` what happens, and judges it.
+    pub fn run(&self, out: &mut dyn Write) -> Result<Report, Error> {
+        let mut report = Report::default();
+        for stage in &self.stages {
+            self.boot(stage, out, &mut report)?;
+        }
+        Ok(report)
+    }
+
+    fn boot(&self, stage: &Stage, out: &mut dyn Write, report: &mut Report) -> Result<(), Error> {
+        let Stage { machine, qemu, plugin, images } = stage;
+        let wanted: Vec<Scene> =
+            machine.scenes().iter().copied().filter(|scene| self.options.wants(scene.name)).collect();
+        let possible: Vec<&str> = wanted
+            .iter()
+            .filter(|scene| plugin.is_ok() || !scene.page_requests)
+            .map(|scene| scene.name)
+            .collect();
+        let directory = BootDirectory::create(&self.workspace.kept, machine.name(), self.options.keep)?;
+        let boot = Boot {
+            machine: *machine,
+            qemu,
+            plugin: plugin.as_ref().ok(),
+            images,
+            scenes: &possible,
+            limit: self.options.limit,
+            directory: directory.path(),
+        };
+
+        writeln!(out, "{} in QEMU {} ({})", machine.name(), qemu.version, qemu.origin)
+            .map_err(Error::output)?;
+        let mut transcript = Transcript::default();
+        let mut tail = Tail::default();
+        let least = if self.options.verbose { Level::Trace } else { Level::Info };
+        let outcome = boot.run(&self.workspace.root, |line| {
+            let message = Message::read(line);
+            transcript.note(line, &message);
+            tail.push(line);
+            show(out, line, &message, least).map_err(Error::output)
+        })?;
+
+        if !matches!(outcome.ending, Ending::Passed) {
+            tail.show(out).map_err(Error::output)?;
+        }
+        if self.options.keep {
+            writeln!(out, "\nThe files of this boot are in {}", directory.path().display())
+                .map_err(Error::output)?;
+        }
+        let trace = directory.path().join(TRACE);
+        let trace = File::open(&trace).map_err(Error::io("reading", &trace))?;
+        let trace = Trace::judge(BufReader::new(trace), &transcript.unmaps)?;
+        report.judge(Evidence {
+            machine: *machine,
+            qemu_version: &qemu.version,
+            wanted: &wanted,
+            no_page_requests: plugin.as_ref().err().map(String::as_str),
+            skips_fail: self.options.skips_fail,
+            transcript: &transcript,
+            ending: outcome.ending.problem(),
+            lost: outcome.lost,
+            trace,
+        });
+        Ok(())
+    }
+}
+
+/// Provides every bare-metal target and returns cargo's arguments that make them usable: none, where rustup has them.
+pub fn toolchain_arguments(options: &Options) -> Result<Vec<String>, Error> {
+    let workspace = Workspace::locate()?;
+    let _lock = workspace.lock()?;
+    Ok(Toolchain::provide(&workspace, &BARE_TARGETS, options.offline)?.cargo_arguments())
+}
+
+/// Shows one line of the log: the protocol as a story, the rest as it is.
+fn show(
+    out: &mut dyn Write,
+    line: &Line,
+    message: &Result<Option<Message<'_>>, String>,
+    least: Level,
+) -> io::Result<()> {
+    match message {
+        Ok(Some(Message::Begin { name })) => writeln!(out, "\n-- {name}"),
+        Ok(Some(Message::Count { key, value, .. })) => writeln!(out, "{:>12}       {key}: {value}", ""),
+        Ok(Some(Message::End { name, passed, seen })) => {
+            let mark = if *passed { "passed" } else { "FAILED" };
+            writeln!(out, "   {mark}: {name}: {seen}")
+        }
+        Ok(Some(Message::Skip { name, reason })) => writeln!(out, "\n-- {name}\n   SKIPPED: {reason}"),
+        Ok(Some(Message::DemonstrationEnd { .. })) => writeln!(out),
+        Ok(Some(Message::Unmap(_)) | None) | Err(_) if line.level >= least => writeln!(out, "{line}"),
+        Ok(Some(Message::Unmap(_)) | None) | Err(_) => Ok(()),
+    }
+}
+
+/// The last lines of the log, of every level.
+#[derive(Debug, Default)]
+struct Tail {
+    lines: VecDeque<String>,
+}
+
+impl Tail {
+    fn push(&mut self, line: &Line) {
+        if self.lines.len() == TAIL {
+            self.lines.pop_front();
+        }
+        self.lines.push_back(line.to_string());
+    }
+
+    fn show(&self, out: &mut dyn Write) -> io::Result<()> {
+        writeln!(out, "\nThe end of the log, all levels (--keep keeps the whole of it and QEMU's trace):")?;
+        for line in &self.lines {
+            writeln!(out, "{line}")?;
+        }
+        if self.lines.is_empty() {
+            writeln!(out, "   (nothing was logged)")?;
+        }
+        writeln!(out)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shown(level: Level, text: &str, least: Level) -> String {
+        let line = Line { time: "1.000000".into(), level, text: text.into(), place: None };
+        let mut out = Vec::new();
+        show(&mut out, &line, &Message::read(&line), least).unwrap();
+        String::from_utf8(out).unwrap()
+    }
+
+    #[test]
+    fn a_scene_is_shown_as_a_story() {
+        assert_eq!(shown(Level::Info, "scene begin name=deny", Level::Info), "\n-- deny\n");
+        assert_eq!(
+            shown(Level::Info, "scene end name=deny passed=true seen=reason 6", Level::Info),
+            "   passed: deny: reason 6\n"
+        );
+        assert_eq!(
+            shown(Level::Info, "scene skip name=deny reason=why", Level::Info),
+            "\n-- deny\n   SKIPPED: why\n"
+        );
+    }
+
+    #[test]
+    fn details_are_shown_only_to_who_asks() {
+        let unmap = "unmap stream=0x18 pasid=0x1 domain=0x5 iova=0x40000000 pages=4";
+
+        assert_eq!(shown(Level::Debug, unmap, Level::Info), "");
+        assert!(shown(Level::Debug, unmap, Level::Trace).contains("pages=4"));
+        assert_eq!(shown(Level::Trace, "detail", Level::Info), "");
+        assert!(shown(Level::Warn, "trouble", Level::Info).contains("WARN  trouble"));
+    }
+
+    #[test]
+    fn the_tail_keeps_the_last_lines() {
+        let mut tail = Tail::default();
+        for number in 0..100 {
+            let text = format!("line {number}");
+            tail.push(&Line { time: String::new(), level: Level::Trace, text, place: None });
+        }
+        let mut out = Vec::new();
+        tail.show(&mut out).unwrap();
+        let text = String::from_utf8(out).unwrap();
+
+        assert!(text.contains("line 99\n") && text.contains("line 80\n") && !text.contains("line 79\n"));
+    }
+}

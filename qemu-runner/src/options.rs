@@ -1,0 +1,237 @@
+//! The command line.
+
+use std::{env, ffi::OsString, path::PathBuf, time::Duration};
+
+use lexopt::prelude::*;
+
+use crate::{error::Error, machine::Machine};
+
+/// What `--help` prints.
+pub const HELP: &str = "\
+Boots Portcullis in QEMU, shows its scenes, and judges them.
+
+  cargo run                        build everything, boot every machine, show every scene
+  cargo run -- [OPTIONS]
+  cargo run -- boot ELF [OPTIONS]  boot this hypervisor image (what `cargo run -p hv --target ...` does)
+  cargo run -- toolchain           make the bare-metal targets usable, and print what cargo needs for that
+
+Options:
+  --machine NAME     boot this machine only (x86_64)
+  --scene NAME       show this scene only; may be given several times
+                     (deny allow event repair silence forgery departure isolation)
+  --keep             keep each boot's files (serial.bin, log.txt, trace.txt, stderr.txt) and say where
+  --offline          download nothing
+  --timeout SECONDS  limit for each boot (60)
+  --repeat N         boot N times in a row and count
+  --verbose          show all the hypervisor's log, not only what matters
+  --help             this text
+
+The report is written to portcullis/report.json in cargo's target directory. What was fetched is kept beside it.
+
+Exit status: 0 if every scene passed; 1 if something failed or is missing; 2 if the command line is wrong.
+
+Environment:
+  PORTCULLIS_QEMU_X86_64  the QEMU to use, before any other
+  PORTCULLIS_NO_RUSTUP    if set, leave rustup and its targets aside: build `core` from the distribution's rust-src
+  RUST_SRC                the `library` directory of Rust's own source, of exactly the compiler's version
+  CARGO_NET_OFFLINE       if true, the same as --offline
+  CI                      if true, a scene that is skipped counts as failed
+";
+
+/// How a demonstration is run.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Options {
+    /// Machines to boot, in order.
+    pub machines: Vec<Machine>,
+    /// Scenes to show; all if empty.
+    pub scenes: Vec<String>,
+    /// Whether each boot's files are kept.
+    pub keep: bool,
+    /// Whether nothing may be downloaded.
+    pub offline: bool,
+    /// How long one boot may take.
+    pub limit: Duration,
+    /// How many times in a row to boot.
+    pub repeat: u32,
+    /// Whether all of the log is shown, and not only level info and above.
+    pub verbose: bool,
+    /// Whether a scene that is skipped counts as failed.
+    pub skips_fail: bool,
+}
+
+impl Options {
+    /// The options of a plain `cargo run`.
+    ///
+    /// [`skips_fail`](Self::skips_fail) follows the environment's `CI`, and [`offline`](Self::offline) cargo's own
+    /// `CARGO_NET_OFFLINE`.
+    pub fn from_environment() -> Self {
+        Self {
+            machines: Machine::ALL.to_vec(),
+            scenes: Vec::new(),
+            keep: false,
+            offline: is_on("CARGO_NET_OFFLINE"),
+            limit: Duration::from_secs(60),
+            repeat: 1,
+            verbose: false,
+            skips_fail: is_on("CI"),
+        }
+    }
+
+    /// Whether the scene called `name` was asked for.
+    pub(crate) fn wants(&self, name: &str) -> bool {
+        self.scenes.is_empty() || self.scenes.iter().any(|scene| scene == name)
+    }
+}
+
+/// Whether the environment switches `name` on.
+fn is_on(name: &str) -> bool {
+    env::var(name).is_ok_and(|value| !matches!(value.as_str(), "" | "0" | "false"))
+}
+
+/// What the command line asks for.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Request {
+    /// Print [`HELP`].
+    Help,
+    /// Build everything and show the demonstration.
+    Demonstrate(Options),
+    /// Show the demonstration with a hypervisor image that is built already.
+    Boot(PathBuf, Options),
+    /// Provide the bare-metal targets and print cargo's arguments for them.
+    Toolchain(Options),
+}
+
+impl Request {
+    /// Reads the command line, without the program's own name.
+    pub fn read(arguments: impl IntoIterator<Item = OsString>) -> Result<Self, Error> {
+        let mut parser = lexopt::Parser::from_args(arguments);
+        read(&mut parser, Options::from_environment()).map_err(|refused| match refused {
+            Refused::Here(error) => error,
+            Refused::Parser(error) => Error::Usage(error.to_string()),
+        })
+    }
+}
+
+/// Why the command line was refused, and by whom.
+enum Refused {
+    Here(Error),
+    Parser(lexopt::Error),
+}
+
+impl From<lexopt::Error> for Refused {
+    fn from(error: lexopt::Error) -> Self {
+        Self::Parser(error)
+    }
+}
+
+impl From<Error> for Refused {
+    fn from(error: Error) -> Self {
+        Self::Here(error)
+    }
+}
+
+fn read(parser: &mut lexopt::Parser, mut options: Options) -> Result<Request, Refused> {
+    let mut words: Vec<OsString> = Vec::new();
+    let mut machines = Vec::new();
+    while let Some(argument) = parser.next()? {
+        match argument {
+            Short('h') | Long("help") => return Ok(Request::Help),
+            Long("machine") => machines.push(Machine::named(&parser.value()?.string()?)?),
+            Long("scene") => options.scenes.push(parser.value()?.string()?),
+            Long("keep") => options.keep = true,
+            Long("offline") => options.offline = true,
+            Long("timeout") => {
+                options.limit =
+                    Duration::from_secs(at_least_one("--timeout", parser.value()?.parse()?)?.into())
+            }
+            Long("repeat") => options.repeat = at_least_one("--repeat", parser.value()?.parse()?)?,
+            Long("verbose") => options.verbose = true,
+            Value(word) => words.push(word),
+            _ => return Err(argument.unexpected().into()),
+        }
+    }
+    if !machines.is_empty() {
+        options.machines = machines;
+    }
+    for name in &options.scenes {
+        let known = |machine: &Machine| machine.scenes().iter().any(|scene| scene.name == name);
+        if !options.machines.iter().any(known) {
+            return Err(Error::Usage(format!("there is no scene {name}")).into());
+        }
+    }
+    let mut words = words.into_iter();
+    let request = match (words.next(), words.next()) {
+        (None, _) => Request::Demonstrate(options),
+        (Some(word), None) if word == "toolchain" => Request::Toolchain(options),
+        (Some(word), Some(elf)) if word == "boot" => Request::Boot(elf.into(), options),
+        (Some(word), None) if word == "boot" => {
+            return Err(Error::Usage("boot needs the path of an image".into()).into());
+        }
+        (Some(word), _) => return Err(Error::Usage(format!("{} is not understood", word.display())).into()),
+    };
+    match words.next() {
+        None => Ok(request),
+        Some(word) => Err(Error::Usage(format!("{} is one word too many", word.display())).into()),
+    }
+}
+
+fn at_least_one(option: &str, number: u32) -> Result<u32, Error> {
+    match number {
+        0 => Err(Error::Usage(format!("{option} 0 would show nothing"))),
+        _ => Ok(number),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request(words: &[&str]) -> Result<Request, Error> {
+        Request::read(words.iter().map(OsString::from))
+    }
+
+    #[test]
+    fn no_words_mean_everything() {
+        let Request::Demonstrate(options) = request(&[]).unwrap() else { panic!("not a demonstration") };
+
+        assert_eq!(options, Options::from_environment());
+        assert!(options.wants("deny") && options.limit == Duration::from_secs(60));
+    }
+
+    #[test]
+    fn options_are_taken_before_and_after_the_image() {
+        let words =
+            ["--keep", "boot", "hv.elf", "--scene", "deny", "--scene=allow", "--timeout", "5", "--repeat=3"];
+
+        let Request::Boot(elf, options) = request(&words).unwrap() else { panic!("not a boot") };
+
+        assert_eq!(elf, PathBuf::from("hv.elf"));
+        assert!(options.keep && options.wants("deny") && options.wants("allow") && !options.wants("repair"));
+        assert_eq!((options.limit, options.repeat), (Duration::from_secs(5), 3));
+    }
+
+    #[test]
+    fn what_does_not_exist_is_refused_by_name() {
+        for (words, name) in [
+            (&["--scene", "opera"][..], "opera"),
+            (&["--machine", "aarch64"], "aarch64"),
+            (&["--fast"], "--fast"),
+            (&["--repeat", "0"], "--repeat"),
+            (&["--timeout", "soon"], "soon"),
+            (&["boot"], "boot"),
+            (&["bot", "hv.elf"], "bot"),
+            (&["boot", "hv.elf", "hw.elf"], "hw.elf"),
+        ] {
+            let refused = request(words).unwrap_err();
+
+            assert!(matches!(&refused, Error::Usage(said) if said.contains(name)), "{words:?}: {refused}");
+        }
+    }
+
+    #[test]
+    fn the_help_names_every_scene() {
+        for scene in Machine::X86_64.scenes() {
+            assert!(HELP.contains(scene.name), "{}", scene.name);
+        }
+    }
+}

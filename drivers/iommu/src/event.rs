@@ -30,6 +30,8 @@ pub enum Event {
     /// There was no room to record a fault: an unknown number was lost.
     FaultsLost,
     /// The unit stopped executing commands, or dropped one; `status` is the manual's status register.
+    ///
+    /// A unit that stopped stays stopped. Tickets that are not done never will be, and on VT-d faults no longer interrupt.
     CommandsFailed {
         /// `FSTS` of VT-d, `GERROR` of SMMUv3.
         status: u32,

@@ -121,7 +121,7 @@ pub struct Attachment {
 #[cfg_attr(feature = "defmt", derive(defmt::Format))]
 #[non_exhaustive]
 pub enum Invalidation {
-    /// Everything; at bring-up.
+    /// Everything that the unit caches, of all devices.
     All,
     /// The configuration of a device.
     Device {

@@ -124,18 +124,19 @@ const fn reason(code: u16) -> FaultReason {
 #[derive(Debug)]
 pub struct Events<B> {
     bus: B,
-    requests: PageRequestQueue,
+    /// The page request queue, where the unit has one; elsewhere its registers are reserved.
+    requests: Option<PageRequestQueue>,
     /// Byte offset of the first fault-recording register, and how many there are.
     records: (usize, usize),
-    /// The fault-recording register to look at next.
-    next_record: usize,
+    /// The fault-recording register after the last one that was read, while the unit has faults pending.
+    next_record: Option<usize>,
     /// Whether a stopped invalidation queue was reported; it stays stopped.
     stopped: bool,
 }
 
 impl<B: Bus> Events<B> {
-    pub(crate) fn new(bus: B, requests: PageRequestQueue, records: (usize, usize)) -> Self {
-        Self { bus, requests, records, next_record: 0, stopped: false }
+    pub(crate) fn new(bus: B, requests: Option<PageRequestQueue>, records: (usize, usize)) -> Self {
+        Self { bus, requests, records, next_record: None, stopped: false }
     }
 
     /// Lets the unit interrupt: by `faults` for faults and command errors, by `requests` for page requests.
@@ -143,12 +144,15 @@ impl<B: Bus> Events<B> {
     /// What was reported before interrupts at once. Call it when the handlers stand.
     pub fn enable_interrupts(&mut self, faults: Message, requests: Message) {
         interrupts::unmask(&self.bus, &regs::FAULT_EVENT, faults);
-        interrupts::unmask(&self.bus, &regs::PAGE_REQUEST_EVENT, requests);
+        if self.requests.is_some() {
+            interrupts::unmask(&self.bus, &regs::PAGE_REQUEST_EVENT, requests);
+        }
     }
 
     /// Takes the oldest page request, or the news that some were lost.
     fn next_request(&mut self) -> Option<Event> {
-        if let Some(entry) = self.requests.pop(&self.bus) {
+        let requests = self.requests.as_mut()?;
+        if let Some(entry) = requests.pop(&self.bus) {
             return Some(RequestEntry(entry).decode());
         }
         // PRO is looked at after the queue was found empty, not when the interrupt came: while it is set the unit neither
@@ -158,7 +162,7 @@ impl<B: Bus> Events<B> {
         }
         // Between the two reads the queue may have filled, and only then overflowed. Once PRO is seen nothing comes any
         // more, so a queue that is empty now stays so until PRO is cleared.
-        if let Some(entry) = self.requests.pop(&self.bus) {
+        if let Some(entry) = requests.pop(&self.bus) {
             return Some(RequestEntry(entry).decode());
         }
         regs::PRS.clear(&self.bus, PRS::PRO::SET);
@@ -170,8 +174,10 @@ impl<B: Bus> Events<B> {
         let (first, count) = self.records;
         let status = regs::FSTS.read(&self.bus);
         if status.is_set(FSTS::PPF) {
-            // At most two: where the last pass ended, else where the unit says that the oldest fault is.
-            for index in [self.next_record, status.read(FSTS::FRI) as usize % count] {
+            // FRI is where the faults that are pending began; it does not move as they are read. At most two are looked at:
+            // the one after the last, and that one.
+            let began = status.read(FSTS::FRI) as usize % count;
+            for index in [self.next_record.unwrap_or(began), began] {
                 let record = regs::FaultRecording::at(first, index);
                 let high = record.high.read(&self.bus).get();
                 // ORDER: F is in the high word; the low word belongs to it only if it is read afterwards.
@@ -179,10 +185,13 @@ impl<B: Bus> Events<B> {
                 if let Some(fault) = entry.decode() {
                     // F alone is written; every other bit of the record is read-only.
                     record.top.clear(&self.bus, FRCD_TOP::F::SET);
-                    self.next_record = (index + 1) % count;
+                    self.next_record = Some((index + 1) % count);
                     return Some(Event::Fault(fault));
                 }
             }
+        }
+        if !status.is_set(FSTS::PPF) {
+            self.next_record = None;
         }
         if status.is_set(FSTS::PFO) {
             regs::FSTS.clear(&self.bus, FSTS::PFO::SET);
@@ -205,7 +214,9 @@ impl<B: Bus> Events<B> {
 impl<B: Bus> iommu::Events for Events<B> {
     /// Clears `PRS.PPR`, before the tail is read: a request that arrives later sets it again, and interrupts.
     fn acknowledge(&mut self) {
-        regs::PRS.clear(&self.bus, PRS::PPR::SET);
+        if self.requests.is_some() {
+            regs::PRS.clear(&self.bus, PRS::PPR::SET);
+        }
     }
 
     fn next_event(&mut self) -> Option<Event> {

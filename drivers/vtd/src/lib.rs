@@ -147,8 +147,12 @@ impl<B: Bus + Clone> Found<B> {
         }
 
         let bus = &self.bus;
-        for event in [&regs::FAULT_EVENT, &regs::INVALIDATION_EVENT, &regs::PAGE_REQUEST_EVENT] {
+        let page_requests_served = self.capabilities().page_requests;
+        for event in [&regs::FAULT_EVENT, &regs::INVALIDATION_EVENT] {
             interrupts::mask(bus, event);
+        }
+        if self.ecap.is_set(ECAP::PRS) {
+            interrupts::mask(bus, &regs::PAGE_REQUEST_EVENT);
         }
         self.discard_old_faults();
 
@@ -172,14 +176,14 @@ impl<B: Bus + Clone> Found<B> {
 
         self.command(GLOBAL::TE::SET.value, "GSTS.TES")?;
 
-        if self.capabilities().page_requests {
+        if page_requests_served {
             regs::PQH.set(bus, 0);
             regs::PQT.set(bus, 0);
             let base = page_requests.phys().0 >> 12;
             regs::PQA.write(bus, PQA::BASE.val(base) + PQA::PQS.val(requests_size));
             regs::PRS.clear(bus, regs::PRS::PPR::SET + regs::PRS::PRO::SET);
         }
-        let requests = PageRequestQueue::new(page_requests);
+        let requests = page_requests_served.then(|| PageRequestQueue::new(page_requests));
         let abilities = tables::Abilities {
             capabilities: self.capabilities(),
             domains: 1 << (4 + 2 * self.cap.read(CAP::ND).min(6)),

@@ -415,7 +415,8 @@ impl<B: Bus> iommu::Tables for Tables<B> {
 
         let mut invalidations = Invalidations::new();
         if self.abilities.capabilities.caches_absence {
-            let _ = invalidations.push(Invalidation::Attachment(attachment));
+            // Sources differ about the domain under which absence is cached: the new one, or 0.
+            let _ = invalidations.push(Invalidation::All);
         }
         Ok((attachment, invalidations))
     }

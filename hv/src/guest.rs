@@ -125,34 +125,50 @@ impl Guest {
     /// Makes a guest with its program in its memory, and no devices.
     #[inline(never)]
     fn new(hv: &'static Hypervisor, index: usize) -> Result<Self, NotMade> {
-        let pool = &hv.pool;
-        let mut ram = pool.with(|pool| GuestRam::new(pool, RAM_FRAMES)).ok_or(NotMade::Memory)?;
-        let nested = pool.with(|pool| {
-            let nested = Tree::new(pool, GUEST_TABLES).map_err(NotMade::Tables)?;
-            let all = ram.grant(Gpa(0), ram.bytes()).ok_or(NotMade::Memory)?;
-            let perms = Perms { execute: true, ..Perms::READ_WRITE };
-            nested.map(pool, 0, &all, perms).map_err(NotMade::Tables)?;
-            Ok(nested)
-        })?;
+        let mut ram = hv.pool.with(|pool| GuestRam::new(pool, RAM_FRAMES)).ok_or(NotMade::Memory)?;
+        let nested = match hv.pool.with(|pool| Tree::new(pool, GUEST_TABLES)) {
+            Ok(nested) => nested,
+            Err(error) => {
+                hv.pool.with(|pool| pool.give_back(ram.into_buffer()));
+                return Err(NotMade::Tables(error));
+            }
+        };
+        match Self::load(hv, index, &mut ram, &nested) {
+            Ok(vcpu) => Ok(Self {
+                hv,
+                index,
+                ram,
+                nested,
+                vcpu,
+                devices: Vec::new(),
+                blanks: Vec::new(),
+                attachments: [const { None }; ATTACHMENTS],
+                channel: None,
+                announced: Vec::new(),
+                undelivered: None,
+            }),
+            Err(error) => {
+                hv.pool.with(|pool| {
+                    nested.take_down(pool);
+                    pool.give_back(ram.into_buffer());
+                });
+                Err(error)
+            }
+        }
+    }
+
+    /// Maps the guest's memory for its virtual CPU, and puts its program there.
+    fn load(hv: &Hypervisor, index: usize, ram: &mut GuestRam, nested: &Tree) -> Result<Vcpu, NotMade> {
+        let all = ram.grant(Gpa(0), ram.bytes()).ok_or(NotMade::Memory)?;
+        let perms = Perms { execute: true, ..Perms::READ_WRITE };
+        hv.pool.with(|pool| nested.map(pool, 0, &all, perms)).map_err(NotMade::Tables)?;
         if !ram.write(ENTRY, hv.image) {
             return Err(NotMade::Image { bytes: hv.image.len() });
         }
-        let mut vcpu = Vcpu::new(memory::root(&nested), index as u16).map_err(NotMade::Processor)?;
+        let mut vcpu = Vcpu::new(memory::root(nested), index as u16).map_err(NotMade::Processor)?;
         vcpu.start_at(ENTRY, 0);
         hv.homes[index].ram.store(ram.phys().0, Relaxed);
-        Ok(Self {
-            hv,
-            index,
-            ram,
-            nested,
-            vcpu,
-            devices: Vec::new(),
-            blanks: Vec::new(),
-            attachments: [const { None }; ATTACHMENTS],
-            channel: None,
-            announced: Vec::new(),
-            undelivered: None,
-        })
+        Ok(vcpu)
     }
 
     /// Gives the guest its devices: unit first, then configuration space, then their registers.

@@ -81,6 +81,31 @@ fn qemu_saw_each_removed_mapping_invalidated_and_no_device_bypass_translation() 
 }
 
 #[test]
+fn what_the_scenes_counted_adds_up() {
+    let Some(shown) = &*SHOWN else { return };
+    let count = |name: &str, key: &str| {
+        let scene =
+            shown.report.scenes.iter().find(|scene| scene.name == name).expect("all scenes are reported");
+        if scene.skipped.is_some() { None } else { Some(scene.counts[key]) }
+    };
+
+    // Scenes that were skipped have no counts, and are equal in that.
+    let answered = count("repair", "answered_success").zip(count("repair", "answered_invalid"));
+    assert_eq!(count("repair", "groups"), answered.map(|(success, invalid)| success + invalid));
+    assert_eq!(count("silence", "expired"), count("silence", "late_answers_refused"));
+    assert_eq!(count("forgery", "forged"), count("forgery", "refused"));
+    assert_eq!(count("isolation", "tries"), count("isolation", "refused"));
+    for (name, key) in
+        [("repair", "groups"), ("silence", "expired"), ("forgery", "forged"), ("isolation", "tries")]
+    {
+        assert_ne!(count(name, key), Some(0), "{name}: {key}");
+    }
+    for (name, key) in [("silence", "stray_answers_at_the_device"), ("event", "events_of_the_other_guest")] {
+        assert!(count(name, key).is_none_or(|count| count == 0), "{name}: {key}");
+    }
+}
+
+#[test]
 fn the_report_names_the_version_of_qemu() {
     let Some(shown) = &*SHOWN else { return };
 

@@ -13,6 +13,7 @@
 //! | MSRs | some | EFER, system call and segment base registers; all others are refused with #GP |
 //! | time-stamp counter | yes | the host's |
 //! | defences against speculation | no | guests that share a core may learn of each other by timing |
+#![expect(unsafe_code, reason = "the state of a virtual CPU has a place of its own, which it gives back")]
 
 mod svm;
 
@@ -127,7 +128,7 @@ pub enum Cause {
 
 /// A guest's general registers, except the stack pointer.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 struct Registers {
     rax: u64,
     rbx: u64,
@@ -137,6 +138,10 @@ struct Registers {
     rdi: u64,
     rbp: u64,
     r8_to_r15: [u64; 8],
+}
+
+impl Registers {
+    const ZERO: Self = Self { rax: 0, rbx: 0, rcx: 0, rdx: 0, rsi: 0, rdi: 0, rbp: 0, r8_to_r15: [0; 8] };
 }
 
 /// Why the processor left a guest; each backend translates its own codes into these.
@@ -173,9 +178,12 @@ const INVALID_OPCODE: u8 = 6;
 /// #GP.
 const GENERAL_PROTECTION: u8 = 13;
 
+/// How many virtual CPUs can exist at a time.
+pub const VCPUS: usize = 8;
+
 /// A virtual CPU.
 pub struct Vcpu {
-    machine: svm::Machine,
+    machine: &'static mut svm::Machine,
     pending: Pending,
     /// The core that it ran on last, in whose TLB its translations may be.
     core: Option<usize>,
@@ -191,23 +199,17 @@ impl Vcpu {
     /// runs they fulfil the promise of [`Root::new`], with the guest in the place of the device; after a
     /// translation was taken away or changed, [`flush`](Self::flush) comes before the next [`run`](Self::run).
     ///
-    /// No two virtual CPUs that exist have the same `id`: translations are cached under it.
+    /// `id` is below [`VCPUS`], and no two virtual CPUs that exist have the same: translations are cached under it.
     pub fn new(nested_root: Root, id: u16) -> Result<Self, Error> {
-        let limit = svm::supported()?;
+        let limit = svm::supported()?.min(VCPUS as u32);
         if nested_root.levels() != 4 {
             return Err(Error::Levels { levels: nested_root.levels() });
         }
-        // Number 0 is the host's.
-        let asid = u32::from(id) + 1;
-        if asid >= limit {
-            return Err(Error::GuestOutOfRange { id, limit: limit.saturating_sub(1) });
+        if u32::from(id) >= limit {
+            return Err(Error::GuestOutOfRange { id, limit });
         }
-        Ok(Self {
-            machine: svm::Machine::new(nested_root, asid),
-            pending: Pending::default(),
-            core: None,
-            undeliverable: false,
-        })
+        let machine = svm::Machine::take(id, nested_root).ok_or(Error::GuestExists { id })?;
+        Ok(Self { machine, pending: Pending::default(), core: None, undeliverable: false })
     }
 
     /// Puts the virtual CPU where a kernel is entered, with nothing left of what it did before.
@@ -217,7 +219,6 @@ impl Vcpu {
         self.machine.start_at(entry, argument);
         self.pending = Pending::default();
         self.undeliverable = false;
-        self.flush();
     }
 
     /// Runs the guest until something happens.
@@ -348,6 +349,13 @@ impl Vcpu {
         } else {
             self.machine.inject_exception(GENERAL_PROTECTION, Some(0));
         }
+    }
+}
+
+impl Drop for Vcpu {
+    fn drop(&mut self) {
+        // SAFETY: the reference goes with `self`.
+        unsafe { self.machine.release() };
     }
 }
 

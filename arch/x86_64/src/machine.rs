@@ -84,12 +84,17 @@ pub enum Error {
         /// The levels that they have.
         levels: u8,
     },
-    /// The processor can tell fewer guests apart than `id` asks for.
+    /// There can be no virtual CPU `id`: the processor, or this build, can tell fewer guests apart.
     GuestOutOfRange {
         /// The number asked for.
         id: u16,
         /// How many there can be.
         limit: u32,
+    },
+    /// The virtual CPU `id` exists already.
+    GuestExists {
+        /// The number asked for.
+        id: u16,
     },
 }
 
@@ -124,8 +129,9 @@ impl fmt::Display for Error {
                 write!(f, "the processor has no {feature}, or firmware switched it off")
             }
             Self::Levels { levels } => write!(f, "a guest's tables have {levels} levels instead of 4"),
+            Self::GuestExists { id } => write!(f, "virtual CPU {id} exists already: drop it first"),
             Self::GuestOutOfRange { id, limit } => {
-                write!(f, "guest {id} is past the {limit} that can be told apart")
+                write!(f, "virtual CPU {id} is past the {limit} that can be told apart")
             }
         }
     }

@@ -4,7 +4,7 @@
 //! chosen here.
 #![expect(unsafe_code, reason = "VMRUN switches the whole world")]
 
-use super::{Registers, Stop};
+use super::{Registers, Stop, VCPUS};
 use crate::{
     cpu::{self, CORES, cpuid},
     machine::Error,
@@ -25,7 +25,7 @@ const VM_CR_SVMDIS: u64 = 1 << 4;
 /// `VM_HSAVE_PA`: where VMRUN keeps the host's state.
 const VM_HSAVE_PA: u32 = 0xC001_0117;
 
-/// Returns how many address spaces (`ASID`) the processor tells apart.
+/// Returns how many guests' address spaces (`ASID`) the processor tells apart; the host has one more.
 pub(super) fn supported() -> Result<u32, Error> {
     let lacks = |feature| Err(Error::Unsupported { feature });
     if cpuid(0x8000_0000, 0).eax < 0x8000_000A || cpuid(0x8000_0001, 0).ecx & 1 << 2 == 0 {
@@ -39,7 +39,7 @@ pub(super) fn supported() -> Result<u32, Error> {
     if features.edx & 1 << 0 == 0 {
         return lacks("nested paging (NP)");
     }
-    Ok(features.ebx)
+    Ok(features.ebx.saturating_sub(1))
 }
 
 #[repr(C, align(4096))]
@@ -268,6 +268,8 @@ impl FxState {
 }
 
 /// The state of a guest's processor while it does not run.
+///
+/// It stays where it is, in the image: VMRUN needs the block at a physical address, and a page is too much to move.
 pub(super) struct Machine {
     vmcb: Vmcb,
     state: SavedState,
@@ -282,24 +284,58 @@ struct SavedState {
     registers: Registers,
 }
 
+/// A place for the state of one guest's processor.
+struct Place {
+    taken: AtomicBool,
+    machine: UnsafeCell<Machine>,
+}
+
+// SAFETY: whoever set `taken` is the only one to reach the state, until `release`.
+unsafe impl Sync for Place {}
+
+static PLACES: [Place; VCPUS] =
+    [const { Place { taken: AtomicBool::new(false), machine: UnsafeCell::new(Machine::BLANK) } }; VCPUS];
+
 impl Machine {
-    /// Makes a processor whose address space is numbered `asid` and goes through `nested_root`.
-    pub(super) fn new(nested_root: Root, asid: u32) -> Self {
+    const BLANK: Self = Self {
         // SAFETY: the block is integers alone, for which zeros are values.
-        let mut vmcb: Vmcb = unsafe { core::mem::zeroed() };
+        vmcb: unsafe { core::mem::zeroed() },
+        state: SavedState { fx: FxState([0; 128]), registers: Registers::ZERO },
+        flush: false,
+    };
+
+    /// Takes place `id` for a processor whose address space goes through `nested_root`; `None` if it is taken.
+    pub(super) fn take(id: u16, nested_root: Root) -> Option<&'static mut Self> {
+        let place = PLACES.get(usize::from(id))?;
+        if place.taken.swap(true, Ordering::Acquire) {
+            return None;
+        }
+        // SAFETY: the place was free, so no other reference to its state lives.
+        let machine = unsafe { &mut *place.machine.get() };
+        let vmcb = &mut machine.vmcb;
         vmcb.intercept_dr = INTERCEPT_ALL_DR;
         vmcb.intercept_exceptions = INTERCEPT_EXCEPTIONS;
-        vmcb.intercept_1 = INTERCEPT_1;
         vmcb.intercept_2 = INTERCEPT_2;
         vmcb.iopm_base = (&raw const IO_PERMISSIONS).addr() as u64;
         vmcb.msrpm_base = (&raw const MSR_PERMISSIONS).addr() as u64;
-        vmcb.asid = asid;
+        // Number 0 is the host's.
+        vmcb.asid = u32::from(id) + 1;
         vmcb.nested_paging = 1;
         vmcb.nested_cr3 = nested_root.phys().0;
-        let state = SavedState { fx: FxState::AT_START, registers: Registers::default() };
-        let mut machine = Self { vmcb, state, flush: true };
         machine.start_at(Gpa(0), 0);
-        machine
+        Some(machine)
+    }
+
+    /// Gives the place back.
+    ///
+    /// # Safety
+    ///
+    /// The reference that [`take`](Self::take) gave is not used any more.
+    pub(super) unsafe fn release(&self) {
+        let place = PLACES.iter().find(|place| core::ptr::eq(place.machine.get(), self));
+        if let Some(place) = place {
+            place.taken.store(false, Ordering::Release);
+        }
     }
 
     /// Puts the processor at `entry`, as a PVH boot loader does: 32-bit protected mode, flat segments, no paging.
@@ -331,8 +367,9 @@ impl Machine {
         vmcb.rsp = 0;
         vmcb.vmsave = [0; 0x68];
         vmcb.g_pat = paging::PAT_AT_RESET;
+        self.flush = true;
         self.state.fx = FxState::AT_START;
-        self.state.registers = Registers { rbx: argument.into(), ..Registers::default() };
+        self.state.registers = Registers { rbx: argument.into(), ..Registers::ZERO };
     }
 
     /// Lets the guest run until something stops it. Called with interrupts masked; returns with them masked.
@@ -347,8 +384,8 @@ impl Machine {
             true => TLB_FLUSH_ALL,
         };
         self.vmcb.rax = self.state.registers.rax;
-        // SAFETY: the block says what `new` and this type's functions put there: nested paging on, everything that
-        // reaches beyond the guest intercepted. The image and whatever else holds a `Machine` is mapped to itself.
+        // SAFETY: the block says what `take` and this type's functions put there: nested paging on, everything that
+        // reaches beyond the guest intercepted. It is in the image, which is mapped to itself.
         unsafe { vmrun(&raw mut self.vmcb, &raw mut self.state, HOST_REST[core].phys()) };
         self.state.registers.rax = self.vmcb.rax;
         self.keep_undelivered_event();

@@ -60,11 +60,14 @@ pub(crate) fn protect(top_of_ram: u64) {
     // A large page that straddles the top stays cached; its MTRRs say what is a device in it.
     let devices = top_of_ram.next_multiple_of(LARGE_PAGE);
     for (entry, at) in boot_pd.iter().zip((0..).step_by(LARGE_PAGE as usize)) {
-        let memory_type = if at >= devices { UNCACHED } else { 0 };
-        entry.store(at | PRESENT | WRITABLE | LARGE | NO_EXECUTE | memory_type, Ordering::Relaxed);
+        // The image is in use: from one store to the next its pages stay executable.
+        if !image().contains(&at) {
+            let memory_type = if at >= devices { UNCACHED } else { 0 };
+            entry.store(at | PRESENT | WRITABLE | LARGE | NO_EXECUTE | memory_type, Ordering::Relaxed);
+        }
     }
-    // The linker script puts the image at the start of a large page.
-    for (table, large_page) in IMAGE_TABLES.iter().zip((image().start..).step_by(LARGE_PAGE as usize)) {
+    // The linker script puts the image at the start of a large page, and its end is that of a table.
+    for (table, large_page) in IMAGE_TABLES.iter().zip(image().step_by(LARGE_PAGE as usize)) {
         for (entry, at) in table.0.iter().zip((large_page..).step_by(PAGE as usize)) {
             entry.store(small_page(at), Ordering::Relaxed);
         }

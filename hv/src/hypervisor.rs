@@ -167,7 +167,7 @@ pub struct Hypervisor {
     /// What the boot loader said.
     pub boot: Boot,
     /// Frames of RAM.
-    pub pool: Locked<Pool>,
+    pub pool: &'static Locked<Pool>,
     /// Configuration space.
     pub config: Ecam,
     /// What the unit can do.
@@ -198,6 +198,8 @@ pub struct Hypervisor {
 
 static HYPERVISOR: Once<Hypervisor> = Once::new();
 // What can be made at compile time lies beside it, and never passes over a stack.
+/// Frames of RAM; none until bring-up has found some.
+pub static POOL: Locked<Pool> = Locked::new(Pool::empty());
 static ATTACHED: Attachments<ATTACHMENTS> = Attachments::new();
 static HOMES: [Home; GUESTS] = [const { Home::new() }; GUESTS];
 /// Their cookies count from far apart, so that no guest's cookie is another's.
@@ -212,7 +214,6 @@ impl Hypervisor {
     /// Puts together what bring-up found, and makes it known to all cores.
     pub fn publish(
         boot: Boot,
-        pool: Pool,
         config: Ecam,
         capabilities: Capabilities,
         commands: Commands,
@@ -228,7 +229,7 @@ impl Hypervisor {
         }
         HYPERVISOR.call_once(|| Self {
             boot,
-            pool: Locked::new(pool),
+            pool: &POOL,
             config,
             capabilities,
             commands: Locked::new(commands),

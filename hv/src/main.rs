@@ -20,8 +20,7 @@ mod scenes;
 mod service;
 
 use arch::{cpu, interrupts, machine::Boot, unit};
-use hypervisor::Hypervisor;
-use memory::Pool;
+use hypervisor::{Hypervisor, POOL};
 use pcie::Function;
 
 /// Where `arch` hands over, on the core that booted: our own tables and stack, interrupts masked.
@@ -67,13 +66,13 @@ fn bring_up(boot: Boot) -> Result<&'static Hypervisor, Failure> {
     let found = unit::find(&boot).map_err(Failure::Unit)?;
     let capabilities = found.capabilities();
     defmt::info!("IOMMU: {}", capabilities);
-    let mut pool = Pool::new(boot.memory(), found.bus());
-    let unit = found.enable(|frames| pool.cut(frames)).map_err(Failure::Unit)?;
+    POOL.with(|pool| pool.adopt(boot.memory(), found.bus()));
+    let unit = found.enable(|frames| POOL.with(|pool| pool.cut(frames))).map_err(Failure::Unit)?;
     defmt::info!("unit enabled: every device is blocked");
 
     let image = boot.guest_image_bytes().ok_or(Failure::NoGuestImage)?;
     let unit::Unit { events, commands, tables } = unit;
-    let hv = Hypervisor::publish(boot, pool, config, capabilities, commands, tables, image);
+    let hv = Hypervisor::publish(boot, config, capabilities, commands, tables, image);
     service::start(hv, events).ok_or(Failure::NoMemory)?;
     for index in 0..hypervisor::GUESTS {
         cpu::start(hypervisor::home_of(index), guest::home).map_err(Failure::Machine)?;

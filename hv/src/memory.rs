@@ -21,18 +21,24 @@ pub struct Pool {
     /// Bit n set: frame n has an owner.
     taken: [u64; FRAMES / 64],
     in_use: usize,
-    /// Makes stores to tables visible to the unit.
-    publisher: Mmio,
+    /// Makes stores to tables visible to the unit. There is one as soon as there are frames.
+    publisher: Option<Mmio>,
 }
 
 impl Pool {
-    /// A pool of the largest of `regions`, usable RAM that nobody owns.
-    pub fn new(regions: impl Iterator<Item = Range<PhysAddr>>, publisher: Mmio) -> Self {
-        let largest = regions.max_by_key(|r| r.end.0.saturating_sub(r.start.0));
-        let region = largest.unwrap_or(PhysAddr(0)..PhysAddr(0));
-        let bytes = region.end.0.saturating_sub(region.start.0);
-        let frames = (bytes / PAGE_SIZE).min(FRAMES as u64) as usize;
-        Self { start: region.start.0, frames, taken: [0; FRAMES / 64], in_use: 0, publisher }
+    /// A pool without frames.
+    pub const fn empty() -> Self {
+        Self { start: 0, frames: 0, taken: [0; FRAMES / 64], in_use: 0, publisher: None }
+    }
+
+    /// Takes over the largest of `regions`, usable RAM that nobody owns. Called once.
+    pub fn adopt(&mut self, regions: impl Iterator<Item = Range<PhysAddr>>, publisher: Mmio) {
+        let bytes = |region: &Range<PhysAddr>| region.end.0.saturating_sub(region.start.0);
+        if let Some(region) = regions.max_by_key(bytes) {
+            self.start = region.start.0;
+            self.frames = (bytes(&region) / PAGE_SIZE).min(FRAMES as u64) as usize;
+            self.publisher = Some(publisher);
+        }
     }
 
     /// Returns the number of frames that have an owner.
@@ -90,6 +96,12 @@ impl Pool {
         Some(unsafe { place.as_mut() })
     }
 
+    fn publish(&self, at: PhysAddr, bytes: u64) {
+        if let Some(publisher) = &self.publisher {
+            publisher.publish(at..PhysAddr(at.0 + bytes));
+        }
+    }
+
     /// Returns the address of word `index` of a frame of the pool.
     fn word(&self, frame: PhysAddr, index: usize) -> NonNull<u64> {
         let inside = frame.0 >= self.start && (frame.0 - self.start) / PAGE_SIZE < self.frames as u64;
@@ -109,7 +121,7 @@ impl pgtable::Frames for Pool {
             // SAFETY: the frame was free, and is a table's from now on; hardware may walk it, so stores are volatile.
             unsafe { self.word(phys, index).write_volatile(0) };
         }
-        self.publisher.publish(phys..PhysAddr(phys.0 + PAGE_SIZE));
+        self.publish(phys, PAGE_SIZE);
         Some(phys)
     }
 
@@ -125,8 +137,7 @@ impl pgtable::Frames for Pool {
     fn store(&mut self, frame: PhysAddr, index: usize, value: u64) {
         // SAFETY: the word lies in a frame that the caller took as a table.
         unsafe { self.word(frame, index).write_volatile(value) };
-        let at = PhysAddr(frame.0 + index as u64 * 8);
-        self.publisher.publish(at..PhysAddr(at.0 + 8));
+        self.publish(PhysAddr(frame.0 + index as u64 * 8), 8);
     }
 }
 

@@ -17,6 +17,7 @@
 //! |---|---|---|
 //! | VT-d first stage, 4 levels | yes | [`VTD_FIRST_STAGE`] |
 //! | SVM nested tables | yes | [`SVM_NESTED`] |
+//! | AArch64 stage 1, stage 2, 4 KiB granule, 4 levels | yes | [`AARCH64_STAGE_1`], [`AARCH64_STAGE_2`]; memory is write-back |
 //! | pages of 4 KiB | yes | |
 //! | superpages, other formats, protect, dirty bits | no | |
 #![cfg_attr(not(test), no_std)]
@@ -59,6 +60,8 @@ pub struct Format {
     pub leaf: u64,
     /// Set in a leaf that permits writes.
     pub write: u64,
+    /// Set in a leaf that forbids writes.
+    pub read_only: u64,
     /// Set in a leaf that forbids execution; 0 where the format cannot say so.
     pub no_execute: u64,
     /// The bits that hold an address.
@@ -85,12 +88,43 @@ pub const VTD_FIRST_STAGE: Format = Format {
     table: WRITABLE | USER | ACCESSED,
     leaf: USER | ACCESSED,
     write: WRITABLE | DIRTY,
+    read_only: 0,
     no_execute: 0,
     address: ADDRESS,
 };
 
 /// Nested tables of SVM, 4 levels: the host's long-mode format, walked as user accesses; needs `EFER.NXE`.
 pub const SVM_NESTED: Format = Format { input_bits: 48, no_execute: NO_EXECUTE, ..VTD_FIRST_STAGE };
+
+/// In a leaf: inner shareable (SH), accessed (AF). With bit 1 it is a page, and so is a table a table.
+const AARCH64_LEAF: u64 = 1 << 1 | 0b11 << 8 | 1 << 10;
+
+/// AArch64 stage 1 tables, 4 KiB granule, 4 levels ("VMSAv8-64 translation table format descriptors").
+///
+/// Memory attribute 0 of the context (AttrIndx = 0), reachable without privilege (AP\[1\]), tagged with its ASID (nG).
+pub const AARCH64_STAGE_1: Format = Format {
+    levels: 4,
+    input_bits: 48,
+    present: 1 << 0,
+    table: 1 << 1,
+    leaf: AARCH64_LEAF | 1 << 6 | 1 << 11,
+    write: 0,
+    read_only: 1 << 7,
+    no_execute: 1 << 53 | 1 << 54,
+    address: 0x0000_FFFF_FFFF_F000,
+};
+
+/// AArch64 stage 2 tables, 4 KiB granule, 4 levels, for addresses of up to 44 bits.
+///
+/// Normal memory, write-back (MemAttr = 0b1111); what stage 1 calls a device stays one.
+pub const AARCH64_STAGE_2: Format = Format {
+    input_bits: 44,
+    leaf: AARCH64_LEAF | 0b1111 << 2 | 1 << 6,
+    write: 1 << 7,
+    read_only: 0,
+    no_execute: 1 << 54,
+    ..AARCH64_STAGE_1
+};
 
 /// Why a tree was not changed.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -228,7 +262,7 @@ impl Tree {
         }
         let perms = Perms {
             read: true,
-            write: entry & self.format.write == self.format.write,
+            write: entry & self.format.write == self.format.write && entry & self.format.read_only == 0,
             execute: entry & self.format.no_execute == 0,
             privileged: false,
         };
@@ -265,8 +299,11 @@ impl Tree {
     }
 
     fn leaf(&self, perms: Perms) -> u64 {
-        let Format { present, leaf, write, no_execute, .. } = self.format;
-        present | leaf | if perms.write { write } else { 0 } | if perms.execute { 0 } else { no_execute }
+        let Format { present, leaf, write, read_only, no_execute, .. } = self.format;
+        present
+            | leaf
+            | if perms.write { write } else { read_only }
+            | if perms.execute { 0 } else { no_execute }
     }
 
     /// The index of `address` in a table of `level`; leaves are in level 1.

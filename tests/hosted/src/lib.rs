@@ -1,0 +1,16 @@
+//! What the hosted tests share: a machine with a unit in service, memory for tables and channels, random numbers.
+//!
+//! The tests themselves are in `tests/`, a file for each thing that they are about. Expected words come from the
+//! manual's field tables, never from the driver: each test that has them says how they were worked out.
+#![deny(unsafe_code)]
+#![expect(clippy::expect_used, reason = "a test that is surprised has failed")]
+
+pub mod interleave;
+mod machine;
+mod memory;
+mod random;
+pub mod sync;
+
+pub use machine::{Machine, needs, unit};
+pub use memory::{TableFrames, Window, grant, root};
+pub use random::Random;

@@ -1,0 +1,169 @@
+//! A machine with one VT-d unit, and the driver that has it in service.
+
+use crate::{TableFrames, grant, root};
+use iommu::{
+    Attachment, Bus, Commands, Completion, Error, Event, Events, Features, Invalidation, Iova, PAGE_SIZE,
+    Pasid, Perms, PhysAddr, StreamId, Tables, Ticket, Translation,
+};
+use models::{
+    memory::Memory,
+    vtd::{Config, Refusal, VtdUnit},
+};
+use pgtable::{Format, Tree};
+use vtd::{FRAME_WORDS, Found, Vtd};
+
+/// A modelled machine: memory, one VT-d unit, and the driver that has it in service.
+///
+/// `B` is how the driver reaches the unit: straight, or through something that a test puts in between.
+pub struct Machine<B = &'static VtdUnit> {
+    /// The memory.
+    pub memory: Memory,
+    /// The unit, and the devices behind it.
+    pub unit: &'static VtdUnit,
+    /// The driver.
+    pub vtd: Vtd<B>,
+    /// Frames for translation tables.
+    pub frames: TableFrames,
+}
+
+/// Returns a unit with `config` and its memory of 1 MiB. It lives as long as the process: tests are short.
+pub fn unit(config: Config) -> (&'static VtdUnit, Memory) {
+    let memory = Memory::new(256 * FRAME_WORDS);
+    (Box::leak(Box::new(VtdUnit::new(memory.clone(), config))), memory)
+}
+
+/// Takes what a unit needs: queues of one page (128 entries), 20 frames for tables, room for 64 answers.
+pub fn needs(memory: &Memory) -> vtd::Memory {
+    let frame = || memory.take(FRAME_WORDS, FRAME_WORDS);
+    vtd::Memory {
+        root: frame(),
+        invalidation_queue: frame(),
+        status: frame(),
+        page_requests: frame(),
+        frames: (0..20).map(|_| frame()).collect(),
+        answers: 64,
+    }
+}
+
+impl Machine {
+    /// A machine with its unit in service.
+    pub fn new(config: Config) -> Self {
+        let (unit, memory) = unit(config);
+        let needs = needs(&memory);
+        Self::enable(unit, memory, unit, needs).expect("it comes into service")
+    }
+}
+
+impl<B: Bus + Clone> Machine<B> {
+    /// Takes `unit` into service through `bus`.
+    pub fn enable(unit: &'static VtdUnit, memory: Memory, bus: B, needs: vtd::Memory) -> Result<Self, Error> {
+        let vtd = Found::probe(bus)?.enable(needs)?;
+        let frames = TableFrames::new(memory.clone(), usize::MAX);
+        Ok(Self { memory, unit, vtd, frames })
+    }
+
+    /// Returns a page that begins with `word`, as devices see it.
+    pub fn page(&self, word: u64) -> PhysAddr {
+        let mut page = self.memory.take(FRAME_WORDS, FRAME_WORDS);
+        page.clear();
+        page.store(0, word);
+        self.memory.publish(page.range(0, FRAME_WORDS)).expect("the page is in the memory");
+        page.phys()
+    }
+
+    /// Returns an empty tree of `format`.
+    pub fn tree(&mut self, format: Format) -> Tree {
+        Tree::new(&mut self.frames, format).expect("there are frames")
+    }
+
+    /// Maps a new page that begins with `word` at `iova`.
+    pub fn map(&mut self, tree: &Tree, iova: Iova, word: u64) -> PhysAddr {
+        let page = self.page(word);
+        tree.map(&mut self.frames, iova.0, &grant(page.0, 1), Perms::READ_WRITE)
+            .expect("nothing is mapped there");
+        page
+    }
+
+    /// Unmaps the page at `iova`, and invalidates nothing.
+    pub fn unmap(&mut self, tree: &Tree, iova: Iova) {
+        tree.unmap(&mut self.frames, iova.0, PAGE_SIZE).expect("it is mapped");
+    }
+
+    /// Plugs in the device `stream` and assigns it.
+    pub fn assign(&mut self, stream: StreamId, features: Features) {
+        self.unit.plug(stream);
+        let invalidations = self.vtd.tables.assign(stream, features).expect("it can be assigned");
+        self.invalidate(&invalidations);
+    }
+
+    /// Attaches a PASID of a device, or accesses without one, to first-stage tables.
+    pub fn attach(&mut self, stream: StreamId, pasid: Option<Pasid>, tree: &Tree) -> Attachment {
+        let translation = Translation::Stage1(root(tree.root().0, tree.levels()));
+        let attached = self.vtd.tables.attach(stream, pasid, translation);
+        let (attachment, invalidations) = attached.expect("it can be attached");
+        self.invalidate(&invalidations);
+        attachment
+    }
+
+    /// Detaches, and waits until hardware has let go.
+    pub fn detach(&mut self, attachment: Attachment) {
+        let (leaving, invalidations) = self.vtd.tables.detach(attachment).expect("it is attached");
+        self.invalidate(&invalidations);
+        self.vtd.tables.finish(leaving);
+    }
+
+    /// Blocks a device whose attachments are gone, and waits until hardware has let go.
+    pub fn block(&mut self, stream: StreamId) {
+        let (leaving, invalidations) = self.vtd.tables.block(stream).expect("it is assigned");
+        self.invalidate(&invalidations);
+        self.vtd.tables.finish(leaving);
+    }
+
+    /// Submits `invalidations`, and waits.
+    pub fn invalidate(&mut self, invalidations: &[Invalidation]) {
+        let ticket = self.vtd.commands.submit(invalidations).expect("there is room");
+        self.wait(ticket);
+    }
+
+    /// Waits for `ticket`, on the unit's clock.
+    pub fn wait(&mut self, ticket: Ticket) {
+        for _ in 0..1000 {
+            if self.vtd.commands.poll(ticket) == Completion::Done {
+                return;
+            }
+            self.unit.advance(1);
+        }
+        panic!("{ticket:?} does not complete");
+    }
+
+    /// Takes all events of one pass.
+    pub fn pass(&mut self) -> Vec<Event> {
+        self.vtd.events.acknowledge();
+        let mut events = Vec::new();
+        while let Some(event) = self.vtd.events.next_event() {
+            events.push(event);
+            assert!(events.len() < 10_000, "a pass without an end");
+        }
+        events
+    }
+
+    /// The device reads the word at `iova`, untranslated.
+    pub fn read(&self, stream: StreamId, pasid: Option<Pasid>, iova: Iova) -> Result<u64, Refusal> {
+        self.unit.dma_read(stream, pasid, iova, 8).map(word)
+    }
+
+    /// The device reads the word at `iova` through its device TLB.
+    pub fn ats_read(&self, stream: StreamId, pasid: Option<Pasid>, iova: Iova) -> Result<u64, Refusal> {
+        self.unit.ats_read(stream, pasid, iova, 8).map(word)
+    }
+
+    /// The driver broke no rule of the manual.
+    pub fn assert_lawful(&self) {
+        let violations = self.unit.violations();
+        assert!(violations.is_empty(), "{} violations, first {:?}", violations.len(), violations[0]);
+    }
+}
+
+fn word(bytes: Vec<u8>) -> u64 {
+    u64::from_le_bytes(bytes.try_into().expect("eight bytes were asked for"))
+}

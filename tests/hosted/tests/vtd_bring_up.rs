@@ -1,0 +1,392 @@
+//! How the VT-d driver takes a unit into service, and why it does not.
+#![expect(clippy::expect_used, reason = "a test that is surprised has failed")]
+
+use hosted::{Machine, needs, unit};
+use iommu::{Bus, DmaBuf, Error, Events, Features, Iova, Pasid, PhysAddr, StreamId, Tables};
+use models::{
+    golden,
+    memory::Memory,
+    vtd::{Config, Refusal, VtdUnit},
+};
+use std::{
+    ops::Range,
+    sync::{Arc, Mutex},
+};
+use vtd::{FRAME_WORDS, Found};
+
+const DISK: StreamId = StreamId(0x20);
+
+const GCMD: usize = 0x018;
+const GSTS: usize = 0x01C;
+const RTADDR: usize = 0x020;
+const TE: u32 = 1 << 31;
+const SRTP: u32 = 1 << 30;
+const QIE: u32 = 1 << 26;
+const IRE: u32 = 1 << 25;
+const SIRTP: u32 = 1 << 24;
+
+/// Writes `GCMD` as firmware would, and waits for `GSTS`.
+fn command(unit: &VtdUnit, value: u32, status: u32) {
+    unit.write32(GCMD, value);
+    assert!((0..100).any(|_| unit.read32(GSTS) == status), "GSTS is {:#x}", unit.read32(GSTS));
+}
+
+/// A bus that remembers every write, and what devices could do after it.
+#[derive(Clone)]
+struct Watched {
+    unit: &'static VtdUnit,
+    writes: Arc<Mutex<Vec<(usize, u64)>>>,
+    /// What devices got through after translation was on.
+    leaks: Arc<Mutex<usize>>,
+}
+
+impl Watched {
+    fn written(&self, offset: usize, value: u64) {
+        self.writes.lock().expect("no test panics here").push((offset, value));
+        if self.unit.read32(GSTS) & TE != 0 {
+            for stream in [0, 0x20, 0xFF, 0x100, 0xFFFF].map(StreamId) {
+                for pasid in [None, Pasid::new(0), Pasid::new(5)] {
+                    let through = self.unit.dma_read(stream, pasid, Iova(0x8_0000_0000), 1).is_ok();
+                    *self.leaks.lock().expect("no test panics here") += usize::from(through);
+                }
+            }
+        }
+    }
+}
+
+impl Bus for Watched {
+    fn read32(&self, offset: usize) -> u32 {
+        self.unit.read32(offset)
+    }
+    fn write32(&self, offset: usize, value: u32) {
+        self.unit.write32(offset, value);
+        self.written(offset, value.into());
+    }
+    fn read64(&self, offset: usize) -> u64 {
+        self.unit.read64(offset)
+    }
+    fn write64(&self, offset: usize, value: u64) {
+        self.unit.write64(offset, value);
+        self.written(offset, value);
+    }
+    fn publish(&self, range: Range<PhysAddr>) {
+        self.unit.publish(range);
+    }
+    fn observe(&self, range: Range<PhysAddr>) {
+        self.unit.observe(range);
+    }
+    fn now_us(&self) -> u64 {
+        self.unit.now_us()
+    }
+}
+
+fn watched(config: Config) -> (Watched, Memory) {
+    let (unit, memory) = unit(config);
+    (Watched { unit, writes: Arc::default(), leaks: Arc::default() }, memory)
+}
+
+#[test]
+fn bring_up_follows_the_order_of_the_manual() {
+    let (bus, memory) = watched(Config::qemu());
+    let needs = needs(&memory);
+    let [root, queue, status, requests] =
+        [&needs.root, &needs.invalidation_queue, &needs.status, &needs.page_requests].map(|b| b.phys().0);
+
+    let machine = Machine::enable(bus.unit, memory, bus.clone(), needs).expect("it comes into service");
+
+    let writes = bus.writes.lock().expect("no test panics here").clone();
+    let at = |offset: usize, value: u64| {
+        let found = writes.iter().position(|&write| write == (offset, value));
+        found.unwrap_or_else(|| panic!("{value:#x} was never written to {offset:#x}: {writes:x?}"))
+    };
+    let command = |bit: u32| {
+        let sets = |&(offset, value): &(usize, u64)| offset == GCMD && value as u32 & bit != 0;
+        writes.iter().position(sets).unwrap_or_else(|| panic!("GCMD {bit:#x} was never written"))
+    };
+    // Facts 7.1: mask the events; IQT, IQA (base, DW), QIE; RTADDR (scalable), SRTP; invalidate (first IQT); TE.
+    let masks = [0x38, 0xA0, 0xE0].map(|control| at(control, 1 << 31));
+    let order = [
+        masks.into_iter().max().unwrap_or(0),
+        at(0x88, 0),
+        at(0x90, queue | 1 << 11),
+        command(QIE),
+        at(RTADDR, root | 1 << 10),
+        command(SRTP),
+        at(0x88, 4 * 32),
+        command(TE),
+    ];
+    assert!(order.is_sorted_by(|a, b| a < b), "{order:?}");
+    // 5.3: PQH = 0, PQT = 0, PQA.
+    assert!(at(0xC0, 0) < at(0xD0, requests) && at(0xC8, 0) < at(0xD0, requests));
+    // Rows 21, 41, 25, and row 33 with FN: context cache, PASID cache, IOTLB, wait for 1; in this order.
+    assert_eq!(
+        machine.unit.executed(),
+        [golden::CONTEXT_GLOBAL, golden::PASID_CACHE_GLOBAL, [0xD2, 0, 0, 0], [0x1_0000_0065, status, 0, 0]]
+    );
+    assert_eq!(machine.unit.read32(GSTS), TE | SRTP | QIE);
+    assert_eq!(machine.unit.read64(RTADDR), root | 1 << 10);
+    machine.assert_lawful();
+}
+
+#[test]
+fn from_the_moment_that_translation_is_on_no_device_gets_through() {
+    let (bus, memory) = watched(Config::full());
+    let needs = needs(&memory);
+
+    let mut machine = Machine::enable(bus.unit, memory, bus.clone(), needs).expect("it comes into service");
+
+    assert_eq!(*bus.leaks.lock().expect("no test panics here"), 0);
+    assert_eq!(machine.read(DISK, None, Iova(0x8_0000_0000)), Err(Refusal::Fault(0x39)), "SRT.2");
+    machine.unit.plug(DISK);
+    let features = Features { device_tlb: true, page_requests: true, pasid: true };
+    assert!(machine.vtd.tables.assign(DISK, features).is_ok());
+    for pasid in [None, Pasid::new(5)] {
+        let refused = machine.read(DISK, pasid, Iova(0x8_0000_0000));
+        assert_eq!(refused, Err(Refusal::Fault(0x51)), "assigned is not attached (SPD.2)");
+    }
+    machine.assert_lawful();
+}
+
+#[test]
+fn before_it_is_taken_into_service_a_unit_is_only_read() {
+    let (bus, _) = watched(Config::qemu());
+
+    let capabilities = Found::probe(bus.clone()).expect("it is there").capabilities();
+
+    assert!(bus.writes.lock().expect("no test panics here").is_empty());
+    // Facts 1.2, the measured unit: first stage, no second stage in scalable mode, 20 bits of PASID, PRS with PDS.
+    assert!(capabilities.stage1 && !capabilities.stage2 && capabilities.page_requests);
+    assert!(capabilities.device_tlb && !capabilities.coherent_walks);
+    assert_eq!((capabilities.levels, capabilities.pasid_bits), (4, 20));
+}
+
+#[test]
+fn a_unit_that_cannot_drain_page_requests_has_none() {
+    // ECAP.PDS is bit 42, ECAP.PRS bit 29.
+    for (lacking, expected) in
+        [(0, true), (1 << 42, false), (1 << 29, false), (1 << 2, false), (1 << 40, false)]
+    {
+        let (unit, _) = unit(Config { ecap: Config::qemu().ecap & !lacking, ..Config::qemu() });
+
+        let capabilities = Found::probe(unit).expect("it is there").capabilities();
+
+        assert_eq!(capabilities.page_requests, expected, "without ECAP bits {lacking:#x}");
+    }
+}
+
+#[test]
+fn a_unit_without_page_requests_is_used_without_touching_their_registers() {
+    let (unit, memory) = unit(Config { ecap: Config::qemu().ecap & !(1 << 29), ..Config::qemu() });
+    let needs = needs(&memory);
+
+    let mut machine = Machine::enable(unit, memory, unit, needs).expect("it comes into service");
+    assert_eq!(machine.read(DISK, None, Iova(0x1000)), Err(Refusal::Fault(0x39)));
+
+    assert_eq!(machine.pass().len(), 1, "the fault");
+    machine.assert_lawful();
+}
+
+#[test]
+fn faults_of_the_time_before_are_not_taken_for_ours() {
+    let (unit, memory) = unit(Config::full());
+    // Firmware used legacy mode for a while, and left two faults and an overflow behind.
+    let mut root = memory.take(FRAME_WORDS, FRAME_WORDS);
+    root.clear();
+    unit.publish(root.range(0, FRAME_WORDS));
+    unit.write64(RTADDR, root.phys().0);
+    command(unit, SRTP, SRTP);
+    command(unit, TE, SRTP | TE);
+    for page in 0..6 {
+        assert!(unit.dma_read(DISK, None, Iova(page << 12), 1).is_err());
+    }
+    command(unit, 0, SRTP);
+    assert_ne!(unit.read32(0x34), 0, "FSTS");
+    let needs = needs(&memory);
+
+    let mut machine = Machine::enable(unit, memory, unit, needs).expect("it comes into service");
+
+    assert_eq!(machine.vtd.events.next_event(), None);
+    assert_eq!(unit.read32(0x34) & 3, 0, "FSTS.PPF and PFO");
+    machine.assert_lawful();
+}
+
+/// Where no unit answers: every register reads as all ones.
+#[derive(Clone)]
+struct Nothing;
+
+impl Bus for Nothing {
+    fn read32(&self, _: usize) -> u32 {
+        u32::MAX
+    }
+    fn write32(&self, offset: usize, _: u32) {
+        panic!("write to {offset:#x} of a unit that is not there");
+    }
+    fn read64(&self, _: usize) -> u64 {
+        u64::MAX
+    }
+    fn write64(&self, offset: usize, _: u64) {
+        panic!("write to {offset:#x} of a unit that is not there");
+    }
+    fn publish(&self, _: Range<PhysAddr>) {}
+    fn observe(&self, _: Range<PhysAddr>) {}
+    fn now_us(&self) -> u64 {
+        0
+    }
+}
+
+#[test]
+fn a_unit_that_is_not_there_is_absent() {
+    assert_eq!(Found::probe(Nothing).err(), Some(Error::Absent));
+}
+
+fn refusal(config: Config) -> Error {
+    let (unit, memory) = unit(config);
+    let needs = needs(&memory);
+    Machine::enable(unit, memory, unit, needs).err().expect("it is refused")
+}
+
+#[test]
+fn what_a_unit_lacks_is_named() {
+    let qemu = Config::qemu();
+    // ECAP.SMTS is bit 43, ECAP.QI bit 1, CAP.RWBF bit 4.
+    for (config, name) in [
+        (Config { ecap: qemu.ecap & !(1 << 43), ..qemu }, "ECAP.SMTS"),
+        (Config { ecap: qemu.ecap & !(1 << 1), ..qemu }, "ECAP.QI"),
+        (Config { cap: qemu.cap | 1 << 4, ..qemu }, "CAP.RWBF"),
+    ] {
+        let Error::Unsupported { feature } = refusal(config) else { panic!("{name}") };
+        assert!(feature.contains(name), "{feature} does not name {name}");
+    }
+}
+
+#[test]
+fn what_firmware_left_on_is_named_and_left_as_it_is() {
+    let leave = |bits: u32| {
+        let (unit, memory) = unit(Config::qemu());
+        let queue = memory.take(FRAME_WORDS, FRAME_WORDS);
+        unit.write64(0x90, queue.phys().0);
+        command(unit, SRTP, SRTP);
+        command(unit, SIRTP, SRTP | SIRTP);
+        let mut status = SRTP | SIRTP;
+        // One bit at a time. Interrupt remapping needs the queue to go on, but not to stay on.
+        if bits & (QIE | IRE) != 0 {
+            command(unit, QIE, status | QIE);
+            status |= QIE;
+        }
+        if bits & IRE != 0 {
+            command(unit, QIE | IRE, status | IRE);
+            command(unit, IRE, SRTP | SIRTP | IRE);
+        }
+        if bits & TE != 0 {
+            command(unit, TE, status | TE);
+        }
+        let before = unit.read32(GSTS);
+        let needs = needs(&memory);
+        let error = Machine::enable(unit, memory, unit, needs).err();
+        assert_eq!(unit.read32(GSTS), before, "GSTS");
+        match error {
+            Some(Error::InUse { what }) => what,
+            other => panic!("{other:?}"),
+        }
+    };
+
+    assert!(leave(TE).contains("GSTS.TES"));
+    assert!(leave(QIE).contains("GSTS.QIES"));
+    assert!(leave(IRE).contains("GSTS.IRES"));
+}
+
+/// `words` words that are not aligned to their size.
+fn crooked(memory: &Memory, words: usize) -> DmaBuf {
+    let odd = memory.take(1, words);
+    assert!(odd.phys().0.is_multiple_of(words as u64 * 8));
+    memory.take(words, 1)
+}
+
+#[test]
+fn memory_that_is_too_small_or_crooked_is_named_and_the_unit_left_alone() {
+    type Change = fn(&mut vtd::Memory, &Memory);
+    let cases: [(&str, Change); 11] = [
+        ("root table", |m, from| m.root = from.take(256, 512)),
+        ("root table", |m, from| m.root = crooked(from, 512)),
+        ("completions", |m, from| m.status = from.take(256, 512)),
+        ("completions", |m, from| m.status = crooked(from, 512)),
+        ("tables", |m, from| m.frames[7] = from.take(256, 512)),
+        ("tables", |m, from| m.frames[19] = crooked(from, 512)),
+        ("invalidation queue", |m, from| m.invalidation_queue = crooked(from, 1024)),
+        ("invalidation queue", |m, from| m.invalidation_queue = from.take(256, 512)),
+        ("invalidation queue", |m, _| m.answers = 128),
+        ("page request queue", |m, from| m.page_requests = crooked(from, 1024)),
+        ("page request queue", |m, from| m.page_requests = from.take(1536, 2048)),
+    ];
+    for (purpose, change) in cases {
+        let (unit, memory) = unit(Config::qemu());
+        let mut needs = needs(&memory);
+        change(&mut needs, &memory);
+
+        let error = Machine::enable(unit, memory, unit, needs).err();
+
+        let Some(Error::Memory { purpose: named, words, needed }) = error else {
+            panic!("{purpose}: {error:?}")
+        };
+        assert!(named.contains(purpose), "{named} is not {purpose}");
+        assert!(needed.is_power_of_two() && words > 0);
+        assert_eq!((unit.read32(GSTS), unit.read64(0x90)), (0, 0), "GSTS and IQA of the {purpose}");
+    }
+}
+
+#[test]
+fn a_queue_larger_than_the_unit_can_use_is_refused() {
+    let memory = Memory::new((256 + 128 + 256) * 2 * FRAME_WORDS);
+    let unit: &VtdUnit = Box::leak(Box::new(VtdUnit::new(memory.clone(), Config::qemu())));
+    let mut parts = needs(&memory);
+    parts.page_requests = memory.take(256 * FRAME_WORDS, 256 * FRAME_WORDS);
+
+    let error = Machine::enable(unit, memory, unit, parts).err();
+
+    let needed = 128 * FRAME_WORDS;
+    let words = 256 * FRAME_WORDS;
+    assert_eq!(error, Some(Error::Memory { purpose: "the page request queue", words, needed }));
+}
+
+#[test]
+fn a_unit_that_never_acknowledges_is_given_up_in_time_by_the_name_of_the_register() {
+    for (silent, name) in [(QIE, "GSTS.QIES"), (SRTP, "GSTS.RTPS"), (TE, "GSTS.TES")] {
+        let (unit, memory) = unit(Config::qemu());
+        let needs = needs(&memory);
+        unit.never_acknowledge(silent);
+
+        let error = Machine::enable(unit, memory, unit, needs).err();
+
+        let Some(Error::Timeout { register, waited_us }) = error else { panic!("{name}: {error:?}") };
+        assert_eq!(register, name);
+        assert!((100_000..110_000).contains(&waited_us), "{waited_us}");
+        assert_eq!(unit.read32(GSTS) & TE, 0);
+    }
+}
+
+#[test]
+fn a_unit_that_never_completes_its_first_invalidation_is_not_switched_on() {
+    for ahead in [0, 4] {
+        let (unit, memory) = unit(Config::qemu());
+        let needs = needs(&memory);
+        unit.pause(ahead);
+
+        let error = Machine::enable(unit, memory, unit, needs).err();
+
+        assert!(
+            matches!(error, Some(Error::Timeout { register: "the first invalidation", .. })),
+            "{error:?}"
+        );
+        assert_eq!(unit.read32(GSTS), SRTP | QIE, "fetched is not completed: translation stays off");
+    }
+}
+
+#[test]
+fn a_slow_unit_comes_into_service() {
+    let (unit, memory) = unit(Config { acknowledge_after: 500, ..Config::qemu() });
+    let needs = needs(&memory);
+
+    let machine = Machine::enable(unit, memory, unit, needs).expect("it comes into service");
+
+    machine.assert_lawful();
+}

@@ -1,0 +1,601 @@
+//! The command side of the VT-d driver against the modelled unit: what is put in the queue, and when it counts as done.
+#![expect(clippy::expect_used, reason = "a test that is surprised has failed")]
+
+use hosted::{Machine, Random, needs, unit};
+use iommu::{
+    Attachment, Bus, Commands, Completion, DomainId, Error, Event, Events, Features, GroupTag, Invalidation,
+    Iova, Outcome, PAGE_SIZE, PageRequest, PageResponse, Pasid, Perms, PhysAddr, StreamId, Ticket,
+};
+use models::vtd::{Config, VtdUnit};
+use pgtable::VTD_FIRST_STAGE;
+use std::ops::Range;
+
+const DISK: StreamId = StreamId(0x20);
+const NIC: StreamId = StreamId(0x28);
+const ALL: Features = Features { device_tlb: true, page_requests: true, pasid: true };
+/// Entries of the queue that `needs` gives, answers that it keeps room for, and entries that can be used.
+const ENTRIES: usize = 128;
+const ANSWERS: usize = 64;
+const USABLE: usize = ENTRIES - 1;
+
+/// The register that holds the tail.
+const IQT: usize = 0x88;
+
+fn pasid(value: u32) -> Option<Pasid> {
+    Some(Pasid::new(value).expect("20 bits"))
+}
+
+/// PFSID 0x0300, the device itself: bits 15:4 in 63:52, bits 3:0 (zero here) in 15:12.
+const PFSID: u64 = 0x30 << 52;
+
+/// An attachment that no table knows: good enough to encode.
+fn attachment(pasid: Option<Pasid>, stage1: bool, device_tlb: bool) -> Attachment {
+    Attachment { stream: StreamId(0x0300), pasid, domain: DomainId(0x10), stage1, device_tlb }
+}
+
+/// Returns the descriptors that `invalidation` becomes, without the wait that ends them.
+fn encoded(config: Config, invalidation: Invalidation) -> Vec<[u64; 4]> {
+    let mut machine = Machine::new(config);
+    machine.unit.plug(StreamId(0x0300));
+    let before = machine.unit.executed().len();
+    machine.invalidate(&[invalidation]);
+    let mut words = machine.unit.executed().split_off(before);
+    let wait = words.pop().expect("a wait");
+    // Row 33 with FN: the second wait of this unit.
+    assert_eq!(wait[0], 0x2_0000_0065);
+    words
+}
+
+#[test]
+fn pages_of_a_pasid_are_cut_into_blocks_for_the_unit_and_then_for_the_device() {
+    let words = |invalidation| encoded(Config::full(), invalidation);
+    let tagged = attachment(pasid(1), true, true);
+    let pages = |attachment, iova, pages| Invalidation::Pages { attachment, iova: Iova(iova), pages };
+
+    // Row 38: 512 pages at 0x20_0000. Its device TLB half as row 44 without G: eight ones from bit 12 on, and S.
+    let type_8 = |address| [8 | 0x300 << 16 | 1 << 32 | PFSID, address, 0, 0];
+    assert_eq!(
+        words(pages(tagged, 0x20_0000, 512)),
+        [[0x1_0010_0036, 0x20_0009, 0, 0], type_8(0x20_0000 | 0xF_F000 | 1 << 11)]
+    );
+    // One page: AM 0, and no S.
+    assert_eq!(words(pages(tagged, 0x7000, 1)), [[0x1_0010_0036, 0x7000, 0, 0], type_8(0x7000)]);
+    // Three pages from an odd one: one and two. Two pages: S, and no one bit.
+    assert_eq!(
+        words(pages(tagged, 0x1000, 3)),
+        [
+            [0x1_0010_0036, 0x1000, 0, 0],
+            [0x1_0010_0036, 0x2001, 0, 0],
+            type_8(0x1000),
+            type_8(0x2000 | 1 << 11)
+        ]
+    );
+    // Without PASID: PASID 0 (RID_PASID) for the unit, type 3 for the device. Row 30: 16 pages, three ones, S in bit 0.
+    assert_eq!(
+        words(pages(attachment(None, true, true), 0x1234_0000, 16)),
+        [[0x10_0036, 0x1234_0004, 0, 0], [3 | 0x300 << 32 | PFSID, 0x1234_7001, 0, 0]]
+    );
+    // A device without a TLB is not asked.
+    assert_eq!(words(pages(attachment(pasid(1), true, false), 0x7000, 1)), [[0x1_0010_0036, 0x7000, 0, 0]]);
+}
+
+#[test]
+fn the_physical_function_is_named_only_to_a_unit_that_asks_for_it() {
+    let tagged = attachment(pasid(1), true, true);
+    let pages = Invalidation::Pages { attachment: tagged, iova: Iova(0x7000), pages: 1 };
+
+    // ECAP.DIT is bit 41: the modelled QEMU has none, and the field is reserved there.
+    assert_eq!(encoded(Config::qemu(), pages)[1], [8 | 0x300 << 16 | 1 << 32, 0x7000, 0, 0]);
+    assert_eq!(encoded(Config::full(), pages)[1], [8 | 0x300 << 16 | 1 << 32 | PFSID, 0x7000, 0, 0]);
+}
+
+#[test]
+fn pages_of_a_second_stage_are_invalidated_in_their_domain() {
+    // Row 27 without IH, DID 0x10: 2 | 3<<4 | DW 1<<6 | DR 1<<7 | 0x10<<16; AM 4.
+    let second = attachment(pasid(1), false, false);
+    let pages = Invalidation::Pages { attachment: second, iova: Iova(0x1234_0000), pages: 16 };
+
+    assert_eq!(encoded(Config::full(), pages), [[0x0010_00F2, 0x1234_0004, 0, 0]]);
+    // CAP.PSI is bit 39: without it the whole domain (row 26).
+    let without = Config { cap: Config::full().cap & !(1 << 39), ..Config::full() };
+    assert_eq!(encoded(without, pages), [[0x0010_00E2, 0, 0, 0]]);
+    // CAP.DWD and DRD are bits 54 and 55: no draining where there is none.
+    let undrained = Config { cap: Config::full().cap & !(3 << 54), ..Config::full() };
+    assert_eq!(encoded(undrained, pages), [[0x0010_0032, 0x1234_0004, 0, 0]]);
+}
+
+#[test]
+fn a_range_of_many_pieces_forgets_the_whole_pasid() {
+    let tagged = attachment(pasid(1), true, true);
+    // From the second page, 255 pages: eight blocks.
+    let pages = Invalidation::Pages { attachment: tagged, iova: Iova(0x1000), pages: 255 };
+
+    let words = encoded(Config::full(), pages);
+
+    // Row 37 and row 43 for PASID 1: everything, S and all ones.
+    let all = [8 | 0x300 << 16 | 1 << 32 | PFSID, 0x7FFF_FFFF_FFFF_F800, 0, 0];
+    assert_eq!(words, [[0x1_0010_0026, 0, 0, 0], all]);
+}
+
+#[test]
+fn no_block_is_larger_than_the_unit_says() {
+    // CAP.MAMV is 53:48. With 1: blocks of two pages.
+    let small = Config { cap: Config::full().cap & !(0x3F << 48) | 1 << 48, ..Config::full() };
+    let tagged = attachment(pasid(1), true, false);
+    let pages = |pages| Invalidation::Pages { attachment: tagged, iova: Iova(0x8000), pages };
+
+    let block = |iova: u64, am| [0x1_0010_0036, iova | am, 0, 0];
+    assert_eq!(encoded(small, pages(4)), [block(0x8000, 1), block(0xA000, 1)]);
+    assert_eq!(encoded(small, pages(512)), [[0x1_0010_0026, 0, 0, 0]], "256 blocks are too many");
+}
+
+#[test]
+fn the_pages_of_a_range_are_forgotten_and_no_others() {
+    let mut machine = Machine::new(Config::full());
+    let tree = machine.tree(VTD_FIRST_STAGE);
+    machine.assign(DISK, ALL);
+    let attachment = machine.attach(DISK, pasid(5), &tree);
+    const START: u64 = 0x4000_0000;
+    for page in 0..32 {
+        machine.map(&tree, Iova(START + page * PAGE_SIZE), page);
+    }
+    let mut random = Random::new(3);
+    for _ in 0..200 {
+        let (first, pages) = (random.below(32), 1 + random.below(8));
+        for page in 0..32 {
+            assert!(machine.ats_read(DISK, pasid(5), Iova(START + page * PAGE_SIZE)).is_ok());
+        }
+
+        machine.invalidate(&[Invalidation::Pages {
+            attachment,
+            iova: Iova(START + first * PAGE_SIZE),
+            pages,
+        }]);
+
+        let known = machine.unit.device_tlb(DISK);
+        let known = |page| known.iter().any(|entry| entry.iova.0 == START + page * PAGE_SIZE);
+        for page in 0..32 {
+            let inside = (first..first + pages).contains(&page);
+            assert_eq!(known(page), !inside, "page {page} of {pages} from {first}");
+        }
+    }
+}
+
+#[test]
+fn an_invalidation_of_everything_at_bring_up_and_of_an_attachment_is_complete() {
+    let at = attachment(pasid(0xA_BCDE), true, true);
+    // PASID cache as row 40 with DID 0x10, then P-IOTLB as row 37, then the device's as row 43: in this order.
+    assert_eq!(
+        encoded(Config::full(), Invalidation::Attachment(at)),
+        [
+            [0x000A_BCDE_0010_0017, 0, 0, 0],
+            [0x000A_BCDE_0010_0026, 0, 0, 0],
+            [8 | 0x300 << 16 | 0xA_BCDE << 32 | PFSID, 0x7FFF_FFFF_FFFF_F800, 0, 0]
+        ]
+    );
+    let at = attachment(None, false, true);
+    // PASID 0 (RID_PASID); second stage: the domain (row 26); type 3, everything (row 28).
+    assert_eq!(
+        encoded(Config::full(), Invalidation::Attachment(at)),
+        [
+            [0x0010_0017, 0, 0, 0],
+            [0x0010_00E2, 0, 0, 0],
+            [3 | 0x300 << 32 | PFSID, 0x7FFF_FFFF_FFFF_F001, 0, 0]
+        ]
+    );
+    let device = |device_tlb| Invalidation::Device { stream: StreamId(0x0300), device_tlb };
+    let context = [0x0000_0300_0000_0031, 0, 0, 0];
+    assert_eq!(encoded(Config::full(), device(false)), [context]);
+    assert_eq!(encoded(Config::full(), device(true))[0], context);
+    assert_eq!(encoded(Config::full(), device(true)).len(), 2);
+}
+
+#[test]
+fn a_batch_is_one_doorbell_and_one_wait() {
+    let (unit, memory) = unit(Config::full());
+    let parts = needs(&memory);
+    let bus = Doorbells { unit, rung: Default::default() };
+    let mut machine = Machine::enable(unit, memory, bus.clone(), parts).expect("it comes into service");
+    let (doorbells, executed) = (bus.count(), unit.executed().len());
+    let at = attachment(pasid(5), true, false);
+
+    machine.invalidate(&[Invalidation::Attachment(at), Invalidation::PageRequestDrain, Invalidation::All]);
+
+    assert_eq!(bus.count() - doorbells, 1);
+    let words = unit.executed().split_off(executed);
+    // Types (3:0): PASID cache, P-IOTLB, context, PASID cache, IOTLB, and one wait with SW, FN, PD (row 36).
+    assert_eq!(words.iter().map(|w| w[0] & 0xF).collect::<Vec<_>>(), [7, 6, 1, 7, 2, 5]);
+    assert_eq!(words[5][0] & 0xFFFF_FFFF, 0xE5);
+    machine.assert_lawful();
+}
+
+/// A bus that counts doorbells.
+#[derive(Clone)]
+struct Doorbells {
+    unit: &'static VtdUnit,
+    rung: std::sync::Arc<std::sync::atomic::AtomicUsize>,
+}
+
+impl Doorbells {
+    fn count(&self) -> usize {
+        self.rung.load(std::sync::atomic::Ordering::SeqCst)
+    }
+}
+
+impl Bus for Doorbells {
+    fn read32(&self, offset: usize) -> u32 {
+        self.unit.read32(offset)
+    }
+    fn write32(&self, offset: usize, value: u32) {
+        self.unit.write32(offset, value);
+    }
+    fn read64(&self, offset: usize) -> u64 {
+        self.unit.read64(offset)
+    }
+    fn write64(&self, offset: usize, value: u64) {
+        if offset == IQT {
+            self.rung.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+        }
+        self.unit.write64(offset, value);
+    }
+    fn publish(&self, range: Range<PhysAddr>) {
+        self.unit.publish(range);
+    }
+    fn observe(&self, range: Range<PhysAddr>) {
+        self.unit.observe(range);
+    }
+    fn now_us(&self) -> u64 {
+        self.unit.now_us()
+    }
+}
+
+#[test]
+fn a_batch_that_does_not_fit_is_refused_whole() {
+    let mut machine = Machine::new(Config::full());
+    let at = attachment(pasid(1), true, true);
+    let executed = machine.unit.executed().len();
+
+    // Eleven attachments are 33 descriptors and a wait; a batch has 32.
+    let refused = machine.vtd.commands.submit(&[Invalidation::Attachment(at); 11]);
+
+    assert!(matches!(refused, Err(Error::Exhausted { .. })), "{refused:?}");
+    assert_eq!(machine.unit.executed().len(), executed, "nothing of it was queued");
+    machine.invalidate(&[]);
+}
+
+/// A response to group `index` of the disk's PASID 5.
+fn answer(index: u16) -> PageResponse {
+    PageResponse { stream: DISK, tag: GroupTag { pasid: pasid(5), index }, outcome: Outcome::Success }
+}
+
+/// A machine whose disk may send page requests of PASID 5.
+fn with_page_requests() -> Machine {
+    let mut machine = Machine::new(Config::full());
+    let tree = machine.tree(VTD_FIRST_STAGE);
+    machine.assign(DISK, ALL);
+    machine.attach(DISK, pasid(5), &tree);
+    machine
+}
+
+fn ask(machine: &Machine, index: u16) {
+    let tag = GroupTag { pasid: pasid(5), index };
+    let request = PageRequest { stream: DISK, tag, iova: Iova(0x1000), perms: Perms::READ, last: true };
+    assert_eq!(machine.unit.page_request(request), models::vtd::Requested::Queued);
+}
+
+#[test]
+fn a_full_queue_refuses_invalidations_and_still_takes_every_answer() {
+    let mut machine = with_page_requests();
+    for index in 0..ANSWERS as u16 {
+        ask(&machine, index);
+    }
+    assert_eq!(machine.pass().len(), ANSWERS);
+    machine.unit.pause(0);
+
+    // Each is two descriptors; as many fit as leave the reserve.
+    let mut tickets = Vec::new();
+    let refused = loop {
+        match machine.vtd.commands.submit(&[Invalidation::Device { stream: NIC, device_tlb: false }]) {
+            Ok(ticket) => tickets.push(ticket),
+            Err(error) => break error,
+        }
+    };
+    assert_eq!(tickets.len(), (USABLE - ANSWERS) / 2);
+    assert_eq!(refused, Error::QueueFull { needed: 2, free: (USABLE - ANSWERS) % 2 });
+    for index in 0..ANSWERS as u16 {
+        assert_eq!(machine.vtd.commands.respond(answer(index)), Ok(()));
+    }
+    // More than was promised: it goes as long as there is room, and then the answer comes back.
+    assert_eq!(machine.vtd.commands.respond(answer(0)), Ok(()));
+    let full = Error::QueueFull { needed: 1, free: 0 };
+    assert_eq!(machine.vtd.commands.respond(answer(1)), Err((answer(1), full)));
+    assert!(tickets.iter().all(|&ticket| machine.vtd.commands.poll(ticket) == Completion::Pending));
+
+    // The one answer too many has no group, which the unit notes; so it stays out of the check.
+    machine.unit.execute(USABLE - 1);
+    assert!(tickets.iter().all(|&ticket| machine.vtd.commands.poll(ticket) == Completion::Done));
+    assert_eq!(machine.unit.answers().len(), ANSWERS);
+    machine.assert_lawful();
+}
+
+#[test]
+fn a_queue_that_was_full_goes_on_where_it_stopped() {
+    let mut machine = Machine::new(Config::full());
+    for round in 0..5 {
+        machine.unit.pause(0);
+        while machine.vtd.commands.submit(&[]).is_ok() {}
+        // One entry is given back: exactly one more goes in.
+        assert_eq!(machine.unit.execute(1), 1);
+        assert!(machine.vtd.commands.submit(&[]).is_ok(), "round {round}");
+        assert!(machine.vtd.commands.submit(&[]).is_err(), "round {round}");
+        machine.unit.resume();
+    }
+    machine.invalidate(&[Invalidation::All]);
+    machine.assert_lawful();
+}
+
+#[test]
+fn a_ticket_is_done_exactly_when_its_wait_is_however_slow_the_unit() {
+    let mut machine = Machine::new(Config::full());
+    machine.unit.plug(DISK);
+    let mut random = Random::new(11);
+    let mut tickets: Vec<Ticket> = Vec::new();
+    machine.unit.pause(0);
+    let (mut full, mut submitted) = (0, 0);
+    for _ in 0..6_000 {
+        if random.below(2) == 0 {
+            let what = Invalidation::Device { stream: DISK, device_tlb: random.below(2) == 0 };
+            let count = random.below(4) as usize;
+            match machine.vtd.commands.submit(&[what; 3][..count]) {
+                Ok(ticket) => {
+                    assert!(tickets.iter().all(|&earlier| earlier < ticket), "tickets count up");
+                    tickets.push(ticket);
+                    submitted += 1;
+                }
+                Err(Error::QueueFull { .. }) => full += 1,
+                Err(error) => panic!("{error}"),
+            }
+        } else {
+            machine.unit.execute(random.below(6) as usize);
+        }
+        // The waits that the unit executed, after the first one of bring-up.
+        let waits = machine.unit.executed().iter().filter(|words| words[0] & 0xF == 5).count() - 1;
+        for (n, &ticket) in tickets.iter().enumerate().skip(waits.saturating_sub(2)).take(5) {
+            let expected = if n < waits { Completion::Done } else { Completion::Pending };
+            assert_eq!(machine.vtd.commands.poll(ticket), expected, "{ticket:?} after {waits} waits");
+        }
+    }
+    // The queue has 128 entries: it was filled, and gone around, many times.
+    assert!(submitted > 1_000 && full > 100, "{submitted} {full}");
+    machine.unit.resume();
+    assert!(tickets.into_iter().all(|ticket| machine.vtd.commands.poll(ticket) == Completion::Done));
+    machine.assert_lawful();
+}
+
+#[test]
+fn fetched_is_not_done() {
+    let mut machine = Machine::new(Config::full());
+    machine.unit.pause(usize::MAX);
+
+    let ticket = machine.vtd.commands.submit(&[Invalidation::All]).expect("there is room");
+    assert_eq!(machine.unit.read64(0x80), machine.unit.read64(IQT), "IQH has passed all of it");
+    assert_eq!(machine.vtd.commands.poll(ticket), Completion::Pending);
+
+    machine.unit.resume();
+    assert_eq!(machine.vtd.commands.poll(ticket), Completion::Done);
+}
+
+#[test]
+fn a_ticket_is_done_however_long_ago() {
+    let mut machine = Machine::new(Config::qemu());
+    let first = machine.vtd.commands.submit(&[]).expect("there is room");
+    for _ in 0..5_000 {
+        machine.invalidate(&[]);
+    }
+
+    assert_eq!(machine.vtd.commands.poll(first), Completion::Done);
+    machine.assert_lawful();
+}
+
+#[test]
+fn a_status_that_the_unit_never_promised_is_not_done() {
+    for garbage in [0xFFFF_FFFF, 0x8000_0000, 3, 0xBAD0_BAD1] {
+        let mut machine = Machine::new(Config::qemu());
+        machine.unit.pause(0);
+        let pending = machine.vtd.commands.submit(&[]).expect("there is room");
+        // Where the first wait wrote: word 1 of the last descriptor of bring-up.
+        let status = machine.unit.executed().last().map(|words| words[1]).expect("a wait");
+
+        // Two are submitted, and the status says a third.
+        machine.memory.device_store(PhysAddr(status), garbage).expect("inside");
+
+        assert_eq!(machine.vtd.commands.poll(pending), Completion::Pending, "{garbage:#x}");
+        machine.unit.resume();
+        assert_eq!(machine.vtd.commands.poll(pending), Completion::Done);
+    }
+}
+
+#[test]
+fn a_device_that_does_not_answer_is_reported_once_and_its_ticket_is_never_done() {
+    let mut machine = Machine::new(Config { device_tlb_timeout_us: 1_000, ..Config::full() });
+    let tree = machine.tree(VTD_FIRST_STAGE);
+    machine.map(&tree, Iova(0x1000), 7);
+    machine.assign(DISK, ALL);
+    let attachment = machine.attach(DISK, pasid(5), &tree);
+    assert_eq!(machine.ats_read(DISK, pasid(5), Iova(0x1000)), Ok(7));
+    machine.unit.hold_device_tlb(DISK);
+    machine.unmap(&tree, Iova(0x1000));
+
+    let pages = Invalidation::Pages { attachment, iova: Iova(0x1000), pages: 1 };
+    let ticket = machine.vtd.commands.submit(&[pages]).expect("there is room");
+    machine.unit.advance(2_000);
+
+    assert_eq!(machine.unit.aborted_waits(), 1);
+    let events = machine.pass();
+    // FSTS.ITE is bit 6.
+    assert!(matches!(events[..], [Event::CommandsFailed { status }] if status & 1 << 6 != 0), "{events:?}");
+    assert_eq!(machine.pass(), [], "once");
+    // Others come and go; the device still has its translation, so the ticket must not be done.
+    for _ in 0..3 {
+        let _ = machine.vtd.commands.submit(&[Invalidation::Device { stream: NIC, device_tlb: false }]);
+        let _ = machine.pass();
+        machine.unit.advance(100);
+        assert_eq!(machine.vtd.commands.poll(ticket), Completion::Pending);
+    }
+    assert_eq!(machine.ats_read(DISK, pasid(5), Iova(0x1000)), Ok(7), "it never let go");
+}
+
+#[test]
+fn a_queue_that_stopped_is_reported_once_and_nothing_behind_it_is_done() {
+    let mut machine = Machine::new(Config::full());
+    let queue = machine.unit.read64(0x90) & !0xFFF;
+    machine.unit.pause(0);
+    let at = machine.unit.read64(IQT);
+    let ticket = machine.vtd.commands.submit(&[Invalidation::All]).expect("there is room");
+    // Memory went bad: a type that there is not.
+    machine.memory.device_store(PhysAddr(queue + at), 0xF).expect("inside");
+
+    machine.unit.resume();
+
+    let events = machine.pass();
+    // FSTS.IQE is bit 4.
+    assert!(matches!(events[..], [Event::CommandsFailed { status }] if status & 1 << 4 != 0), "{events:?}");
+    assert_eq!(machine.pass(), [], "once");
+    assert_eq!(machine.vtd.commands.poll(ticket), Completion::Pending);
+    assert_eq!(machine.unit.read64(0x80), at, "IQH stays at the bad descriptor");
+}
+
+#[test]
+fn a_stray_completion_is_reported_and_cleared() {
+    let mut machine = Machine::new(Config::full());
+    for _ in 0..2 {
+        machine.unit.stray_completion(DISK);
+
+        let events = machine.pass();
+
+        // FSTS.ICE is bit 5.
+        assert!(
+            matches!(events[..], [Event::CommandsFailed { status }] if status & 1 << 5 != 0),
+            "{events:?}"
+        );
+        assert_eq!(machine.unit.read32(0x34), 0, "FSTS");
+    }
+    machine.invalidate(&[Invalidation::All]);
+    machine.assert_lawful();
+}
+
+#[test]
+fn a_drain_brings_in_the_page_requests_that_were_on_their_way() {
+    let mut machine = with_page_requests();
+    machine.unit.hold_page_requests();
+    let tag = GroupTag { pasid: pasid(5), index: 1 };
+    let request = PageRequest { stream: DISK, tag, iova: Iova(0x1000), perms: Perms::READ, last: true };
+    machine.unit.page_request(request);
+
+    machine.invalidate(&[Invalidation::Device { stream: NIC, device_tlb: false }]);
+    assert_eq!(machine.pass(), [], "no drain was asked for");
+    machine.invalidate(&[Invalidation::PageRequestDrain]);
+
+    assert_eq!(machine.pass(), [Event::PageRequest(request)]);
+    machine.assert_lawful();
+}
+
+#[test]
+fn an_answer_ends_the_group_that_it_names_and_no_other() {
+    let mut machine = with_page_requests();
+    let tree = machine.tree(VTD_FIRST_STAGE);
+    machine.attach(DISK, pasid(6), &tree);
+    machine.attach(DISK, None, &tree);
+    machine.assign(NIC, ALL);
+    machine.attach(NIC, pasid(5), &tree);
+    // The same number for different devices and PASIDs; the largest number; no PASID.
+    let groups = [
+        (DISK, pasid(5), 1, Outcome::Success),
+        (DISK, pasid(6), 1, Outcome::Invalid),
+        (NIC, pasid(5), 1, Outcome::Failure),
+        (DISK, None, 1, Outcome::Success),
+        (DISK, pasid(5), 0x1FF, Outcome::Invalid),
+    ];
+    for (stream, pasid, index, _) in groups {
+        let tag = GroupTag { pasid, index };
+        machine.unit.page_request(PageRequest {
+            stream,
+            tag,
+            iova: Iova(0x1000),
+            perms: Perms::READ,
+            last: true,
+        });
+    }
+    assert_eq!(machine.pass().len(), 5);
+
+    for (stream, pasid, index, outcome) in groups {
+        let response = PageResponse { stream, tag: GroupTag { pasid, index }, outcome };
+        assert_eq!(machine.vtd.commands.respond(response), Ok(()));
+
+        let last = machine.unit.answers().pop().map(|a| (a.stream, a.tag.pasid, a.tag.index, a.outcome));
+        assert_eq!(last, Some((stream, pasid, index, outcome)));
+    }
+    assert_eq!(machine.unit.waiting_groups(), []);
+    machine.assert_lawful();
+}
+
+/// A bus on which the unit lies about its registers from some moment on.
+#[derive(Clone)]
+struct Lying {
+    unit: &'static VtdUnit,
+    lie: std::sync::Arc<std::sync::Mutex<Option<u64>>>,
+}
+
+impl Lying {
+    fn lie(&self) -> Option<u64> {
+        *self.lie.lock().expect("no test panics here")
+    }
+}
+
+impl Bus for Lying {
+    fn read32(&self, offset: usize) -> u32 {
+        self.lie().map_or_else(|| self.unit.read32(offset), |lie| lie as u32)
+    }
+    fn write32(&self, offset: usize, value: u32) {
+        self.unit.write32(offset, value);
+    }
+    fn read64(&self, offset: usize) -> u64 {
+        self.lie().unwrap_or_else(|| self.unit.read64(offset))
+    }
+    fn write64(&self, offset: usize, value: u64) {
+        self.unit.write64(offset, value);
+    }
+    fn publish(&self, range: Range<PhysAddr>) {
+        self.unit.publish(range);
+    }
+    fn observe(&self, range: Range<PhysAddr>) {
+        self.unit.observe(range);
+    }
+    fn now_us(&self) -> u64 {
+        self.unit.now_us()
+    }
+}
+
+#[test]
+fn no_register_value_makes_the_driver_panic_or_run_for_ever() {
+    // All ones (the unit fell off the bus), a head and a tail outside the queue, off their grid, noise.
+    let mut random = Random::new(5);
+    let noise: Vec<u64> = (0..40).map(|_| random.number()).collect();
+    for lie in [u64::MAX, 0, 0x7_FFE0, 0x7_FFF0, 0x1010, 1 << 63].into_iter().chain(noise) {
+        let (unit, memory) = unit(Config::full());
+        let parts = needs(&memory);
+        let bus = Lying { unit, lie: Default::default() };
+        let mut machine = Machine::enable(unit, memory, bus.clone(), parts).expect("it comes into service");
+
+        *bus.lie.lock().expect("no test panics here") = Some(lie);
+
+        for _ in 0..ENTRIES * 2 {
+            let _ = machine.vtd.commands.submit(&[Invalidation::All]);
+            let _ = machine.vtd.commands.respond(answer(1));
+        }
+        machine.vtd.events.acknowledge();
+        for _ in 0..1000 {
+            let _ = machine.vtd.events.next_event();
+        }
+    }
+}

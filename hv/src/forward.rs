@@ -10,7 +10,7 @@ use channel::{
     host::{Broken, Pushed},
     record::{Event, Reason, Request},
 };
-use core::sync::atomic::Ordering::Relaxed;
+use core::sync::atomic::Ordering::{AcqRel, Relaxed};
 use iommu::{Access, Perms};
 
 impl Guest {
@@ -20,7 +20,7 @@ impl Guest {
     /// channel everything waits.
     pub fn forward(&mut self, inbox: &mut Inbox) -> Result<(), Broken> {
         while let Some(slot) = inbox.slots.dequeue() {
-            // It holds every slot of the queue, and each is announced once.
+            // There is room: each slot is announced once at a time, and the first one perhaps once more.
             let _ = self.announced.push(slot);
         }
         let mut news = false;
@@ -30,7 +30,11 @@ impl Guest {
             }
             let group = match self.undelivered.take() {
                 Some(group) => Some(group),
-                None => self.hv.queues[self.index].deliver(slot),
+                None => {
+                    // ORDER: from here on the slot is announced anew, so it is read after this.
+                    self.home().announced.fetch_and(!(1 << slot), AcqRel);
+                    self.hv.queues[self.index].deliver(slot)
+                }
             };
             // Whatever was answered before it came here is not shown.
             if let Some(group) = group {

@@ -52,7 +52,7 @@ pub struct Guest {
     /// Its fault channel, once it is open.
     pub channel: Option<Host>,
     /// Slots that were announced and are not in the channel yet, oldest first.
-    pub announced: Vec<u8, SLOTS>,
+    pub announced: Vec<u8, { SLOTS + 1 }>,
     /// The first of them, if it was read already and found no room.
     pub undelivered: Option<Group>,
 }
@@ -117,6 +117,7 @@ fn live(hv: &'static Hypervisor, index: usize, order: &Order, inbox: &mut Inbox)
     guest.depart();
     // What was announced for the guest that left was answered when it left.
     while inbox.slots.dequeue().is_some() {}
+    hv.homes[index].announced.store(0, SeqCst);
     while inbox.notices.dequeue().is_some() {}
     ending
 }
@@ -233,13 +234,14 @@ impl Guest {
     }
 
     /// Lets the core sleep until the guest has an interrupt, or until `end_us`, or until the guest shall go.
-    pub fn sleep(&mut self, inbox: &Inbox, end_us: u64) {
+    pub fn sleep(&mut self, inbox: &mut Inbox, end_us: u64) {
         let _masked = cpu::mask();
         loop {
             let now_us = cpu::now_us();
             let stop = self.home().stop.load(SeqCst);
-            let news = inbox.slots.ready() || inbox.notices.ready() || self.vcpu.is_interrupt_pending();
-            if stop || news || now_us >= end_us {
+            // The guest may have made room since the rings were last looked at. A broken channel is `run`'s to deal with.
+            let broken = self.forward(inbox).is_err();
+            if stop || broken || self.vcpu.is_interrupt_pending() || now_us >= end_us {
                 break;
             }
             if end_us != u64::MAX {

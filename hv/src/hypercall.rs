@@ -50,7 +50,7 @@ struct Refused(Status);
 
 impl Guest {
     /// Handles one call. Returns how the guest ended, if the call ended it.
-    pub fn call(&mut self, operation: u64, arguments: [u64; 4], inbox: &Inbox) -> Option<Ending> {
+    pub fn call(&mut self, operation: u64, arguments: [u64; 4], inbox: &mut Inbox) -> Option<Ending> {
         if Call::from_number(operation) == Some(Call::Finish) {
             return Some(Ending::Finished { passed: arguments[0] == 1 });
         }
@@ -66,7 +66,12 @@ impl Guest {
         None
     }
 
-    fn dispatch(&mut self, operation: u64, arguments: [u64; 4], inbox: &Inbox) -> Result<Values, Refused> {
+    fn dispatch(
+        &mut self,
+        operation: u64,
+        arguments: [u64; 4],
+        inbox: &mut Inbox,
+    ) -> Result<Values, Refused> {
         let [first, second, third, fourth] = arguments;
         match Call::from_number(operation).ok_or(Refused(Status::UnknownCall))? {
             Call::Probe => self.probe(first),

@@ -66,7 +66,7 @@ pub struct Notice {
 
 /// What a guest's home core receives: slots that wait, and events. The service core is the only producer of both.
 pub struct Inbox {
-    /// Slots of groups that are whole. It has room for all slots at once, so nothing is ever lost here.
+    /// Slots of groups that are whole. It has room for all slots at once.
     pub slots: spsc::Consumer<'static, u8>,
     /// Events.
     pub notices: spsc::Consumer<'static, Notice>,
@@ -125,6 +125,9 @@ pub struct Home {
     pub ram: AtomicU64,
     /// The home core's ends of its rings; taken once.
     pub inbox: Locked<Option<Inbox>>,
+    /// Bit n set: slot n is on its way to the home core, which will look at it once more. So no slot is in the ring twice,
+    /// and the ring always has room.
+    pub announced: AtomicU64,
     /// Events that found the ring to the home core full.
     pub notices_lost: AtomicU64,
     /// When the group in each slot was reported by hardware, in microseconds.
@@ -148,6 +151,7 @@ impl Home {
             unmapped: AtomicU64::new(0),
             ram: AtomicU64::new(0),
             inbox: Locked::new(None),
+            announced: AtomicU64::new(0),
             notices_lost: AtomicU64::new(0),
             reported_us: [const { AtomicU64::new(0) }; SLOTS],
             longest_to_record_us: AtomicU64::new(0),

@@ -14,7 +14,7 @@ use arch::{
     unit,
 };
 use broker::{Broker, Verdict};
-use core::sync::atomic::Ordering::Relaxed;
+use core::sync::atomic::Ordering::{AcqRel, Relaxed};
 use iommu::{Event, Events as _, FaultRecord, PageRequest};
 
 /// Reports that one pass takes, at most, and expiries.
@@ -128,8 +128,9 @@ impl Service {
                 if let Some(reported) = self.hv.homes[index].reported_us.get(usize::from(slot)) {
                     reported.store(now_us, Relaxed);
                 }
-                // The ring holds all slots of the queue, and each is in it at most once.
-                if self.outboxes[index].slots.enqueue(slot).is_err() {
+                // ORDER: the group was completed before the bit is set; whoever clears the bit sees the group.
+                let on_its_way = self.hv.homes[index].announced.fetch_or(1 << slot, AcqRel) & 1 << slot != 0;
+                if !on_its_way && self.outboxes[index].slots.enqueue(slot).is_err() {
                     defmt::error!("slot {=u8} of guest {=usize} found its ring full", slot, index);
                 }
                 interrupts::kick(home_of(index), Source::Kick);

@@ -65,17 +65,21 @@ impl Guest {
             return Err(Error::Registers);
         }
         let requests = device.function.has_page_requests() && self.hv.capabilities.page_requests;
-        let features = Features { device_tlb: requests, page_requests: requests, pasid: requests };
+        let pasids = requests && self.hv.capabilities.pasid_bits > 0;
+        let features = Features { device_tlb: requests, page_requests: requests, pasid: pasids };
         assign(self.hv, device.function.id, features)?;
         // From here on it is the guest's to give back, whatever else fails.
         let _ = self.devices.push(number);
-        if requests {
+        if pasids {
             // Accesses without PASID reach an empty space. It also has to be there: QEMU's unit refuses every PASID of a
             // device whose entry for accesses without one is not present.
             let blank = Space::new(self.hv, device.function.id, None)?;
             let _ = self.blanks.push(blank);
+        }
+        if requests {
             let config = &self.hv.config;
-            let enabled = device.function.enable_page_requests(config, ALLOCATION).map_err(Error::Device)?;
+            let enabled =
+                device.function.enable_page_requests(config, ALLOCATION, pasids).map_err(Error::Device)?;
             defmt::debug!("{} of guest {=usize}: {}", device.function.id, self.index, enabled);
         }
         device.function.enable_bus_master(&self.hv.config);

@@ -131,7 +131,9 @@ impl Guest {
 
     fn probe(&self, which: u64) -> Result<Values, Refused> {
         let Some(at) = which.checked_sub(1) else {
-            return Ok([VERSION, self.devices.len() as u64, 1]);
+            // PASID 0 stands for accesses without one in some units.
+            let first_pasid = if self.hv.capabilities.pasid_bits > 0 { 1 } else { NONE };
+            return Ok([VERSION, self.devices.len() as u64, first_pasid]);
         };
         let number =
             usize::try_from(at).ok().and_then(|at| self.devices.get(at)).ok_or(Refused(Status::NotYours))?;

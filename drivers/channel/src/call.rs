@@ -39,8 +39,8 @@ macro_rules! numbered {
 numbered! {
     /// An operation.
     pub enum Call {
-        /// What there is. Argument: 0, or the number of a device from 1. Returns for 0: version, devices, PASID of the
-        /// first attachment that may be made; for a device: address and size of its registers in the guest's memory,
+        /// What there is. Argument: 0, or the number of a device from 1. Returns for 0: version, devices, the
+        /// first PASID that may be attached, or [`NONE`]; for a device: address and size of its registers in the guest's memory,
         /// vendor and device identity (15:0, 31:16).
         Probe = 0,
         /// Opens the fault channel. Returns its address in the guest's memory; once only.

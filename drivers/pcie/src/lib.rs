@@ -8,7 +8,7 @@
 //! # use iommu::StreamId;
 //! fn give_away(config: &impl ConfigSpace, function: StreamId) -> Result<Enabled, Error> {
 //!     let device = Function::find(config, function).ok_or(Error::Absent { function })?;
-//!     device.enable_page_requests(config, 32)
+//!     device.enable_page_requests(config, 32, true)
 //! }
 //! ```
 //!
@@ -222,11 +222,16 @@ impl Function {
         config.write32(self.id, COMMAND_STATUS, command & !clear | set);
     }
 
-    /// Turns on PASID, then ATS, then PRI with at most `allocation` requests outstanding.
+    /// Turns on PASID (if `pasids`), then ATS, then PRI with at most `allocation` requests outstanding.
     ///
     /// The order is the specification's: a PASID enable must not change while ATS is on, and PRI rests on ATS. The unit's
-    /// tables must allow all three before. Whatever was on before, from firmware or an earlier owner, is turned off first.
-    pub fn enable_page_requests(&self, config: &impl ConfigSpace, allocation: u32) -> Result<Enabled, Error> {
+    /// tables must allow what is turned on before. Whatever was on before, from firmware or an earlier owner, is turned off first.
+    pub fn enable_page_requests(
+        &self,
+        config: &impl ConfigSpace,
+        allocation: u32,
+        pasids: bool,
+    ) -> Result<Enabled, Error> {
         let needed =
             |at: Option<u16>, capability| at.ok_or(Error::Unsupported { function: self.id, capability });
         let pasid = needed(self.pasid, "PASID capability")?;
@@ -235,7 +240,9 @@ impl Function {
         self.disable_page_requests(config);
 
         let pasid_capability = config.read32(self.id, pasid + 4);
-        config.write32(self.id, pasid + 4, 1 << 16);
+        if pasids {
+            config.write32(self.id, pasid + 4, 1 << 16);
+        }
         // STU (20:16) = 0: translations of 4 KiB.
         config.write32(self.id, ats + 4, 1 << 31);
 
@@ -327,7 +334,7 @@ mod tests {
         let space = Space::with_page_requests();
         let function = Function::find(&space, DEVICE).expect("it answers");
 
-        let enabled = function.enable_page_requests(&space, 32).expect("it can");
+        let enabled = function.enable_page_requests(&space, 32, true).expect("it can");
 
         assert_eq!(enabled, Enabled { allocation: 32, pasid_bits: 20, response_needs_pasid: true });
         let writes = space.writes.borrow();
@@ -343,7 +350,7 @@ mod tests {
         let space = Space::with_page_requests();
         let function = Function::find(&space, DEVICE).expect("it answers");
 
-        assert_eq!(function.enable_page_requests(&space, 1000).map(|e| e.allocation), Ok(64));
+        assert_eq!(function.enable_page_requests(&space, 1000, true).map(|e| e.allocation), Ok(64));
     }
 
     #[test]
@@ -360,7 +367,10 @@ mod tests {
         let space = Busy(Space::with_page_requests());
         let function = Function::find(&space, DEVICE).expect("it answers");
 
-        assert_eq!(function.enable_page_requests(&space, 32), Err(Error::NotStopped { function: DEVICE }));
+        assert_eq!(
+            function.enable_page_requests(&space, 32, true),
+            Err(Error::NotStopped { function: DEVICE })
+        );
         assert!(!space.0.writes.borrow().contains(&(0x114, 1)));
         let last =
             |offset| space.0.writes.borrow().iter().rfind(|(at, _)| *at == offset).map(|(_, value)| *value);

@@ -11,7 +11,7 @@ mod watch;
 
 use crate::{
     calls::demand,
-    device::{Device, Operation, Status, WRITE},
+    device::{Device, NO_PASID, Operation, Status, WRITE},
     ensure,
     memory::Page,
     say,
@@ -20,7 +20,7 @@ use crate::{
 };
 use channel::{
     Call, Code,
-    call::{VERSION, WRITABLE},
+    call::{NONE, VERSION, WRITABLE},
     record::{Request, Wanted},
 };
 use heapless::Vec;
@@ -113,10 +113,10 @@ enum Access {
     Write,
 }
 
-/// The device, attached with a PASID.
+/// The device, attached: with a PASID where the machine has them.
 struct Assigned {
     device: Device,
-    pasid: Pasid,
+    pasid: Option<Pasid>,
     opaque: u64,
     attachment: u64,
     /// Pages mapped so far.
@@ -128,10 +128,8 @@ struct Assigned {
 impl Assigned {
     fn attach(device: Device, opaque: u64, deadline_us: u64) -> Result<Self, Failed> {
         let [_, _, first_pasid] = demand(Call::Probe, [0; 4])?;
-        let Some(pasid) = u32::try_from(first_pasid).ok().and_then(Pasid::new) else {
-            say!("the first PASID {first_pasid:#x} is none");
-            return Err(Failed);
-        };
+        let pasid = u32::try_from(first_pasid).ok().and_then(Pasid::new);
+        ensure!(pasid.is_some() || first_pasid == NONE, "the first PASID {first_pasid:#x} is none");
         let mut assigned = Self { device, pasid, opaque, attachment: 0, mapped: 0, unmaps: 0 };
         assigned.attach_again(deadline_us)?;
         Ok(assigned)
@@ -139,7 +137,8 @@ impl Assigned {
 
     /// Attaches the device, which must be detached.
     fn attach_again(&mut self, deadline_us: u64) -> Result<(), Failed> {
-        let arguments = [DEVICE, self.pasid.value().into(), self.opaque, deadline_us];
+        let pasid = self.pasid.map_or(NONE, |pasid| pasid.value().into());
+        let arguments = [DEVICE, pasid, self.opaque, deadline_us];
         [self.attachment, ..] = demand(Call::Attach, arguments)?;
         Ok(())
     }
@@ -172,8 +171,8 @@ impl Assigned {
     }
 
     fn start(&self, lane: u64, address: u64, bytes: u32, data: u64, control: u32) -> Result<(), Failed> {
-        let pasid = self.pasid.value();
-        self.device.start(lane, &Operation { address, bytes, pasid, data, control })
+        let (pasid, without) = self.pasid.map_or((0, NO_PASID), |pasid| (pasid.value(), 0));
+        self.device.start(lane, &Operation { address, bytes, pasid, data, control: control | without })
     }
 
     /// Checks that `group` asks for `access` to `pages`, in this order, and says so in every bit of its records.
@@ -186,7 +185,7 @@ impl Assigned {
             let expected = Request {
                 cookie: group.cookie,
                 device: DEVICE as u32,
-                pasid: Some(self.pasid),
+                pasid: self.pasid,
                 opaque: self.opaque,
                 group: found.group,
                 iova: Iova(*page),

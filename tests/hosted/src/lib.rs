@@ -10,7 +10,9 @@ mod machine;
 mod memory;
 mod random;
 pub mod sync;
+mod tapped;
 
 pub use machine::{Machine, needs, unit};
 pub use memory::{TableFrames, Window, grant, root};
 pub use random::Random;
+pub use tapped::{Moment, Tapped};

@@ -1,7 +1,6 @@
 //! The lock-free parts of the broker under real threads.
 //!
 //! A scheduler finds what it finds: `broker_interleaved.rs` tries every moment, this test tries a real machine.
-#![expect(clippy::expect_used, reason = "a test that is surprised has failed")]
 
 use broker::{Answer, Attachments, Broker, Cookie, Policy, Queue, Verdict};
 use iommu::{GroupTag, Iova, Outcome, PageRequest, PageResponse, Pasid, Perms, StreamId};

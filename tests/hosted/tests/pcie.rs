@@ -25,7 +25,7 @@ fn page_requests_go_on_and_off_in_the_order_of_the_specification() {
         let (space, function) = space(Abilities { left_enabled, ..Abilities::FULL });
 
         for allocation in [32, 1000] {
-            let enabled = function.enable_page_requests(&space, allocation).expect("it has all three");
+            let enabled = function.enable_page_requests(&space, allocation, true).expect("it has all three");
 
             assert_eq!(enabled.allocation, allocation.min(64), "no more than its capacity");
             assert_eq!((enabled.pasid_bits, enabled.response_needs_pasid), (20, true));
@@ -46,7 +46,7 @@ fn a_function_that_still_waits_for_answers_is_refused_and_left_off() {
     let (space, function) = space(Abilities::FULL);
     space.set_waiting(DISK, true);
 
-    assert_eq!(function.enable_page_requests(&space, 32), Err(Error::NotStopped { function: DISK }));
+    assert_eq!(function.enable_page_requests(&space, 32, true), Err(Error::NotStopped { function: DISK }));
 
     let state = space.enabled(DISK).expect("it is there");
     assert!(!state.page_requests && !state.ats && !state.pasid, "{state:?}");
@@ -56,10 +56,10 @@ fn a_function_that_still_waits_for_answers_is_refused_and_left_off() {
 #[test]
 fn a_function_that_was_refused_for_good_starts_anew() {
     let (space, function) = space(Abilities::FULL);
-    assert!(function.enable_page_requests(&space, 32).is_ok());
+    assert!(function.enable_page_requests(&space, 32, true).is_ok());
     space.response_failure(DISK);
 
-    assert!(function.enable_page_requests(&space, 32).is_ok());
+    assert!(function.enable_page_requests(&space, 32, true).is_ok());
 
     assert!(space.enabled(DISK).is_some_and(|state| state.page_requests));
     // Page Request Status at 0x126: Response Failure is bit 0.
@@ -76,7 +76,7 @@ fn a_function_without_one_of_the_three_is_refused_by_its_name() {
         let (space, function) = space(abilities);
 
         assert!(!function.has_page_requests());
-        let refused = function.enable_page_requests(&space, 32);
+        let refused = function.enable_page_requests(&space, 32, true);
         let Err(Error::Unsupported { capability, .. }) = refused else { panic!("{refused:?}") };
 
         assert!(capability.contains(name), "{capability}");
@@ -92,7 +92,7 @@ fn a_function_that_is_taken_out_does_no_harm() {
     space.remove(DISK);
 
     // All ones is not "stopped", nor anything else: what counts is that it ends, and says something.
-    let _ = function.enable_page_requests(&space, 32);
+    let _ = function.enable_page_requests(&space, 32, true);
     function.disable_page_requests(&space);
     function.enable_bus_master(&space);
     assert_eq!(Function::find(&space, DISK), None);

@@ -1,7 +1,7 @@
 //! How the VT-d driver takes a unit into service, and why it does not.
 #![expect(clippy::expect_used, reason = "a test that is surprised has failed")]
 
-use hosted::{Machine, needs, unit};
+use hosted::{Machine, Moment, Tapped, needs, unit};
 use iommu::{Bus, DmaBuf, Error, Events, Features, Iova, Pasid, PhysAddr, StreamId, Tables};
 use models::{
     golden,
@@ -31,70 +31,45 @@ fn command(unit: &VtdUnit, value: u32, status: u32) {
     assert!((0..100).any(|_| unit.read32(GSTS) == status), "GSTS is {:#x}", unit.read32(GSTS));
 }
 
-/// A bus that remembers every write, and what devices could do after it.
-#[derive(Clone)]
-struct Watched {
-    unit: &'static VtdUnit,
-    writes: Arc<Mutex<Vec<(usize, u64)>>>,
-    /// What devices got through after translation was on.
-    leaks: Arc<Mutex<usize>>,
+/// What the driver wrote, and what devices could do after it.
+#[derive(Default)]
+struct Log {
+    writes: Vec<(usize, u64)>,
+    /// What devices got through although translation was on.
+    leaks: usize,
 }
 
-impl Watched {
-    fn written(&self, offset: usize, value: u64) {
-        self.writes.lock().expect("no test panics here").push((offset, value));
-        if self.unit.read32(GSTS) & TE != 0 {
+/// A unit, its memory, and a bus to it that keeps a log.
+fn logged(config: Config) -> (&'static VtdUnit, Memory, Tapped, Arc<Mutex<Log>>) {
+    let (unit, memory) = unit(config);
+    let log = Arc::<Mutex<Log>>::default();
+    let kept = Arc::clone(&log);
+    let bus = Tapped::new(unit, move |unit, moment| {
+        let Moment::Written { offset, value } = moment else { return };
+        let mut log = kept.lock().expect("no test panics here");
+        log.writes.push((offset, value));
+        if unit.read32(GSTS) & TE != 0 {
             for stream in [0, 0x20, 0xFF, 0x100, 0xFFFF].map(StreamId) {
                 for pasid in [None, Pasid::new(0), Pasid::new(5)] {
-                    let through = self.unit.dma_read(stream, pasid, Iova(0x8_0000_0000), 1).is_ok();
-                    *self.leaks.lock().expect("no test panics here") += usize::from(through);
+                    let through = unit.dma_read(stream, pasid, Iova(0x8_0000_0000), 1).is_ok();
+                    log.leaks += usize::from(through);
                 }
             }
         }
-    }
-}
-
-impl Bus for Watched {
-    fn read32(&self, offset: usize) -> u32 {
-        self.unit.read32(offset)
-    }
-    fn write32(&self, offset: usize, value: u32) {
-        self.unit.write32(offset, value);
-        self.written(offset, value.into());
-    }
-    fn read64(&self, offset: usize) -> u64 {
-        self.unit.read64(offset)
-    }
-    fn write64(&self, offset: usize, value: u64) {
-        self.unit.write64(offset, value);
-        self.written(offset, value);
-    }
-    fn publish(&self, range: Range<PhysAddr>) {
-        self.unit.publish(range);
-    }
-    fn observe(&self, range: Range<PhysAddr>) {
-        self.unit.observe(range);
-    }
-    fn now_us(&self) -> u64 {
-        self.unit.now_us()
-    }
-}
-
-fn watched(config: Config) -> (Watched, Memory) {
-    let (unit, memory) = unit(config);
-    (Watched { unit, writes: Arc::default(), leaks: Arc::default() }, memory)
+    });
+    (unit, memory, bus, log)
 }
 
 #[test]
 fn bring_up_follows_the_order_of_the_manual() {
-    let (bus, memory) = watched(Config::qemu());
+    let (unit, memory, bus, log) = logged(Config::qemu());
     let needs = needs(&memory);
     let [root, queue, status, requests] =
         [&needs.root, &needs.invalidation_queue, &needs.status, &needs.page_requests].map(|b| b.phys().0);
 
-    let machine = Machine::enable(bus.unit, memory, bus.clone(), needs).expect("it comes into service");
+    let machine = Machine::enable(unit, memory, bus, needs).expect("it comes into service");
 
-    let writes = bus.writes.lock().expect("no test panics here").clone();
+    let writes = log.lock().expect("no test panics here").writes.clone();
     let at = |offset: usize, value: u64| {
         let found = writes.iter().position(|&write| write == (offset, value));
         found.unwrap_or_else(|| panic!("{value:#x} was never written to {offset:#x}: {writes:x?}"))
@@ -130,12 +105,12 @@ fn bring_up_follows_the_order_of_the_manual() {
 
 #[test]
 fn from_the_moment_that_translation_is_on_no_device_gets_through() {
-    let (bus, memory) = watched(Config::full());
+    let (unit, memory, bus, log) = logged(Config::full());
     let needs = needs(&memory);
 
-    let mut machine = Machine::enable(bus.unit, memory, bus.clone(), needs).expect("it comes into service");
+    let mut machine = Machine::enable(unit, memory, bus, needs).expect("it comes into service");
 
-    assert_eq!(*bus.leaks.lock().expect("no test panics here"), 0);
+    assert_eq!(log.lock().expect("no test panics here").leaks, 0);
     assert_eq!(machine.read(DISK, None, Iova(0x8_0000_0000)), Err(Refusal::Fault(0x39)), "SRT.2");
     machine.unit.plug(DISK);
     let features = Features { device_tlb: true, page_requests: true, pasid: true };
@@ -149,11 +124,11 @@ fn from_the_moment_that_translation_is_on_no_device_gets_through() {
 
 #[test]
 fn before_it_is_taken_into_service_a_unit_is_only_read() {
-    let (bus, _) = watched(Config::qemu());
+    let (_, _, bus, log) = logged(Config::qemu());
 
-    let capabilities = Found::probe(bus.clone()).expect("it is there").capabilities();
+    let capabilities = Found::probe(bus).expect("it is there").capabilities();
 
-    assert!(bus.writes.lock().expect("no test panics here").is_empty());
+    assert!(log.lock().expect("no test panics here").writes.is_empty());
     // Facts 1.2, the measured unit: first stage, no second stage in scalable mode, 20 bits of PASID, PRS with PDS.
     assert!(capabilities.stage1 && !capabilities.stage2 && capabilities.page_requests);
     assert!(capabilities.device_tlb && !capabilities.coherent_walks);

@@ -1,14 +1,20 @@
 //! The command side of the VT-d driver against the modelled unit: what is put in the queue, and when it counts as done.
 #![expect(clippy::expect_used, reason = "a test that is surprised has failed")]
 
-use hosted::{Machine, Random, needs, unit};
+use hosted::{Machine, Moment, Random, Tapped, needs, unit};
 use iommu::{
     Attachment, Bus, Commands, Completion, DomainId, Error, Event, Events, Features, GroupTag, Invalidation,
     Iova, Outcome, PAGE_SIZE, PageRequest, PageResponse, Pasid, Perms, PhysAddr, StreamId, Ticket,
 };
 use models::vtd::{Config, VtdUnit};
 use pgtable::VTD_FIRST_STAGE;
-use std::ops::Range;
+use std::{
+    ops::Range,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering::SeqCst},
+    },
+};
 
 const DISK: StreamId = StreamId(0x20);
 const NIC: StreamId = StreamId(0x28);
@@ -194,59 +200,25 @@ fn an_invalidation_of_everything_at_bring_up_and_of_an_attachment_is_complete() 
 fn a_batch_is_one_doorbell_and_one_wait() {
     let (unit, memory) = unit(Config::full());
     let parts = needs(&memory);
-    let bus = Doorbells { unit, rung: Default::default() };
-    let mut machine = Machine::enable(unit, memory, bus.clone(), parts).expect("it comes into service");
-    let (doorbells, executed) = (bus.count(), unit.executed().len());
+    let rung = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&rung);
+    let bus = Tapped::new(unit, move |_, moment| {
+        if matches!(moment, Moment::Written { offset: IQT, .. }) {
+            count.fetch_add(1, SeqCst);
+        }
+    });
+    let mut machine = Machine::enable(unit, memory, bus, parts).expect("it comes into service");
+    let (doorbells, executed) = (rung.load(SeqCst), unit.executed().len());
     let at = attachment(pasid(5), true, false);
 
     machine.invalidate(&[Invalidation::Attachment(at), Invalidation::PageRequestDrain, Invalidation::All]);
 
-    assert_eq!(bus.count() - doorbells, 1);
+    assert_eq!(rung.load(SeqCst) - doorbells, 1);
     let words = unit.executed().split_off(executed);
     // Types (3:0): PASID cache, P-IOTLB, context, PASID cache, IOTLB, and one wait with SW, FN, PD (row 36).
     assert_eq!(words.iter().map(|w| w[0] & 0xF).collect::<Vec<_>>(), [7, 6, 1, 7, 2, 5]);
     assert_eq!(words[5][0] & 0xFFFF_FFFF, 0xE5);
     machine.assert_lawful();
-}
-
-/// A bus that counts doorbells.
-#[derive(Clone)]
-struct Doorbells {
-    unit: &'static VtdUnit,
-    rung: std::sync::Arc<std::sync::atomic::AtomicUsize>,
-}
-
-impl Doorbells {
-    fn count(&self) -> usize {
-        self.rung.load(std::sync::atomic::Ordering::SeqCst)
-    }
-}
-
-impl Bus for Doorbells {
-    fn read32(&self, offset: usize) -> u32 {
-        self.unit.read32(offset)
-    }
-    fn write32(&self, offset: usize, value: u32) {
-        self.unit.write32(offset, value);
-    }
-    fn read64(&self, offset: usize) -> u64 {
-        self.unit.read64(offset)
-    }
-    fn write64(&self, offset: usize, value: u64) {
-        if offset == IQT {
-            self.rung.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
-        }
-        self.unit.write64(offset, value);
-    }
-    fn publish(&self, range: Range<PhysAddr>) {
-        self.unit.publish(range);
-    }
-    fn observe(&self, range: Range<PhysAddr>) {
-        self.unit.observe(range);
-    }
-    fn now_us(&self) -> u64 {
-        self.unit.now_us()
-    }
 }
 
 #[test]
@@ -543,7 +515,7 @@ fn an_answer_ends_the_group_that_it_names_and_no_other() {
 #[derive(Clone)]
 struct Lying {
     unit: &'static VtdUnit,
-    lie: std::sync::Arc<std::sync::Mutex<Option<u64>>>,
+    lie: Arc<Mutex<Option<u64>>>,
 }
 
 impl Lying {

@@ -1,7 +1,7 @@
 //! The event side of the VT-d driver against the modelled unit: everything is reported, once, and nothing is slept through.
 #![expect(clippy::expect_used, reason = "a test that is surprised has failed")]
 
-use hosted::{Machine, needs, unit};
+use hosted::{Machine, Moment, Tapped, needs, unit};
 use iommu::{
     Access, Bus, Commands, Event, Events, FaultReason, Features, GroupTag, Iova, Message, Outcome, PAGE_SIZE,
     PageRequest, PageResponse, Pasid, Perms, PhysAddr, StreamId,
@@ -11,10 +11,7 @@ use models::{
     vtd::{Config, Refusal, Requested, VtdUnit},
 };
 use pgtable::VTD_FIRST_STAGE;
-use std::{
-    ops::Range,
-    sync::{Arc, Mutex},
-};
+use std::sync::{Arc, Mutex};
 
 const DISK: StreamId = StreamId(0x20);
 const NIC: StreamId = StreamId(0x28);
@@ -175,79 +172,28 @@ fn a_pending_request_survives_the_clearing_of_an_overflow() {
     assert_eq!(machine.vtd.events.next_event(), Some(Event::PageRequest(request(NIC, 1, true))));
 }
 
-/// A bus on which something happens at the n-th register access.
-#[derive(Clone)]
-struct Sudden {
-    unit: &'static VtdUnit,
-    state: Arc<Mutex<Countdown>>,
-}
+/// What is to happen, and how many register accesses before it.
+type Plan = Arc<Mutex<Option<(usize, fn(&VtdUnit))>>>;
 
-#[derive(Default)]
-struct Countdown {
-    /// Accesses until then; `None` while nothing is planned.
-    left: Option<usize>,
-    accesses: usize,
-    what: Option<fn(&VtdUnit)>,
-}
-
-impl Sudden {
-    fn new(unit: &'static VtdUnit) -> Self {
-        Self { unit, state: Arc::default() }
-    }
-
-    /// Lets `what` happen before the access after `after` others.
-    fn plan(&self, after: usize, what: fn(&VtdUnit)) {
-        *self.state.lock().expect("no test panics here") =
-            Countdown { left: Some(after), accesses: 0, what: Some(what) };
-    }
-
-    /// Returns whether it has happened.
-    fn has_happened(&self) -> bool {
-        self.state.lock().expect("no test panics here").left.is_none()
-    }
-
-    fn access(&self) {
-        let mut state = self.state.lock().expect("no test panics here");
-        state.accesses += 1;
-        match state.left {
-            Some(0) => {
-                state.left = None;
-                if let Some(what) = state.what {
-                    what(self.unit);
-                }
+/// A bus on which something may be planned.
+fn sudden(unit: &'static VtdUnit) -> (Tapped, Plan) {
+    let plan = Plan::default();
+    let kept = Arc::clone(&plan);
+    let bus = Tapped::new(unit, move |unit, moment| {
+        if moment != Moment::Access {
+            return;
+        }
+        let mut plan = kept.lock().expect("no test panics here");
+        match &mut *plan {
+            Some((0, what)) => {
+                what(unit);
+                *plan = None;
             }
-            Some(left) => state.left = Some(left - 1),
+            Some((left, _)) => *left -= 1,
             None => {}
         }
-    }
-}
-
-impl Bus for Sudden {
-    fn read32(&self, offset: usize) -> u32 {
-        self.access();
-        self.unit.read32(offset)
-    }
-    fn write32(&self, offset: usize, value: u32) {
-        self.access();
-        self.unit.write32(offset, value);
-    }
-    fn read64(&self, offset: usize) -> u64 {
-        self.access();
-        self.unit.read64(offset)
-    }
-    fn write64(&self, offset: usize, value: u64) {
-        self.access();
-        self.unit.write64(offset, value);
-    }
-    fn publish(&self, range: Range<PhysAddr>) {
-        self.unit.publish(range);
-    }
-    fn observe(&self, range: Range<PhysAddr>) {
-        self.unit.observe(range);
-    }
-    fn now_us(&self) -> u64 {
-        self.unit.now_us()
-    }
+    });
+    (bus, plan)
 }
 
 /// What the devices do, and how many events of what kind must come of it, in one pass or two.
@@ -264,16 +210,15 @@ fn at_every_moment(story: &Story) {
     for moment in 0.. {
         let (unit, memory) = used_unit(story.used);
         let parts = needs(&memory);
-        let bus = Sudden::new(unit);
+        let (bus, plan) = sudden(unit);
         let mut machine =
-            attach_all(Machine::enable(unit, memory, bus.clone(), parts).expect("it comes into service"));
+            attach_all(Machine::enable(unit, memory, bus, parts).expect("it comes into service"));
         (story.before)(unit);
         unit.messages();
-        bus.plan(moment, story.suddenly);
+        *plan.lock().expect("no test panics here") = Some((moment, story.suddenly));
 
         let mut events = machine.pass();
-        let happened = bus.has_happened();
-        if !happened {
+        if plan.lock().expect("no test panics here").take().is_some() {
             // The pass is shorter than that: all moments were tried. Nothing interrupts, so it must be complete.
             assert!(moment > 3, "a pass has some accesses");
             return;

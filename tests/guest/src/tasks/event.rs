@@ -36,7 +36,7 @@ fn refused_write(bench: &mut Bench, address: u64, number: u64) -> Result<(), Fai
         number,
         lost: 0,
         device: DEVICE as u32,
-        pasid: Some(bench.assigned.pasid),
+        pasid: bench.assigned.pasid,
         opaque: OPAQUE,
         iova: Iova(address),
         perms: Perms { write: true, ..Perms::default() },

@@ -17,7 +17,7 @@ use channel::{
     ring::FRAMES,
 };
 use core::fmt::Arguments;
-use iommu::PAGE_SIZE;
+use iommu::{PAGE_SIZE, Pasid};
 
 /// What the guest tries to write where it must not.
 const INTRUSION: u64 = 0xBAD0_1DEA_BAD0_1DEA;
@@ -87,7 +87,7 @@ fn by_call(bench: &Bench) -> Result<Tally, Failed> {
     let channel = bench.server.window().base();
     let attachment = bench.assigned.attachment;
     let made_up = attachment ^ 1 << 40;
-    let pasid = u64::from(bench.assigned.pasid.value()) + 1;
+    let pasid = bench.assigned.pasid.map_or(NONE, |pasid| u64::from(pasid.value()) + 1);
     let end = machine::RAM.end;
     let own = PAGES[0].address();
     let map = |attachment, address, bytes| (Call::Map, [attachment | WRITABLE, IOVA, address, bytes]);
@@ -120,10 +120,11 @@ fn by_call(bench: &Bench) -> Result<Tally, Failed> {
 /// Has the device write to `targets`.
 fn by_device(bench: &mut Bench, targets: [u64; 2]) -> Result<Tally, Failed> {
     let Bench { server, assigned } = bench;
-    let own = assigned.pasid.value();
+    // Where the machine has no PASIDs, a device that sends one all the same gets nowhere either.
+    let own = assigned.pasid.map_or(1, Pasid::value);
     let mut tally = Tally::default();
     for address in targets {
-        for (pasid, control, with) in [(own, NO_PASID, "no"), (own, 0, "its"), (own + 1, 0, "nobody's")] {
+        for (pasid, control, with) in [(0, NO_PASID, "no"), (own, 0, "its"), (own + 1, 0, "nobody's")] {
             let control = UNTRANSLATED | WRITE | control;
             let operation = Operation { address, bytes: 8, pasid, data: INTRUSION, control };
             assigned.device.start(0, &operation)?;

@@ -3,8 +3,8 @@
 
 use crate::{
     guest::Guest,
-    hypervisor::{ATTACHMENTS, Hypervisor},
-    memory,
+    hypervisor::{ATTACHMENTS, DEVICES_PER_GUEST, GUESTS, Hypervisor},
+    memory::{self, Share},
 };
 use arch::unit::{self, DEVICE_TABLES};
 use broker::{AttachmentId, Policy};
@@ -16,14 +16,14 @@ use iommu::{
 use pgtable::Tree;
 
 /// Page requests that one device may have outstanding. All devices together stay below what the unit's queue holds.
-pub const ALLOCATION: u32 = 32;
-/// Groups that one attachment may have outstanding.
-pub const BUDGET: u8 = 16;
+pub const ALLOCATION: u32 = 15;
+/// Groups that one attachment may have outstanding: as many as requests, since a group has one at least.
+pub const BUDGET: u8 = ALLOCATION as u8;
 const _: () = assert!(
-    ALLOCATION as usize * 2 * crate::hypervisor::GUESTS <= unit::OUTSTANDING + 1,
+    ALLOCATION as usize * 2 * DEVICES_PER_GUEST * GUESTS <= unit::OUTSTANDING,
     "the devices' requests, with as many stop markers, fit the unit's queue"
 );
-const _: () = assert!(ATTACHMENTS >= crate::hypervisor::GUESTS * crate::guest::ATTACHMENTS);
+const _: () = assert!(ATTACHMENTS >= GUESTS * crate::guest::ATTACHMENTS);
 
 /// Why a device could not be given, attached or mapped for.
 #[derive(Clone, Copy, Debug, defmt::Format)]
@@ -67,13 +67,13 @@ impl Guest {
         let requests = device.function.has_page_requests() && self.hv.capabilities.page_requests;
         let pasids = requests && self.hv.capabilities.pasid_bits > 0;
         let features = Features { device_tlb: requests, page_requests: requests, pasid: pasids };
-        assign(self.hv, device.function.id, features)?;
-        // From here on it is the guest's to give back, whatever else fails.
+        // Whatever fails from here on, the device is the guest's to give back.
         let _ = self.devices.push(number);
+        self.stuck_if_late(assign(self.hv, device.function.id, features))?;
         if pasids {
             // Accesses without PASID reach an empty space. It also has to be there: QEMU's unit refuses every PASID of a
             // device whose entry for accesses without one is not present.
-            let blank = Space::new(self.hv, device.function.id, None)?;
+            let blank = self.stuck_if_late(Space::new(self.hv, &self.share, device.function.id, None))?;
             let _ = self.blanks.push(blank);
         }
         if requests {
@@ -100,7 +100,8 @@ impl Guest {
         let stream = device_of.function.id;
         let queue = self.index as u8;
         let policy = Policy { stream, pasid, queue, budget: BUDGET, device, opaque, deadline_us };
-        self.attachments[place] = Some(attach(self.hv, &policy)?);
+        let attached = attach(self.hv, &self.share, &policy);
+        self.attachments[place] = Some(self.stuck_if_late(attached)?);
         Ok(place as u64 + 1)
     }
 
@@ -108,7 +109,15 @@ impl Guest {
     pub fn detach(&mut self, name: u64) -> Option<Result<(), Error>> {
         let at = usize::try_from(name.checked_sub(1)?).ok()?;
         let owned = self.attachments.get_mut(at)?.take()?;
-        Some(detach(self.hv, self.index, owned))
+        let detached = detach(self.hv, &self.share, self.index, owned);
+        Some(self.stuck_if_late(detached))
+    }
+
+    /// Notes that hardware may still know what it was to forget: then the guest's memory is never used again.
+    fn stuck_if_late<T>(&mut self, result: Result<T, Error>) -> Result<T, Error> {
+        self.stuck |=
+            matches!(result, Err(Error::Unit(iommu::Error::Timeout { .. } | iommu::Error::QueueFull { .. })));
+        result
     }
 
     /// Returns what the guest attached under `name`.
@@ -118,19 +127,19 @@ impl Guest {
 
     /// Maps `grant` for an attachment.
     pub fn map(&self, owned: &Owned, iova: Iova, grant: &Grant, perms: Perms) -> Result<(), Error> {
-        map(self.hv, owned, iova, grant, perms)
+        map(self.hv, &self.share, owned, iova, grant, perms)
     }
 
     /// Unmaps, and returns when nothing reaches the memory any more.
     pub fn unmap(&self, owned: &Owned, iova: Iova, bytes: u64) -> Result<(), Error> {
-        unmap(self.hv, owned, iova, bytes)?;
+        unmap(self.hv, &self.share, owned, iova, bytes)?;
         self.home().unmapped.fetch_add(1, Relaxed);
         Ok(())
     }
 
     /// Takes all devices back, with requests outstanding or not; `false` if one did not let go of memory.
     pub fn release_devices(&mut self) -> bool {
-        let mut released = true;
+        let mut released = !self.stuck;
         for number in core::mem::take(&mut self.devices) {
             let Some(device) = self.hv.devices.get(number) else { continue };
             let stream = device.function.id;
@@ -140,16 +149,18 @@ impl Guest {
             {
                 self.hv.attachments.leave(owned.id);
             }
+            // A device that issues nothing cannot flood the unit with faults while it is taken away.
+            device.function.disable_bus_master(&self.hv.config);
             let blocked = block(self.hv, stream);
             let is_its = |space: &Space| space.attachment.stream == stream;
             let of_it =
                 self.attachments.iter_mut().filter_map(|place| place.take_if(|owned| is_its(&owned.space)));
             let mut detached: Result<(), Error> = Ok(());
             for owned in of_it {
-                detached = detached.and(detach(self.hv, self.index, owned));
+                detached = detached.and(detach(self.hv, &self.share, self.index, owned));
             }
             while let Some(at) = self.blanks.iter().position(is_its) {
-                detached = detached.and(self.blanks.swap_remove(at).end(self.hv));
+                detached = detached.and(self.blanks.swap_remove(at).end(self.hv, &self.share));
             }
             if let Err(error) = detached {
                 defmt::error!("{} could not be detached: {}", stream, error);
@@ -157,7 +168,6 @@ impl Guest {
             }
             // Every group of the device was answered; now it may be told that there is nobody to ask.
             device.function.disable_page_requests(&self.hv.config);
-            device.function.disable_bus_master(&self.hv.config);
             match blocked {
                 Ok(leaving) if released => self.hv.tables.with(|tables| tables.finish(leaving)),
                 Ok(_) => {}
@@ -179,8 +189,8 @@ pub fn assign(hv: &Hypervisor, stream: StreamId, features: Features) -> Result<(
 
 impl Space {
     /// Lets accesses of `stream` that carry `pasid` (or none) through empty tables of their own.
-    fn new(hv: &Hypervisor, stream: StreamId, pasid: Option<Pasid>) -> Result<Self, Error> {
-        let tree = hv.pool.with(|pool| Tree::new(pool, DEVICE_TABLES)).map_err(Error::Tables)?;
+    fn new(hv: &Hypervisor, share: &Share, stream: StreamId, pasid: Option<Pasid>) -> Result<Self, Error> {
+        let tree = share.with(hv.pool, |frames| Tree::new(frames, DEVICE_TABLES)).map_err(Error::Tables)?;
         let translation = unit::translation(memory::root(&tree));
         match hv.tables.with(|tables| tables.attach(stream, pasid, translation)) {
             Ok((attachment, invalidations)) => {
@@ -189,7 +199,7 @@ impl Space {
                 Ok(Self { attachment, tree })
             }
             Err(error) => {
-                hv.pool.with(|pool| tree.take_down(pool));
+                share.with(hv.pool, |frames| tree.take_down(frames));
                 Err(Error::Unit(error))
             }
         }
@@ -210,24 +220,24 @@ impl Space {
     }
 
     /// Gives the tables of a space that was blocked back.
-    fn free(self, hv: &Hypervisor, leaving: Leaving) {
+    fn free(self, hv: &Hypervisor, share: &Share, leaving: Leaving) {
         hv.tables.with(|tables| tables.finish(leaving));
-        hv.pool.with(|pool| self.tree.take_down(pool));
+        share.with(hv.pool, |frames| self.tree.take_down(frames));
     }
 
     /// Ends a space whose page requests went to nobody.
-    fn end(self, hv: &Hypervisor) -> Result<(), Error> {
+    fn end(self, hv: &Hypervisor, share: &Share) -> Result<(), Error> {
         let leaving = self.block(hv)?;
-        self.free(hv, leaving);
+        self.free(hv, share, leaving);
         Ok(())
     }
 }
 
 /// Attaches a device, or a PASID of it, to empty tables of its own.
-pub fn attach(hv: &Hypervisor, policy: &Policy) -> Result<Owned, Error> {
+pub fn attach(hv: &Hypervisor, share: &Share, policy: &Policy) -> Result<Owned, Error> {
     // The broker first: a request that comes as soon as the unit lets it must find its owner.
     let id = hv.attachments.add(*policy).ok_or(Error::Attached)?;
-    let space = Space::new(hv, policy.stream, policy.pasid).inspect_err(|_| {
+    let space = Space::new(hv, share, policy.stream, policy.pasid).inspect_err(|_| {
         hv.attachments.leave(id);
         hv.attachments.remove(id);
     })?;
@@ -235,8 +245,17 @@ pub fn attach(hv: &Hypervisor, policy: &Policy) -> Result<Owned, Error> {
 }
 
 /// Maps `grant` at `iova`.
-pub fn map(hv: &Hypervisor, owned: &Owned, iova: Iova, grant: &Grant, perms: Perms) -> Result<(), Error> {
-    hv.pool.with(|pool| owned.space.tree.map(pool, iova.0, grant, perms)).map_err(Error::Tables)?;
+pub fn map(
+    hv: &Hypervisor,
+    share: &Share,
+    owned: &Owned,
+    iova: Iova,
+    grant: &Grant,
+    perms: Perms,
+) -> Result<(), Error> {
+    share
+        .with(hv.pool, |frames| owned.space.tree.map(frames, iova.0, grant, perms))
+        .map_err(Error::Tables)?;
     if hv.capabilities.caches_absence {
         let invalidation = Invalidation::covering(owned.space.attachment, iova, grant.bytes());
         hv.invalidate(&[invalidation]).map_err(Error::Unit)?;
@@ -244,9 +263,10 @@ pub fn map(hv: &Hypervisor, owned: &Owned, iova: Iova, grant: &Grant, perms: Per
     Ok(())
 }
 
-/// Unmaps `bytes` from `iova`, and returns when nothing reaches the memory any more.
-pub fn unmap(hv: &Hypervisor, owned: &Owned, iova: Iova, bytes: u64) -> Result<(), Error> {
-    hv.pool.with(|pool| owned.space.tree.unmap(pool, iova.0, bytes)).map_err(Error::Tables)?;
+/// Unmaps `bytes` from `iova`, and returns when nothing reaches the memory any more. On an error of the unit the device may
+/// still reach it, until it is detached.
+pub fn unmap(hv: &Hypervisor, share: &Share, owned: &Owned, iova: Iova, bytes: u64) -> Result<(), Error> {
+    share.with(hv.pool, |frames| owned.space.tree.unmap(frames, iova.0, bytes)).map_err(Error::Tables)?;
     let Attachment { stream, pasid, domain, .. } = owned.space.attachment;
     hv.invalidate(&[Invalidation::covering(owned.space.attachment, iova, bytes)]).map_err(Error::Unit)?;
     defmt::debug!(
@@ -269,7 +289,7 @@ pub fn block(hv: &Hypervisor, stream: StreamId) -> Result<Leaving, Error> {
 
 /// Detaches: mark as leaving; block in hardware, invalidate, wait; let the service core pass; answer what is outstanding;
 /// wait until the answers are out; and only then let go of the tables.
-pub fn detach(hv: &Hypervisor, queue: usize, owned: Owned) -> Result<(), Error> {
+pub fn detach(hv: &Hypervisor, share: &Share, queue: usize, owned: Owned) -> Result<(), Error> {
     let Owned { id, space } = owned;
     let Attachment { stream, pasid, .. } = space.attachment;
     hv.attachments.leave(id);
@@ -281,6 +301,6 @@ pub fn detach(hv: &Hypervisor, queue: usize, owned: Owned) -> Result<(), Error> 
     }
     hv.invalidate(&[]).map_err(Error::Unit)?;
     hv.attachments.remove(id);
-    space.free(hv, leaving);
+    space.free(hv, share, leaving);
     Ok(())
 }

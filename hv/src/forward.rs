@@ -50,11 +50,9 @@ impl Guest {
             }
             self.announced.remove(0);
         }
-        let lost = self.home().notices_lost.swap(0, Relaxed);
+        let home = self.home();
         if let Some(channel) = &mut self.channel {
-            for _ in 0..lost {
-                channel.count_lost_event();
-            }
+            channel.count_lost_events(home.notices_lost.swap(0, Relaxed));
             while let Some(notice) = inbox.notices.dequeue() {
                 if channel.push_event(&event(&notice))? == Pushed::Yes {
                     news = true;

@@ -2,8 +2,10 @@
 
 use crate::{
     control::{Owned, Space},
-    hypervisor::{self, Ending, GUESTS, Home, Hypervisor, Inbox, Order, SERVICE_CORE, SLOTS},
-    memory::{self, GuestRam},
+    hypervisor::{
+        self, DEVICES_PER_GUEST, Ending, GUESTS, Home, Hypervisor, Inbox, Order, SERVICE_CORE, SLOTS,
+    },
+    memory::{self, GuestRam, Share},
 };
 use arch::{
     cpu,
@@ -28,6 +30,10 @@ pub const CHANNEL: Gpa = Gpa(0x8000_0000);
 pub const REGISTERS: Gpa = Gpa(0x9000_0000);
 /// Bytes between the registers of two devices; larger ones are not given away.
 pub const WINDOW: u64 = 1 << 20;
+/// Frames for the tables of a guest's devices.
+const TABLE_FRAMES: usize = 64;
+/// Pages that are mapped in one hold of the pool.
+const STEP: u64 = 64 * PAGE_SIZE;
 /// Attachments of a guest.
 pub const ATTACHMENTS: usize = 4;
 
@@ -44,9 +50,13 @@ pub struct Guest {
     /// Its virtual CPU.
     pub vcpu: Vcpu,
     /// Its devices, by their place in [`Hypervisor::devices`]; the guest counts them from 1.
-    pub devices: Vec<usize, 2>,
+    pub devices: Vec<usize, DEVICES_PER_GUEST>,
     /// The empty spaces of its devices, for accesses without PASID.
-    pub blanks: Vec<Space, 2>,
+    pub blanks: Vec<Space, DEVICES_PER_GUEST>,
+    /// What it may take for the tables of its devices.
+    pub share: Share,
+    /// Hardware did not confirm in time that it has forgotten something of the guest's.
+    pub stuck: bool,
     /// What it attached, by its own name for it minus one.
     pub attachments: [Option<Owned>; ATTACHMENTS],
     /// Its fault channel, once it is open.
@@ -119,6 +129,7 @@ fn live(hv: &'static Hypervisor, index: usize, order: &Order, inbox: &mut Inbox)
     while inbox.slots.dequeue().is_some() {}
     hv.homes[index].announced.store(0, SeqCst);
     while inbox.notices.dequeue().is_some() {}
+    hv.homes[index].notices_lost.store(0, SeqCst);
     ending
 }
 
@@ -126,7 +137,7 @@ impl Guest {
     /// Makes a guest with its program in its memory, and no devices.
     #[inline(never)]
     fn new(hv: &'static Hypervisor, index: usize) -> Result<Self, NotMade> {
-        let mut ram = hv.pool.with(|pool| GuestRam::new(pool, RAM_FRAMES)).ok_or(NotMade::Memory)?;
+        let mut ram = GuestRam::new(hv.pool, RAM_FRAMES).ok_or(NotMade::Memory)?;
         let nested = match hv.pool.with(|pool| Tree::new(pool, GUEST_TABLES)) {
             Ok(nested) => nested,
             Err(error) => {
@@ -143,6 +154,8 @@ impl Guest {
                 vcpu,
                 devices: Vec::new(),
                 blanks: Vec::new(),
+                share: Share::new(TABLE_FRAMES),
+                stuck: false,
                 attachments: [const { None }; ATTACHMENTS],
                 channel: None,
                 announced: Vec::new(),
@@ -160,9 +173,11 @@ impl Guest {
 
     /// Maps the guest's memory for its virtual CPU, and puts its program there.
     fn load(hv: &Hypervisor, index: usize, ram: &mut GuestRam, nested: &Tree) -> Result<Vcpu, NotMade> {
-        let all = ram.grant(Gpa(0), ram.bytes()).ok_or(NotMade::Memory)?;
         let perms = Perms { execute: true, ..Perms::READ_WRITE };
-        hv.pool.with(|pool| nested.map(pool, 0, &all, perms)).map_err(NotMade::Tables)?;
+        for at in (0..ram.bytes()).step_by(STEP as usize) {
+            let part = ram.grant(Gpa(at), STEP.min(ram.bytes() - at)).ok_or(NotMade::Memory)?;
+            hv.pool.with(|pool| nested.map(pool, at, &part, perms)).map_err(NotMade::Tables)?;
+        }
         if !ram.write(ENTRY, hv.image) {
             return Err(NotMade::Image { bytes: hv.image.len() });
         }
@@ -254,15 +269,12 @@ impl Guest {
 
     /// Opens the fault channel, in frames that the guest sees and does not own.
     pub fn open_channel(&mut self) -> Option<()> {
-        let pool = &self.hv.pool;
+        let pool = self.hv.pool;
         let mut frames: Vec<DmaBuf, { ring::FRAMES }> = Vec::new();
-        let cut = |pool: &mut memory::Pool| {
-            while !frames.is_full() {
-                let Some(frame) = pool.cut(1) else { break };
-                let _ = frames.push(frame);
-            }
-        };
-        pool.with(cut);
+        while let Some(frame) = (!frames.is_full()).then(|| memory::cut(pool, 1)).flatten() {
+            // There is room: it was looked for.
+            let _ = frames.push(frame);
+        }
         let frames = match frames.into_array::<{ ring::FRAMES }>() {
             Ok(frames) => frames,
             Err(some) => {
@@ -321,7 +333,7 @@ pub fn start(hv: &Hypervisor, index: usize, task: [u64; 3], devices: &[usize]) {
     ]) {
         counter.store(0, Relaxed);
     }
-    let devices = devices.iter().copied().take(2).collect();
+    let devices = devices.iter().copied().take(DEVICES_PER_GUEST).collect();
     home.order.with(|order| *order = Some(Order { devices }));
     interrupts::kick(hypervisor::home_of(index % GUESTS), Source::Kick);
 }

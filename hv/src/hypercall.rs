@@ -14,7 +14,7 @@ use broker::Cookie;
 use channel::call::{
     ARRAY, Call, Code, DEADLINE_MAX_US, DEADLINE_US, NONE, REPORTS, Status, VERSION, WRITABLE,
 };
-use core::sync::atomic::Ordering::Relaxed;
+use core::sync::atomic::Ordering::{AcqRel, Relaxed, Release};
 use heapless::Vec;
 use iommu::{Gpa, Iova, Outcome, PAGE_SIZE, Pasid, Perms};
 
@@ -31,7 +31,9 @@ type Values = [u64; 3];
 impl From<control::Error> for Refused {
     fn from(error: control::Error) -> Self {
         Self(match error {
-            control::Error::Unit(iommu::Error::Timeout { .. }) => Status::TimedOut,
+            control::Error::Unit(iommu::Error::Timeout { .. } | iommu::Error::QueueFull { .. }) => {
+                Status::TimedOut
+            }
             control::Error::Unit(iommu::Error::PasidOutOfRange { .. } | iommu::Error::Unsupported { .. }) => {
                 Status::Malformed
             }
@@ -116,8 +118,11 @@ impl Guest {
                     .ok()
                     .filter(|&at| at < REPORTS)
                     .ok_or(Refused(Status::Malformed))?;
-                self.home().reports[at].store(second, Relaxed);
-                interrupts::kick(SERVICE_CORE, Source::Kick);
+                self.home().reports[at].store(second, Release);
+                // One interrupt for each time that someone waits, however often the guest reports.
+                if self.hv.control_waits.swap(false, AcqRel) {
+                    interrupts::kick(SERVICE_CORE, Source::Kick);
+                }
                 Ok([0; 3])
             }
             Call::Sleep => {

@@ -27,6 +27,8 @@ use spin::Once;
 pub const SERVICE_CORE: usize = 0;
 /// Guests, one to a core.
 pub const GUESTS: usize = 2;
+/// Devices of a guest, at most.
+pub const DEVICES_PER_GUEST: usize = 2;
 /// Groups that a guest may have outstanding.
 pub const SLOTS: usize = 32;
 /// Attachments at one time.
@@ -35,6 +37,9 @@ pub const ATTACHMENTS: usize = 16;
 const NOTICES: usize = 32;
 /// Devices that are looked at.
 const DEVICES: usize = 16;
+
+/// Answers that may wait for the unit, at most: each group's, and some of those that waited nowhere.
+const UNSENT: usize = SLOTS * GUESTS + 64;
 
 /// How long the unit may take to complete an invalidation, in microseconds.
 const COMPLETION_LIMIT_US: u64 = 100_000;
@@ -80,6 +85,14 @@ pub struct Outbox {
     pub notices: spsc::Producer<'static, Notice>,
 }
 
+/// An answer that the unit did not take.
+pub enum Unsent {
+    /// To a group that waits in a slot.
+    Group(Answer<'static, SLOTS>),
+    /// To a group that waits nowhere.
+    Refusal(PageResponse),
+}
+
 /// What became of a guest.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, defmt::Format)]
 pub enum Ending {
@@ -100,7 +113,7 @@ pub enum Ending {
 #[derive(Clone, Debug)]
 pub struct Order {
     /// The devices that it is to own, by their place in [`Hypervisor::devices`].
-    pub devices: Vec<usize, 2>,
+    pub devices: Vec<usize, DEVICES_PER_GUEST>,
 }
 
 /// One home core, as the others see it.
@@ -192,6 +205,10 @@ pub struct Hypervisor {
     pub unowned: Locked<(u64, Option<FaultRecord>)>,
     /// The most microseconds that an answer came after its deadline.
     pub latest_expiry_us: AtomicU64,
+    /// Answers that the unit did not take yet; the service core tries again.
+    pub unsent: Locked<Vec<Unsent, UNSENT>>,
+    /// The control core sleeps until something that a guest does.
+    pub control_waits: AtomicBool,
     /// When the control core wants to be woken, in microseconds.
     pub control_wakes_us: AtomicU64,
     /// Devices of bus 0 with registers.
@@ -244,6 +261,8 @@ impl Hypervisor {
             drains: Drains::new(),
             unowned: Locked::new((0, None)),
             latest_expiry_us: AtomicU64::new(0),
+            unsent: Locked::new(Vec::new()),
+            control_waits: AtomicBool::new(false),
             control_wakes_us: AtomicU64::new(u64::MAX),
             devices,
             image,
@@ -267,21 +286,42 @@ impl Hypervisor {
     }
 
     /// Sends the answer to a group that waited, and frees its slot.
-    ///
-    /// Entries of the command queue are reserved for answers, so it fails only if the unit has stopped. Then the slot
-    /// stays taken: the device still waits, and its number must not be used for another group.
-    pub fn answer(&self, answer: Answer<'_, SLOTS>) {
+    pub fn answer(&self, answer: Answer<'static, SLOTS>) {
         let sent = self.commands.with(|commands| answer.send(|response| commands.respond(response)));
         if let Err((answer, error)) = sent {
-            defmt::error!("{} could not be sent: {}", answer.response(), error);
+            self.keep(Unsent::Group(answer), error);
         }
     }
 
     /// Sends the answer to a group that waited nowhere.
     pub fn respond(&self, response: PageResponse) {
         if let Err((response, error)) = self.commands.with(|commands| commands.respond(response)) {
-            defmt::error!("{} could not be sent: {}", response, error);
+            self.keep(Unsent::Refusal(response), error);
         }
+    }
+
+    /// Keeps an answer until the service core tries again. Entries of the command queue are reserved for answers, so this
+    /// means that the unit is stuck, or that a device sends more requests than it was allowed.
+    fn keep(&self, unsent: Unsent, error: Error) {
+        let kept = self.unsent.with(|list| list.push(unsent));
+        match kept {
+            Ok(()) => defmt::debug!("an answer waits: {}", error),
+            Err(_) => defmt::error!("an answer is lost, and its device may wait for ever: {}", error),
+        }
+    }
+
+    /// Tries once more to send what was not sent; returns whether nothing is left.
+    pub fn send_unsent(&self) -> bool {
+        let mut tries = self.unsent.with(|list| list.len());
+        while tries > 0 {
+            match self.unsent.with(|list| (!list.is_empty()).then(|| list.remove(0))) {
+                Some(Unsent::Group(answer)) => self.answer(answer),
+                Some(Unsent::Refusal(response)) => self.respond(response),
+                None => break,
+            }
+            tries -= 1;
+        }
+        self.unsent.with(|list| list.is_empty())
     }
 
     /// Submits `invalidations` and waits until they have completed. Interrupts are open, and no lock is held.

@@ -67,7 +67,7 @@ fn bring_up(boot: Boot) -> Result<&'static Hypervisor, Failure> {
     let capabilities = found.capabilities();
     defmt::info!("IOMMU: {}", capabilities);
     POOL.with(|pool| pool.adopt(boot.memory(), found.bus()));
-    let unit = found.enable(|frames| POOL.with(|pool| pool.cut(frames))).map_err(Failure::Unit)?;
+    let unit = found.enable(|frames| memory::cut(&POOL, frames)).map_err(Failure::Unit)?;
     defmt::info!("unit enabled: every device is blocked");
 
     let image = boot.guest_image_bytes().ok_or(Failure::NoGuestImage)?;

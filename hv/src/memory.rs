@@ -4,8 +4,8 @@
 //! `unsafe` blocks of this file rest on, and no other file of the hypervisor has any.
 #![expect(unsafe_code, reason = "physical memory becomes typed memory here, and nowhere else")]
 
-use arch::bus::Mmio;
-use core::{ops::Range, ptr::NonNull};
+use arch::{bus::Mmio, cpu::Locked};
+use core::{cell::Cell, ops::Range, ptr::NonNull};
 use iommu::{Bus, DmaBuf, Gpa, Grant, PAGE_SIZE, PhysAddr, Root};
 use pgtable::Tree;
 
@@ -21,6 +21,8 @@ pub struct Pool {
     /// Bit n set: frame n has an owner.
     taken: [u64; FRAMES / 64],
     in_use: usize,
+    /// The word of `taken` where the next single frame is looked for first.
+    hint: usize,
     /// Makes stores to tables visible to the unit. There is one as soon as there are frames.
     publisher: Option<Mmio>,
 }
@@ -28,7 +30,7 @@ pub struct Pool {
 impl Pool {
     /// A pool without frames.
     pub const fn empty() -> Self {
-        Self { start: 0, frames: 0, taken: [0; FRAMES / 64], in_use: 0, publisher: None }
+        Self { start: 0, frames: 0, taken: [0; FRAMES / 64], in_use: 0, hint: 0, publisher: None }
     }
 
     /// Takes over the largest of `regions`, usable RAM that nobody owns. Called once.
@@ -44,6 +46,21 @@ impl Pool {
     /// Returns the number of frames that have an owner.
     pub fn in_use(&self) -> usize {
         self.in_use
+    }
+
+    /// Takes one frame. Looks at each word of the map once, at most.
+    fn take_one(&mut self) -> Option<PhysAddr> {
+        let words = self.frames.div_ceil(64);
+        let word = (0..words).map(|n| (self.hint + n) % words).find(|&word| self.taken[word] != u64::MAX)?;
+        let frame = word * 64 + self.taken[word].trailing_ones() as usize;
+        if frame >= self.frames {
+            // The last word is not whole: what it has no frames for looks free.
+            return self.take_run(1);
+        }
+        self.hint = word;
+        self.taken[word] |= 1 << (frame % 64);
+        self.in_use += 1;
+        Some(PhysAddr(self.start + frame as u64 * PAGE_SIZE))
     }
 
     /// Takes `count` frames in a row, aligned to `count` rounded up to a power of two. Their content is whatever it was.
@@ -67,17 +84,6 @@ impl Pool {
             self.taken[frame / 64] &= !(1 << (frame % 64));
             self.in_use -= 1;
         }
-    }
-
-    /// Cuts `frames` frames out of the pool, zeroed, aligned to their size if that is a power of two.
-    pub fn cut(&mut self, frames: usize) -> Option<DmaBuf> {
-        let phys = self.take_run(frames)?;
-        let cpu = arch::bus::direct(phys)?;
-        // SAFETY: the frames are RAM that is mapped at `cpu`, page-aligned, and were free until now; `take_run` gives
-        // them to nobody else before `give_back`, which consumes the value.
-        let mut buffer = unsafe { DmaBuf::new(cpu, phys, frames * FRAME_WORDS) };
-        buffer.clear();
-        Some(buffer)
     }
 
     /// Takes back what `cut` gave. No device and no guest reaches it any more.
@@ -116,7 +122,7 @@ impl Pool {
 
 impl pgtable::Frames for Pool {
     fn take(&mut self) -> Option<PhysAddr> {
-        let phys = self.take_run(1)?;
+        let phys = self.take_one()?;
         for index in 0..FRAME_WORDS {
             // SAFETY: the frame was free, and is a table's from now on; hardware may walk it, so stores are volatile.
             unsafe { self.word(phys, index).write_volatile(0) };
@@ -138,6 +144,64 @@ impl pgtable::Frames for Pool {
         // SAFETY: the word lies in a frame that the caller took as a table.
         unsafe { self.word(frame, index).write_volatile(value) };
         self.publish(PhysAddr(frame.0 + index as u64 * 8), 8);
+    }
+}
+
+/// Cuts `frames` frames out of `pool`, zeroed, aligned to their size if that is a power of two.
+///
+/// They are zeroed when the pool is free for others again: that takes longest.
+pub fn cut(pool: &Locked<Pool>, frames: usize) -> Option<DmaBuf> {
+    let phys = pool.with(|pool| pool.take_run(frames))?;
+    let cpu = arch::bus::direct(phys)?;
+    // SAFETY: the frames are RAM that is mapped at `cpu`, page-aligned, and were free until now; `take_run` gives them to
+    // nobody else before `give_back`, which consumes the value.
+    let mut buffer = unsafe { DmaBuf::new(cpu, phys, frames * FRAME_WORDS) };
+    buffer.clear();
+    Some(buffer)
+}
+
+/// The table frames that one owner may take from the pool, so that none takes those of another.
+pub struct Share {
+    left: Cell<usize>,
+}
+
+impl Share {
+    /// A share of `frames` frames.
+    pub const fn new(frames: usize) -> Self {
+        Self { left: Cell::new(frames) }
+    }
+
+    /// Lets `f` take frames of `pool` up to the share, and give them back.
+    pub fn with<R>(&self, pool: &Locked<Pool>, f: impl FnOnce(&mut Shared<'_>) -> R) -> R {
+        pool.with(|pool| f(&mut Shared { pool, left: &self.left }))
+    }
+}
+
+/// A source of table frames that ends with a [`Share`].
+pub struct Shared<'s> {
+    pool: &'s mut Pool,
+    left: &'s Cell<usize>,
+}
+
+impl pgtable::Frames for Shared<'_> {
+    fn take(&mut self) -> Option<PhysAddr> {
+        let left = self.left.get().checked_sub(1)?;
+        let frame = self.pool.take()?;
+        self.left.set(left);
+        Some(frame)
+    }
+
+    fn give_back(&mut self, frame: PhysAddr) {
+        pgtable::Frames::give_back(self.pool, frame);
+        self.left.set(self.left.get() + 1);
+    }
+
+    fn load(&self, frame: PhysAddr, index: usize) -> u64 {
+        self.pool.load(frame, index)
+    }
+
+    fn store(&mut self, frame: PhysAddr, index: usize, value: u64) {
+        self.pool.store(frame, index, value);
     }
 }
 
@@ -180,8 +244,8 @@ pub struct GuestRam {
 
 impl GuestRam {
     /// Cuts `frames` frames out of the pool, zeroed.
-    pub fn new(pool: &mut Pool, frames: usize) -> Option<Self> {
-        Some(Self { buffer: pool.cut(frames)? })
+    pub fn new(pool: &Locked<Pool>, frames: usize) -> Option<Self> {
+        Some(Self { buffer: cut(pool, frames)? })
     }
 
     /// Gives the memory up. Neither its guest nor a device reaches it any more.

@@ -7,7 +7,7 @@ use crate::{
     control,
     guest::{self},
     hypervisor::{Device, Ending, GUESTS, Hypervisor},
-    memory::{self, GuestRam},
+    memory::{self, GuestRam, Share},
     service,
 };
 use arch::cpu;
@@ -110,6 +110,7 @@ fn wait_for(hv: &Hypervisor, limit_us: u64, mut done: impl FnMut() -> bool) -> b
     service::wake_control_at(hv, end_us);
     let _masked = cpu::mask();
     let came = loop {
+        hv.control_waits.store(true, SeqCst);
         let late = cpu::now_us() >= end_us;
         if done() {
             break true;
@@ -208,6 +209,7 @@ impl<'h> Writer<'h> {
     fn find(hv: &'h Hypervisor) -> Result<Self, Unexpected> {
         let is_it = |d: &&Device| (d.function.vendor, d.function.device) == (0x1B36, 0x0005);
         let device = hv.devices.iter().find(is_it).ok_or("there is no iommu-testdev")?;
+        device.function.enable_memory(&hv.config);
         let registers = memory::device(device.registers.clone()).ok_or("iommu-testdev is out of reach")?;
         Ok(Self { device, registers })
     }
@@ -235,8 +237,7 @@ struct Canary(GuestRam);
 
 impl Canary {
     fn new(hv: &Hypervisor) -> Result<Self, Unexpected> {
-        let mut frame =
-            hv.pool.with(|pool| GuestRam::new(pool, 1)).ok_or("there is no frame for a canary")?;
+        let mut frame = GuestRam::new(hv.pool, 1).ok_or("there is no frame for a canary")?;
         for at in (0..PAGE_SIZE).step_by(8) {
             frame.store(Gpa(at), Self::word(at));
         }
@@ -298,15 +299,16 @@ fn allow(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
     control::assign(hv, stream, Features::default()).map_err(no)?;
     let policy =
         Policy { stream, pasid: None, queue: u8::MAX, budget: 0, device: 0, opaque: 0, deadline_us: 0 };
-    let owned = control::attach(hv, &policy).map_err(no)?;
+    let share = Share::new(8);
+    let owned = control::attach(hv, &share, &policy).map_err(no)?;
     let grant = target.0.grant(Gpa(0), PAGE_SIZE).ok_or("a frame cannot be granted")?;
-    control::map(hv, &owned, AT, &grant, Perms::READ_WRITE).map_err(no)?;
+    control::map(hv, &share, &owned, AT, &grant, Perms::READ_WRITE).map_err(no)?;
     writer.device.function.enable_bus_master(&hv.config);
 
     let at = 0x128;
     let verdict = writer.write(Iova(AT.0 + at), target.phys() + at);
     let arrived = target.0.load(Gpa(at)).unwrap_or(0) as u32;
-    control::unmap(hv, &owned, AT, PAGE_SIZE).map_err(no)?;
+    control::unmap(hv, &share, &owned, AT, PAGE_SIZE).map_err(no)?;
     let before = hv.unowned.with(|(count, _)| *count);
     let refused = writer.write(Iova(AT.0 + at + 8), target.phys() + at + 8);
     let beside = target.0.load(Gpa(at + 8));
@@ -314,7 +316,7 @@ fn allow(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
 
     writer.device.function.disable_bus_master(&hv.config);
     let leaving = control::block(hv, stream).map_err(no)?;
-    control::detach(hv, 0, owned).map_err(no)?;
+    control::detach(hv, &share, 0, owned).map_err(no)?;
     hv.tables.with(|tables| iommu::Tables::finish(tables, leaving));
     target.release(hv);
     expect(verdict == Writer::DONE, "the device was refused although its page is mapped")?;

@@ -1,9 +1,10 @@
 //! The service core's routine: drain the unit, admit what it reports, expire what nobody answered.
 //!
 //! It runs in the interrupt handler of the service core alone, never waits, and does a bounded amount of work: at most
-//! [`PASS`] reports and as many expiries a pass. Each costs a search over the attachments and one guest's slots, and,
-//! if it ends in an answer, one hold of the command lock, for which the other cores' short holds may have to end. What
-//! is left makes it interrupt itself, since the unit will not interrupt for it again.
+//! [`PASS`] requests, [`FAULTS`] faults and [`PASS`] expiries a pass. Each costs a search over the attachments and one
+//! guest's slots, and, if it ends in an answer, one hold of the command lock, for which the other cores' short holds may
+//! have to end; what it prints is bounded by [`LOG_LINES`]. What is left makes it interrupt itself, since the unit will not
+//! interrupt for it again.
 //!
 //! A group whose guest is silent is therefore answered at its deadline, plus interrupt latency, plus the passes before.
 
@@ -17,11 +18,15 @@ use broker::{Broker, Verdict};
 use core::sync::atomic::Ordering::{AcqRel, Relaxed};
 use iommu::{Event, Events as _, FaultRecord, PageRequest};
 
-/// Reports that one pass takes, at most, and expiries.
+/// Page requests that one pass takes, at most, and expiries.
 const PASS: usize = 64;
-/// Lines that faults may put into the log in [`LOG_PERIOD_US`]. More are counted.
-const LOG_LINES: u32 = 16;
-/// Microseconds after which faults may be logged again.
+/// Faults that one pass takes, at most: fewer, since no device waits for them.
+const FAULTS: usize = 16;
+/// Microseconds after which answers that the unit did not take are tried again.
+const RETRY_US: u64 = 1_000;
+/// Lines that what devices do may put into the log in [`LOG_PERIOD_US`]. More are counted.
+const LOG_LINES: u32 = 32;
+/// Microseconds after which the routine may log again.
 const LOG_PERIOD_US: u64 = 100_000;
 
 /// What the routine owns. The lock is never contended: the service core alone takes it, with interrupts masked.
@@ -39,7 +44,7 @@ struct Service {
 pub fn start(hv: &'static Hypervisor, mut events: unit::Events) -> Option<()> {
     interrupts::on(Source::IommuFault, run);
     interrupts::on(Source::PageRequest, run);
-    interrupts::on(Source::Timer, timer);
+    interrupts::on(Source::Timer, run);
     // A kick ends a sleep, or brings a guest out; what it is about is looked up by whoever was interrupted.
     interrupts::on(Source::Kick, || {});
     let faults = interrupts::message(Source::IommuFault, SERVICE_CORE);
@@ -58,14 +63,13 @@ pub fn wake_control_at(hv: &Hypervisor, at_us: u64) {
     interrupts::kick(SERVICE_CORE, Source::PageRequest);
 }
 
-fn timer() {
-    // On a home core the timer only ends a sleep.
-    if cpu::core() == SERVICE_CORE {
-        run();
-    }
-}
-
+/// The handler of everything that the service core serves.
+///
+/// Elsewhere it does nothing: there the timer only ends a sleep, and a message that claims to be the unit's is not.
 fn run() {
+    if cpu::core() != SERVICE_CORE {
+        return;
+    }
     SERVICE.with(|service| {
         if let Some(service) = service {
             service.pass();
@@ -76,25 +80,32 @@ fn run() {
 impl Service {
     fn pass(&mut self) {
         let asked = self.hv.drains.asked();
+        let all_sent = self.hv.send_unsent();
         self.events.acknowledge();
-        let mut emptied = false;
-        for _ in 0..PASS {
-            let Some(event) = self.events.next_event() else {
-                emptied = true;
-                break;
-            };
-            self.take(event);
-        }
-        let expired_all = self.expire();
-        if emptied {
+        let no_requests = self.take_up_to(PASS, |events| events.next_request());
+        let no_faults = self.take_up_to(FAULTS, |events| events.next_fault());
+        let none_due = self.expire();
+        if no_requests {
+            // Faults do not hold up a drain: nobody waits for an answer to one.
             self.broker.discard_leaving();
             self.hv.drains.done(asked);
         }
-        if emptied && expired_all {
-            self.arm_timer();
+        if no_requests && no_faults && none_due {
+            self.arm_timer(all_sent);
         } else {
             interrupts::kick(SERVICE_CORE, Source::PageRequest);
         }
+    }
+
+    /// Takes up to `limit` reports; returns whether there are no more.
+    fn take_up_to(&mut self, limit: usize, next: impl Fn(&mut unit::Events) -> Option<Event>) -> bool {
+        for _ in 0..limit {
+            match next(&mut self.events) {
+                Some(event) => self.take(event),
+                None => return true,
+            }
+        }
+        false
     }
 
     fn take(&mut self, event: Event) {
@@ -121,7 +132,9 @@ impl Service {
 
     fn admit(&mut self, request: PageRequest) {
         let now_us = cpu::now_us();
-        defmt::debug!("page request: {}", request);
+        if self.log.allows(now_us) {
+            defmt::debug!("page request: {}", request);
+        }
         match self.broker.admit(request, now_us) {
             Verdict::Forward { queue, slot } => {
                 let index = usize::from(queue);
@@ -136,7 +149,9 @@ impl Service {
                 interrupts::kick(home_of(index), Source::Kick);
             }
             Verdict::Answer(response) => {
-                defmt::debug!("refused at once: {}", response);
+                if self.log.allows(now_us) {
+                    defmt::debug!("refused at once: {}", response);
+                }
                 self.hv.respond(response);
             }
             Verdict::Nothing => {}
@@ -177,21 +192,25 @@ impl Service {
             if let Some(answer) = self.broker.expire(now_us) {
                 let late_us = now_us - due_us;
                 self.hv.latest_expiry_us.fetch_max(late_us, Relaxed);
-                defmt::info!(
-                    "nobody answered in time, {=u64} us after the deadline it is: {}",
-                    late_us,
-                    answer.response()
-                );
+                if self.log.allows(now_us) {
+                    defmt::info!(
+                        "nobody answered in time, {=u64} us after the deadline it is: {}",
+                        late_us,
+                        answer.response()
+                    );
+                }
                 self.hv.answer(answer);
             }
         }
         false
     }
 
-    /// Interrupts this core when the next group runs out of time, or when the control core wants to be woken.
-    fn arm_timer(&self) {
+    /// Interrupts this core when the next group runs out of time, when the control core wants to be woken, or when answers
+    /// are to be tried again.
+    fn arm_timer(&self, all_sent: bool) {
         let control = self.hv.control_wakes_us.load(Relaxed);
-        let next = self.broker.next_deadline_us().unwrap_or(u64::MAX).min(control);
+        let retry = if all_sent { u64::MAX } else { cpu::now_us().saturating_add(RETRY_US) };
+        let next = self.broker.next_deadline_us().unwrap_or(u64::MAX).min(control).min(retry);
         if next == u64::MAX {
             interrupts::disarm_timer();
         } else {
@@ -201,7 +220,7 @@ impl Service {
     }
 }
 
-/// How much faults may still log. A storm costs its handling, not its printing.
+/// How much may still be logged. A storm costs its handling, not its printing.
 struct LogBudget {
     period_start_us: u64,
     lines: u32,
@@ -216,7 +235,7 @@ impl LogBudget {
     fn allows(&mut self, now_us: u64) -> bool {
         if now_us.saturating_sub(self.period_start_us) >= LOG_PERIOD_US {
             if self.suppressed > 0 {
-                defmt::warn!("{=u32} faults were not logged", self.suppressed);
+                defmt::warn!("{=u32} reports were not logged", self.suppressed);
             }
             *self = Self { period_start_us: now_us, lines: 0, suppressed: 0 };
         }

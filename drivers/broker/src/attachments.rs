@@ -39,6 +39,8 @@ pub struct AttachmentId {
 const FREE: u64 = 0;
 const LIVE: u64 = 1;
 const LEAVING: u64 = 2;
+/// Someone is adding an attachment here; nobody else uses the entry.
+const CLAIMED: u64 = 3;
 const STATE: u64 = 0xFF;
 const GENERATION_ONE: u64 = STATE + 1;
 
@@ -54,7 +56,7 @@ struct Entry {
 
 /// The attachments of a unit, at most `A`.
 ///
-/// The control path changes them under a lock of its own; the interrupt handler reads them without.
+/// Cores may add, and let go, at the same time; the interrupt handler reads without a lock.
 #[derive(Debug)]
 pub struct Attachments<const A: usize> {
     entries: [Entry; A],
@@ -89,21 +91,27 @@ impl<const A: usize> Attachments<A> {
 
     /// Adds an attachment: from here on its requests are admitted. `None` if there is no room or it exists already.
     ///
-    /// Called under the control path's lock.
+    /// Any core may call it. One device and PASID has one owner, who does not add it twice at the same time.
     pub fn add(&self, policy: Policy) -> Option<AttachmentId> {
         let key = key(policy.stream, policy.pasid);
-        let taken = |e: &Entry| e.word.load(Relaxed) & STATE != FREE;
+        let taken = |e: &Entry| matches!(e.word.load(Acquire) & STATE, LIVE | LEAVING);
         if self.entries.iter().any(|e| taken(e) && e.key.load(Relaxed) == key) {
             return None;
         }
-        let index = self.entries.iter().position(|e| !taken(e))?;
-        let entry = &self.entries[index];
+        let (index, entry, before) = self.entries.iter().enumerate().find_map(|(index, entry)| {
+            let word = entry.word.load(Relaxed);
+            let claim =
+                |word| entry.word.compare_exchange(word, word & !STATE | CLAIMED, Acquire, Relaxed).is_ok();
+            (word & STATE == FREE && claim(word)).then_some((index, entry, word))
+        })?;
+        // ORDER: a reader that still holds the word from before sees that it changed if it sees any of what follows.
+        fence(Release);
         entry.key.store(key, Relaxed);
         let packed = u64::from(policy.queue) | u64::from(policy.budget) << 8 | u64::from(policy.device) << 32;
         entry.queue_budget_device.store(packed, Relaxed);
         entry.opaque.store(policy.opaque, Relaxed);
         entry.deadline_us.store(policy.deadline_us, Relaxed);
-        let word = (entry.word.load(Relaxed) & !STATE).wrapping_add(GENERATION_ONE) | LIVE;
+        let word = (before & !STATE).wrapping_add(GENERATION_ONE) | LIVE;
         // ORDER: a handler that sees the word sees what it stands for.
         entry.word.store(word, Release);
         Some(AttachmentId { index, word })
@@ -123,15 +131,6 @@ impl<const A: usize> Attachments<A> {
         if let Some(entry) = self.entries.get(id.index) {
             let leaving = id.word & !STATE | LEAVING;
             let _ = entry.word.compare_exchange(leaving, id.word & !STATE | FREE, Release, Relaxed);
-        }
-    }
-
-    /// Changes how long the guest may take to answer what arrives from here on, in microseconds.
-    pub fn set_deadline(&self, id: AttachmentId, deadline_us: u64) {
-        if let Some(entry) = self.entries.get(id.index)
-            && entry.word.load(Relaxed) == id.word
-        {
-            entry.deadline_us.store(deadline_us, Relaxed);
         }
     }
 
@@ -218,6 +217,26 @@ mod tests {
         assert_ne!(again, id);
         attachments.leave(id);
         assert!(attachments.is_live(again), "an old name does nothing");
+    }
+
+    #[test]
+    fn two_cores_that_add_at_once_get_two_places() {
+        let attachments = Attachments::<2>::new();
+        let add =
+            |stream| attachments.add(Policy { stream: StreamId(stream), ..DISK }).expect("there is room");
+        for _ in 0..2_000 {
+            let (first, second) = std::thread::scope(|scope| {
+                let other = scope.spawn(|| add(0x28));
+                (add(0x20), other.join().expect("it does not panic"))
+            });
+            assert_ne!(first, second);
+            for (id, stream) in [(first, 0x20), (second, 0x28)] {
+                let found = attachments.find(StreamId(stream), DISK.pasid);
+                assert_eq!(found, Some((id, Policy { stream: StreamId(stream), ..DISK })));
+                attachments.leave(id);
+                attachments.remove(id);
+            }
+        }
     }
 
     #[test]

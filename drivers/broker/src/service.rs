@@ -4,10 +4,10 @@ use crate::{Answer, AttachmentId, Attachments, Cookie, Queue, counters::count};
 use heapless::Vec;
 use iommu::{GroupTag, Outcome, PageRequest, PageResponse, StreamId};
 
-/// Groups that may be half-seen at one time, over all devices.
-const ASSEMBLING: usize = 16;
-/// Groups that are remembered as spoilt, until their last request comes.
-const SPOILT: usize = 16;
+/// Groups that may be half-seen at one time, over all queues.
+const ASSEMBLING: usize = 32;
+/// Groups that are remembered as spoilt, until their last request comes, over all queues.
+const SPOILT: usize = 32;
 
 /// How long a group may take to be whole, in microseconds. After that it is discarded, without an answer: none is owed
 /// before the last request.
@@ -75,6 +75,11 @@ pub struct Broker<'q, const Q: usize, const S: usize, const A: usize> {
 }
 
 impl<'q, const Q: usize, const S: usize, const A: usize> Broker<'q, Q, S, A> {
+    /// Half-seen groups that one queue may have, so that none can take the places of another.
+    const ASSEMBLING_SHARE: usize = ASSEMBLING / Q;
+    /// Spoilt groups that one queue may have.
+    const SPOILT_SHARE: usize = SPOILT / Q;
+
     /// A broker over `queues`, with the requests of `attachments`.
     pub const fn new(queues: [&'q Queue<S>; Q], attachments: &'q Attachments<A>) -> Self {
         Self { queues, attachments, assembling: Vec::new(), spoilt: Vec::new(), deadlines: [[None; S]; Q] }
@@ -117,6 +122,7 @@ impl<'q, const Q: usize, const S: usize, const A: usize> Broker<'q, Q, S, A> {
         if request.last {
             return self.forward(policy.queue, slot, policy.deadline_us, now_us);
         }
+        let begun = self.assembling.iter().filter(|g| g.queue == policy.queue).count();
         let group = Assembling {
             stream: request.stream,
             tag: request.tag,
@@ -125,7 +131,7 @@ impl<'q, const Q: usize, const S: usize, const A: usize> Broker<'q, Q, S, A> {
             attachment,
             opened_us: now_us,
         };
-        if self.assembling.push(group).is_err() {
+        if begun >= Self::ASSEMBLING_SHARE || self.assembling.push(group).is_err() {
             queue.discard(slot);
             return self.refuse(queue, policy.queue, attachment, &request, now_us);
         }
@@ -193,11 +199,14 @@ impl<'q, const Q: usize, const S: usize, const A: usize> Broker<'q, Q, S, A> {
         refusal(request, Outcome::Invalid)
     }
 
-    /// Remembers a group as spoilt. If there are too many, the oldest is forgotten: its last request will look like a
+    /// Remembers a group as spoilt. If its queue has too many, the oldest of them is forgotten: its last request will look like a
     /// group of one page, the guest repairs that page, and the device asks again for the others.
     fn spoil(&mut self, group: Spoilt) {
-        if self.spoilt.is_full() {
-            let oldest = self.spoilt.remove(0);
+        let of_queue = |g: &Spoilt| g.queue == group.queue;
+        if self.spoilt.iter().filter(|g| of_queue(g)).count() >= Self::SPOILT_SHARE
+            && let Some(oldest) = self.spoilt.iter().position(of_queue)
+        {
+            let oldest = self.spoilt.remove(oldest);
             self.forget(oldest);
         }
         // There is room: one was taken out if there was none.

@@ -5,8 +5,6 @@
 
 /// Answered by [`Call::Probe`]; a guest that finds another version must not go on.
 pub const VERSION: u64 = 1;
-/// Devices of a guest, at most.
-pub const DEVICES: u64 = 4;
 /// Entries of an array that one call handles, at most; what is left is asked for again.
 pub const ARRAY: u64 = 16;
 /// As PASID: none. As deadline: the default.
@@ -53,7 +51,8 @@ numbered! {
         /// Maps memory of the guest for an attachment. Arguments: attachment with [`WRITABLE`] or not, device address,
         /// guest address, bytes.
         Map = 4,
-        /// Unmaps. Arguments: attachment, device address, bytes. Nothing reaches the memory any more when it returns.
+        /// Unmaps. Arguments: attachment, device address, bytes. Nothing reaches the memory any more when it is done;
+        /// after [`Status::TimedOut`] the device may, until it is detached.
         Unmap = 5,
         /// Answers page requests. Arguments: guest address of an array of {cookie, [`Code`]}, its length. Returns how many
         /// were handled, and how many of those were refused.

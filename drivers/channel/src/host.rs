@@ -91,9 +91,9 @@ impl Host {
         Ok(Pushed::Yes)
     }
 
-    /// Counts an event that was lost before it came here.
-    pub fn count_lost_event(&mut self) {
-        self.lost += 1;
+    /// Counts events that were lost before they came here.
+    pub fn count_lost_events(&mut self, events: u64) {
+        self.lost = self.lost.saturating_add(events);
     }
 
     /// Returns how many records fit, by what the guest says that it has consumed.

@@ -13,10 +13,16 @@ use heapless::Vec;
 pub trait Events {
     /// Opens a pass: acknowledges the interrupt, so that whatever arrives from here on interrupts again.
     fn acknowledge(&mut self);
-    /// Takes the oldest report, or `None` when everything that was there at [`acknowledge`](Self::acknowledge) is taken.
+    /// Takes the oldest page request, or the news that some were lost; `None` when the queue is empty.
     ///
-    /// Takes a bounded number of register accesses; never waits.
-    fn next_event(&mut self) -> Option<Event>;
+    /// Takes a bounded number of register accesses; never waits. So does `next_fault`.
+    fn next_request(&mut self) -> Option<Event>;
+    /// Takes the next fault, or the news that some were lost or that commands failed; `None` when there is no more.
+    fn next_fault(&mut self) -> Option<Event>;
+    /// Takes the next report, requests first: devices wait for those.
+    fn next_event(&mut self) -> Option<Event> {
+        self.next_request().or_else(|| self.next_fault())
+    }
 }
 
 /// The command side of a unit. Its caller holds a lock; nothing here waits.

@@ -114,8 +114,6 @@ pub struct Enabled {
     pub allocation: u32,
     /// Bits of a PASID (`Max PASID Width`).
     pub pasid_bits: u8,
-    /// Responses must carry the PASID of the request (`PRG Response PASID Required`).
-    pub response_needs_pasid: bool,
 }
 
 impl Function {
@@ -212,9 +210,14 @@ impl Function {
         self.command(config, MEMORY_SPACE | BUS_MASTER, 0);
     }
 
-    /// Lets the function decode its memory BARs, but issue nothing.
+    /// Lets the function issue no transactions. Whether it decodes its BARs stays as it is.
     pub fn disable_bus_master(&self, config: &impl ConfigSpace) {
-        self.command(config, MEMORY_SPACE, BUS_MASTER);
+        self.command(config, 0, BUS_MASTER);
+    }
+
+    /// Lets the function decode its memory BARs.
+    pub fn enable_memory(&self, config: &impl ConfigSpace) {
+        self.command(config, MEMORY_SPACE, 0);
     }
 
     fn command(&self, config: &impl ConfigSpace, set: u32, clear: u32) {
@@ -247,6 +250,12 @@ impl Function {
         config.write32(self.id, ats + 4, 1 << 31);
 
         let status = config.read32(self.id, pri + 4) >> 16;
+        if pasids && status & 1 << 15 == 0 {
+            // Responses carry the PASID of the request; a function that does not expect it would wait for ever.
+            self.disable_page_requests(config);
+            let capability = "PRG Response PASID Required";
+            return Err(Error::Unsupported { function: self.id, capability });
+        }
         if status & 1 << 8 == 0 {
             self.disable_page_requests(config);
             return Err(Error::NotStopped { function: self.id });
@@ -256,11 +265,7 @@ impl Function {
         let allocation = allocation.min(config.read32(self.id, pri + 8));
         config.write32(self.id, pri + 12, allocation);
         config.write32(self.id, pri + 4, PRI_ENABLE);
-        Ok(Enabled {
-            allocation,
-            pasid_bits: (pasid_capability >> 8) as u8 & 0x1F,
-            response_needs_pasid: status & 1 << 15 != 0,
-        })
+        Ok(Enabled { allocation, pasid_bits: (pasid_capability >> 8) as u8 & 0x1F })
     }
 
     /// Turns off PRI, then ATS, then PASID.
@@ -336,7 +341,7 @@ mod tests {
 
         let enabled = function.enable_page_requests(&space, 32, true).expect("it can");
 
-        assert_eq!(enabled, Enabled { allocation: 32, pasid_bits: 20, response_needs_pasid: true });
+        assert_eq!(enabled, Enabled { allocation: 32, pasid_bits: 20 });
         let writes = space.writes.borrow();
         assert_eq!(writes[..3], [(0x114, 0), (0x104, 0), (0x10C, 0)], "off in reverse order first");
         assert_eq!(
@@ -375,6 +380,27 @@ mod tests {
         let last =
             |offset| space.0.writes.borrow().iter().rfind(|(at, _)| *at == offset).map(|(_, value)| *value);
         assert_eq!((last(0x104), last(0x10C)), (Some(0), Some(0)), "ATS and PASID are off again");
+    }
+
+    #[test]
+    fn a_function_that_expects_no_pasid_in_responses_sends_no_requests() {
+        struct Plain(Space);
+        impl ConfigSpace for Plain {
+            fn read32(&self, function: StreamId, offset: u16) -> u32 {
+                self.0.read32(function, offset) & if offset == 0x114 { !(1 << 31) } else { u32::MAX }
+            }
+            fn write32(&self, function: StreamId, offset: u16, value: u32) {
+                self.0.write32(function, offset, value);
+            }
+        }
+        let space = Plain(Space::with_page_requests());
+        let function = Function::find(&space, DEVICE).expect("it answers");
+
+        assert!(matches!(function.enable_page_requests(&space, 32, true), Err(Error::Unsupported { .. })));
+        assert!(
+            function.enable_page_requests(&space, 32, false).is_ok(),
+            "without PASIDs there is none to expect"
+        );
     }
 
     #[test]

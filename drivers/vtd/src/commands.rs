@@ -81,7 +81,7 @@ impl Descriptor {
             .with_address(Self::ADDRESS, block.iova.0)
     }
 
-    /// Device-TLB invalidation of everything that was translated without PASID, and with (type 3).
+    /// Device-TLB invalidation of everything that was translated without PASID (type 3); PASIDs are invalidated one by one.
     ///
     /// `physical` is the physical function that `stream` belongs to (PFSID), where `ECAP.DIT` is set; else it is zero.
     pub fn device_tlb(stream: StreamId, physical: StreamId) -> Self {

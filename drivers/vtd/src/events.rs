@@ -148,8 +148,16 @@ impl<B: Bus> Events<B> {
             interrupts::unmask(&self.bus, &regs::PAGE_REQUEST_EVENT, requests);
         }
     }
+}
 
-    /// Takes the oldest page request, or the news that some were lost.
+impl<B: Bus> iommu::Events for Events<B> {
+    /// Clears `PRS.PPR`, before the tail is read: a request that arrives later sets it again, and interrupts.
+    fn acknowledge(&mut self) {
+        if self.requests.is_some() {
+            regs::PRS.clear(&self.bus, PRS::PPR::SET);
+        }
+    }
+
     fn next_request(&mut self) -> Option<Event> {
         let requests = self.requests.as_mut()?;
         if let Some(entry) = requests.pop(&self.bus) {
@@ -169,7 +177,6 @@ impl<B: Bus> Events<B> {
         Some(Event::RequestsLost)
     }
 
-    /// Takes the next fault, or the news that some were lost or that the invalidation queue met an error.
     fn next_fault(&mut self) -> Option<Event> {
         let (first, count) = self.records;
         let status = regs::FSTS.read(&self.bus);
@@ -208,18 +215,5 @@ impl<B: Bus> Events<B> {
             return Some(Event::CommandsFailed { status: status.get() });
         }
         None
-    }
-}
-
-impl<B: Bus> iommu::Events for Events<B> {
-    /// Clears `PRS.PPR`, before the tail is read: a request that arrives later sets it again, and interrupts.
-    fn acknowledge(&mut self) {
-        if self.requests.is_some() {
-            regs::PRS.clear(&self.bus, PRS::PPR::SET);
-        }
-    }
-
-    fn next_event(&mut self) -> Option<Event> {
-        self.next_request().or_else(|| self.next_fault())
     }
 }

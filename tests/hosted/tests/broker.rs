@@ -250,21 +250,22 @@ fn a_deadline_of_zero_refuses_at_once() {
 fn each_group_expires_at_its_own_deadline_and_not_before() {
     let queues = queues();
     let attachments = Attachments::<4>::new();
-    let slow = add(&attachments, Policy { deadline_us: 500, ..policy(DISK, 0) });
+    let six = GroupTag { pasid: Pasid::new(6), index: 3 };
+    let _ = add(&attachments, Policy { deadline_us: 500, ..policy(DISK, 0) });
     let _ = add(&attachments, Policy { deadline_us: 100, ..policy(NIC, 1) });
+    let _ = add(&attachments, Policy { deadline_us: 10, pasid: six.pasid, ..policy(DISK, 0) });
     let mut broker = Broker::new([&queues[0], &queues[1]], &attachments);
     let expire = |broker: &mut Broker<'_, 2, 8, 4>, now| {
         core::iter::from_fn(|| broker.expire(now)).map(send).collect::<Vec<_>>()
     };
     let _ = forwarded(broker.admit(last(DISK, 1, 1), 1000), 0);
     let _ = forwarded(broker.admit(last(NIC, 2, 1), 1050), 1);
-    attachments.set_deadline(slow, 10);
-    let _ = forwarded(broker.admit(last(DISK, 3, 1), 1060), 0);
+    let _ = forwarded(broker.admit(PageRequest { tag: six, ..last(DISK, 3, 1) }, 1060), 0);
 
     // Due at 1500, 1150 and 1070: the last came last and is due first.
     for (now, due, next) in [
         (1069, vec![], Some(1070)),
-        (1070, vec![response(DISK, 3, Outcome::Invalid)], Some(1150)),
+        (1070, vec![PageResponse { stream: DISK, tag: six, outcome: Outcome::Invalid }], Some(1150)),
         (1149, vec![], Some(1150)),
         (1200, vec![response(NIC, 2, Outcome::Invalid)], Some(1500)),
         (1499, vec![], Some(1500)),
@@ -364,30 +365,38 @@ fn a_group_has_sixteen_pages_and_a_longer_one_is_refused_whole() {
     }
 }
 
-/// A broker over one queue of 64 slots, in which one device may have them all.
-fn with_room<R>(body: impl FnOnce(&Queue<64>, &Attachments<4>, &mut Broker<'_, 1, 64, 4>) -> R) -> R {
-    let queue = Queue::<64>::new(1);
+/// Half-seen groups, and spoilt ones, that each of two guests may have.
+const SHARE: u16 = 16;
+
+/// A broker over two queues of 64 slots; in the first, which `body` gets, one device may have them all.
+fn with_room<R>(body: impl FnOnce(&Queue<64>, &Attachments<4>, &mut Broker<'_, 2, 64, 4>) -> R) -> R {
+    let queues = [1, 1 << 40].map(Queue::<64>::new);
     let attachments = Attachments::new();
     let _ = add(&attachments, Policy { budget: 64, ..policy(DISK, 0) });
-    let mut broker = Broker::new([&queue], &attachments);
-    body(&queue, &attachments, &mut broker)
+    let mut broker = Broker::new([&queues[0], &queues[1]], &attachments);
+    body(&queues[0], &attachments, &mut broker)
 }
 
 #[test]
-fn the_seventeenth_half_group_is_refused_and_the_others_carry_on() {
-    with_room(|queue, _, broker| {
-        for index in 0..17 {
+fn a_half_group_over_the_share_is_refused_and_the_others_carry_on() {
+    with_room(|queue, attachments, broker| {
+        let _ = add(attachments, policy(NIC, 1));
+        for index in 0..=SHARE {
             assert_eq!(broker.admit(part(DISK, index, 1), 0), Verdict::Nothing);
         }
 
-        for index in 0..16 {
+        // The other guest has room.
+        assert_eq!(broker.admit(part(NIC, 0, 1), 0), Verdict::Nothing);
+        let _ = forwarded(broker.admit(last(NIC, 0, 2), 0), 1);
+        for index in 0..SHARE {
             let group = queue.deliver(forwarded(broker.admit(last(DISK, index, 2), 0), 0)).expect("it waits");
             assert_eq!((group.tag.index, group.pages.len()), (index, 2));
         }
-        assert_eq!(broker.admit(last(DISK, 16, 2), 0), Verdict::Answer(response(DISK, 16, Outcome::Invalid)));
+        let refused = Verdict::Answer(response(DISK, SHARE, Outcome::Invalid));
+        assert_eq!(broker.admit(last(DISK, SHARE, 2), 0), refused);
 
-        assert_eq!(queue.outstanding(), 16, "the seventeenth holds no slot");
-        assert_balance(queue.counters().tally(), 16);
+        assert_eq!(queue.outstanding(), SHARE.into(), "the one too many holds no slot");
+        assert_balance(queue.counters().tally(), SHARE.into());
     });
 }
 
@@ -431,20 +440,24 @@ fn a_spoilt_group_is_forgotten_by_age_so_that_its_number_can_be_used_again() {
 #[test]
 fn the_oldest_of_too_many_spoilt_groups_is_forgotten_and_counted() {
     with_room(|queue, attachments, broker| {
-        let _ = add(attachments, Policy { budget: 0, ..policy(NIC, 0) });
         // Budget 0: each is spoilt from its first request.
-        for index in 0..17 {
+        let _ = add(attachments, Policy { budget: 0, ..policy(NIC, 0) });
+        let _ = add(attachments, Policy { budget: 0, pasid: None, ..policy(NIC, 1) });
+        let of_the_other = GroupTag { pasid: None, index: 0 };
+        assert_eq!(broker.admit(PageRequest { tag: of_the_other, ..part(NIC, 0, 1) }, 0), Verdict::Nothing);
+        for index in 0..=SHARE {
             assert_eq!(broker.admit(part(NIC, index, 1), index.into()), Verdict::Nothing);
         }
-        assert_eq!(queue.counters().tally(), Tally { opened: 17, discarded: 1, ..Tally::default() });
+        let opened = u64::from(SHARE) + 1;
+        assert_eq!(queue.counters().tally(), Tally { opened, discarded: 1, ..Tally::default() });
 
-        for index in 1..17 {
+        for index in 1..=SHARE {
             let refused = Verdict::Answer(response(NIC, index, Outcome::Invalid));
             assert_eq!(broker.admit(last(NIC, index, 2), 20), refused);
         }
-
         assert_balance(queue.counters().tally(), 0);
-        assert_eq!(broker.next_deadline_us(), None);
+        // The other guest's is remembered still: a part of it is no new group.
+        assert_eq!(broker.next_deadline_us(), Some(ASSEMBLY_LIMIT_US));
     });
 }
 

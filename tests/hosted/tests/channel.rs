@@ -212,7 +212,7 @@ fn lost_events_are_counted_and_leave_a_gap_in_the_numbers() {
         let expected = if n < RECORDS { Pushed::Yes } else { Pushed::Full };
         assert_eq!(host.push_event(&event(n)), Ok(expected));
     }
-    host.count_lost_event();
+    host.count_lost_events(1);
     assert_eq!(host.events_lost(), 4);
     for n in 0..RECORDS {
         let seen = guest.next_event().expect("it was pushed");

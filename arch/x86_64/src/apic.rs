@@ -30,6 +30,8 @@ const CPUID_X2APIC: u32 = 1 << 21;
 const TASK_PRIORITY: u32 = 0x08;
 const END_OF_INTERRUPT: u32 = 0x0B;
 const SPURIOUS: u32 = 0x0F;
+/// The first of eight, of 32 vectors each.
+const IN_SERVICE: u32 = 0x10;
 const COMMAND: u32 = 0x30;
 /// Of xAPIC alone: bits 63:32 of the interrupt command register.
 const COMMAND_HIGH: u32 = 0x31;
@@ -151,6 +153,11 @@ pub(crate) fn arm_timer(vector: u8, after_us: u64) {
 /// Stops the timer of this core.
 pub(crate) fn disarm_timer() {
     write(TIMER_INITIAL, 0);
+}
+
+/// Returns whether this core handles an interrupt with `vector`, which has not ended.
+pub(crate) fn is_in_service(vector: u8) -> bool {
+    read(IN_SERVICE + u32::from(vector / 32)) & 1 << (vector % 32) != 0
 }
 
 /// Ends the interrupt that this core handles.

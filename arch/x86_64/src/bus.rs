@@ -9,7 +9,7 @@ use core::{
     arch::x86_64::_mm_mfence,
     ops::Range,
     ptr::{self, NonNull},
-    sync::atomic::{Ordering, fence},
+    sync::atomic::{AtomicBool, Ordering, fence},
 };
 use iommu::{Bus, PhysAddr};
 use spin::Once;
@@ -24,6 +24,10 @@ pub fn direct(phys: PhysAddr) -> Option<NonNull<u64>> {
 }
 
 /// The registers of one unit, and memory shared with it.
+///
+/// Hardware says where some registers are, and may be wrong: registers past the end, or not aligned to their size, read
+/// all ones, and writes to them do nothing. The first such access is logged. Who reads an offset from hardware compares
+/// it with [`bytes`](Self::bytes) first, since all ones may mean anything.
 #[derive(Clone, Copy, Debug)]
 pub struct Mmio {
     base: usize,
@@ -48,34 +52,55 @@ impl Mmio {
         Self { base: base.0 as usize, bytes }
     }
 
-    /// Returns the pointer to the register of type `T` at `offset`; a driver's offsets are its constants.
-    fn register<T>(&self, offset: usize) -> *mut T {
+    /// Returns how many bytes of registers there are.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Returns the pointer to the register of type `T` at `offset`; `None` if there can be none.
+    fn register<T>(&self, offset: usize) -> Option<*mut T> {
+        static TOLD: AtomicBool = AtomicBool::new(false);
         let end = offset.checked_add(size_of::<T>());
-        assert!(end.is_some_and(|end| end <= self.bytes), "offset outside the registers");
-        assert!(offset.is_multiple_of(size_of::<T>()), "offset not aligned");
-        ptr::with_exposed_provenance_mut(self.base + offset)
+        if end.is_some_and(|end| end <= self.bytes) && offset.is_multiple_of(size_of::<T>()) {
+            return Some(ptr::with_exposed_provenance_mut(self.base + offset));
+        }
+        if !TOLD.swap(true, Ordering::Relaxed) {
+            defmt::warn!(
+                "no register at {=usize:#x} of the unit at {=usize:#x}, which has {=usize:#x} bytes; told once",
+                offset,
+                self.base,
+                self.bytes
+            );
+        }
+        None
     }
 }
 
 impl Bus for Mmio {
     fn read32(&self, offset: usize) -> u32 {
+        let register = self.register::<u32>(offset);
         // SAFETY: the address is inside the registers that `new` was promised, aligned, and mapped uncached.
-        unsafe { self.register::<u32>(offset).read_volatile() }
+        register.map_or(u32::MAX, |register| unsafe { register.read_volatile() })
     }
 
     fn write32(&self, offset: usize, value: u32) {
-        // SAFETY: as above.
-        unsafe { self.register::<u32>(offset).write_volatile(value) };
+        if let Some(register) = self.register::<u32>(offset) {
+            // SAFETY: as above.
+            unsafe { register.write_volatile(value) };
+        }
     }
 
     fn read64(&self, offset: usize) -> u64 {
+        let register = self.register::<u64>(offset);
         // SAFETY: as above.
-        unsafe { self.register::<u64>(offset).read_volatile() }
+        register.map_or(u64::MAX, |register| unsafe { register.read_volatile() })
     }
 
     fn write64(&self, offset: usize, value: u64) {
-        // SAFETY: as above.
-        unsafe { self.register::<u64>(offset).write_volatile(value) };
+        if let Some(register) = self.register::<u64>(offset) {
+            // SAFETY: as above.
+            unsafe { register.write_volatile(value) };
+        }
     }
 
     /// Cleans the cache lines of `range` always: an IOMMU may walk its tables without looking into the caches, and only

@@ -1,7 +1,8 @@
 //! The log: defmt frames through a 16550 at 0x3F8, 115200 baud, 8N1; and the last words of a panic.
 //!
-//! One frame at a time leaves, whichever core it comes from, with interrupts masked meanwhile. A core that cannot have
-//! the console within a second gives its frame up, and the count of those is told at the end. NMI never logs.
+//! One frame at a time leaves, whichever core it comes from, with interrupts masked meanwhile. Cores take turns: none waits
+//! for more than two frames of each other core. If one that hangs keeps the console, the others give their frames up after
+//! a second each; how many were lost is told with the next frame that leaves, or at the end. NMI never logs.
 #![expect(unsafe_code, reason = "the UART is reached through I/O ports, and defmt asks for a lock by hand")]
 
 use crate::cpu::{CORES, core, exit, now_us, relax};
@@ -73,12 +74,16 @@ fn write_bytes(bytes: &[u8]) {
     }
 }
 
-/// How long a core waits for the console, in microseconds; a frame takes a hundredth of it at most.
+/// How long a core waits for the console, in microseconds.
+///
+/// Since cores take turns, only a core that hangs lets another wait that long: a frame takes some milliseconds.
 const LIMIT_US: u64 = 1_000_000;
 
 /// Which core is sending a frame: its index and 1, or 0 for none.
 static OWNER: AtomicUsize = AtomicUsize::new(0);
 static ENCODER: Encoder = Encoder(UnsafeCell::new(defmt::Encoder::new()));
+/// Which cores wait for the console: the owner passes it on to the next one after itself.
+static WAITING: [AtomicBool; CORES] = [const { AtomicBool::new(false) }; CORES];
 /// Whether a core had interrupts unmasked before its frame.
 static WERE_ENABLED: [AtomicBool; CORES] = [const { AtomicBool::new(false) }; CORES];
 /// Frames that were given up.
@@ -97,6 +102,37 @@ fn with_encoder(f: impl FnOnce(&mut defmt::Encoder)) {
     }
 }
 
+/// Waits until the console is this core's; false if it gives up.
+fn take_turn(me: usize) -> bool {
+    let start_us = now_us();
+    WAITING[me].store(true, Ordering::Relaxed);
+    loop {
+        // ORDER: pairs with the stores of `pass_on`; what the owner before did to the encoder is visible.
+        match OWNER.compare_exchange(0, me + 1, Ordering::Acquire, Ordering::Acquire) {
+            Ok(_) => {
+                WAITING[me].store(false, Ordering::Relaxed);
+                return true;
+            }
+            Err(owner) if owner == me + 1 => return true,
+            Err(_) => {}
+        }
+        // If nobody waits here any more, the console is on its way.
+        if now_us() - start_us >= LIMIT_US && WAITING[me].swap(false, Ordering::Relaxed) {
+            LOST.fetch_add(1, Ordering::Relaxed);
+            return false;
+        }
+        relax();
+    }
+}
+
+/// Gives the console, which is this core's, to the next core that waits, or to nobody.
+fn pass_on(me: usize) {
+    let next = (1..CORES)
+        .map(|distance| (me + distance) % CORES)
+        .find(|&core| WAITING[core].swap(false, Ordering::Relaxed));
+    OWNER.store(next.map_or(0, |core| core + 1), Ordering::Release);
+}
+
 #[defmt::global_logger]
 struct Uart;
 
@@ -107,19 +143,12 @@ unsafe impl defmt::Logger for Uart {
         let were_enabled = interrupts::are_enabled();
         interrupts::disable();
         WERE_ENABLED[me].store(were_enabled, Ordering::Relaxed);
-        let start_us = now_us();
-        while let Err(owner) = OWNER.compare_exchange(0, me + 1, Ordering::Acquire, Ordering::Relaxed) {
-            if owner == me + 1 {
-                // An exception or a panic in the middle of a frame. That frame will never be continued: it is left as it
-                // is, and the fresh encoder begins with the separator that ends it.
-                with_encoder(|encoder| *encoder = defmt::Encoder::new());
-                break;
-            }
-            if now_us() - start_us >= LIMIT_US {
-                LOST.fetch_add(1, Ordering::Relaxed);
-                return;
-            }
-            relax();
+        if OWNER.load(Ordering::Relaxed) == me + 1 {
+            // An exception or a panic in the middle of a frame. That frame will never be continued: it is left as it is,
+            // and the fresh encoder begins with the separator that ends it.
+            with_encoder(|encoder| *encoder = defmt::Encoder::new());
+        } else if !take_turn(me) {
+            return;
         }
         with_encoder(|encoder| encoder.start_frame(write_bytes));
     }
@@ -128,10 +157,13 @@ unsafe impl defmt::Logger for Uart {
 
     unsafe fn release() {
         let me = core();
+        let were_enabled = WERE_ENABLED[me].load(Ordering::Relaxed);
         with_encoder(|encoder| encoder.end_frame(write_bytes));
-        // Fails where the frame was given up.
-        let _ = OWNER.compare_exchange(me + 1, 0, Ordering::Release, Ordering::Relaxed);
-        if WERE_ENABLED[me].load(Ordering::Relaxed) {
+        // Another frame, within this turn; it passes the console on itself.
+        if OWNER.load(Ordering::Relaxed) == me + 1 && !tell_lost() {
+            pass_on(me);
+        }
+        if were_enabled {
             interrupts::enable();
         }
     }
@@ -141,12 +173,18 @@ unsafe impl defmt::Logger for Uart {
     }
 }
 
-/// Waits until the log is out of the UART, after telling what it lacks.
-pub(crate) fn finish() {
+/// Tells how many lines were lost since this was last told; returns whether there were any.
+fn tell_lost() -> bool {
     let lost = LOST.swap(0, Ordering::Relaxed);
     if lost != 0 {
         defmt::warn!("{=u32} lines of this log were lost", lost);
     }
+    lost != 0
+}
+
+/// Waits until the log is out of the UART, after telling what it lacks.
+pub(crate) fn finish() {
+    tell_lost();
     wait_for(TRANSMITTER_EMPTY);
 }
 

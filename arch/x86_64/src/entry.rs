@@ -113,7 +113,7 @@ long_mode:
     mov eax, offset boot_pml4
     mov cr3, eax
     mov eax, cr4
-    or eax, 0x620                               # PAE, OSFXSR, OSXMMEXCPT (for FXSAVE)
+    or eax, 0x660                               # PAE, MCE, OSFXSR, OSXMMEXCPT (for FXSAVE)
     mov cr4, eax
     mov ecx, 0xc0000080                         # EFER
     rdmsr

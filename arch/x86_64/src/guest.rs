@@ -8,9 +8,10 @@
 //! |---|---|---|
 //! | 32-bit and 64-bit guests | yes | hypercalls come from 64-bit code in ring 0 alone |
 //! | x87, SSE | yes | switched with the guest |
-//! | AVX and later vector state | no | hidden, and XSETBV is refused: there is no state to leak |
+//! | AVX and later vector state | no | hidden, XCR0 is x87 alone and XSETBV is refused: there is no state to leak |
 //! | `PKRU` | no | hidden; a guest that sets CR4.PKE all the same shares the register with its neighbours on the core |
 //! | MSRs | some | EFER, system call and segment base registers; all others are refused with #GP |
+//! | machine checks | no | one ends the machine, whoever was running |
 //! | time-stamp counter | yes | the host's |
 //! | defences against speculation | no | guests that share a core may learn of each other by timing |
 #![expect(unsafe_code, reason = "the state of a virtual CPU has a place of its own, which it gives back")]
@@ -19,10 +20,16 @@ mod svm;
 
 use crate::{
     cpu::{self, cpuid},
+    interrupts,
     machine::Error,
+    machine_check,
 };
 use core::fmt;
 use iommu::{Gpa, Root};
+use x86_64::registers::{
+    control::{Cr4, Cr4Flags},
+    xcontrol::{XCr0, XCr0Flags},
+};
 
 /// Returns whether this machine can run guests.
 pub fn supported() -> Result<(), Error> {
@@ -31,7 +38,26 @@ pub fn supported() -> Result<(), Error> {
 
 /// Makes this core ready to run guests. Comes before the first [`Vcpu::run`] on it.
 pub fn init_core() -> Result<(), Error> {
-    svm::init_core()
+    svm::init_core()?;
+    switch_off_vector_state();
+    Ok(())
+}
+
+/// Switches off all state of this core that XCR0 rules, except x87. Firmware may have left AVX on, and a guest may set
+/// CR4.OSXSAVE: then one guest could read what another left in registers that are not switched.
+fn switch_off_vector_state() {
+    /// CPUID leaf 1, ECX.
+    const CPUID_XSAVE: u32 = 1 << 26;
+    if cpuid(1, 0).ecx & CPUID_XSAVE == 0 {
+        return;
+    }
+    let found = Cr4::read_raw();
+    // SAFETY: the processor has XSAVE; the bit lets the next instruction be one.
+    unsafe { Cr4::write_raw(found | Cr4Flags::OSXSAVE.bits()) };
+    // SAFETY: bit 0 alone is always allowed, and this build uses no vector state.
+    unsafe { XCr0::write_raw(XCr0Flags::X87.bits()) };
+    // SAFETY: as it was.
+    unsafe { Cr4::write_raw(found) };
 }
 
 /// An interrupt of a guest, by its vector.
@@ -169,6 +195,8 @@ enum Stop {
     /// An instruction that the guest may not use.
     Refused,
     TripleFault,
+    /// The hardware failed; the guest has no part in it.
+    MachineCheck,
     InvalidState,
     Unexpected,
 }
@@ -266,6 +294,9 @@ impl Vcpu {
                 }
                 Stop::Memory { address, write, execute } => return Exit::Memory { address, write, execute },
                 Stop::Port { port, write } => return self.crash(Cause::Port { port, write }),
+                Stop::MachineCheck => interrupts::machine_check(),
+                // A guest without CR4.MCE is shut down by a machine check.
+                Stop::TripleFault if machine_check::is_in_progress() => interrupts::machine_check(),
                 Stop::TripleFault => return self.crash(Cause::TripleFault),
                 Stop::InvalidState => return self.crash(Cause::InvalidState),
                 Stop::Unexpected => return self.crash(Cause::Unexpected),

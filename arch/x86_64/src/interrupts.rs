@@ -2,7 +2,7 @@
 #![expect(unsafe_code, reason = "the interrupt descriptor table names code to the processor")]
 
 use crate::{
-    apic, console, cpu, entry,
+    apic, console, cpu, entry, machine_check,
     segments::{DOUBLE_FAULT_STACK, NMI_STACK},
 };
 use core::{
@@ -14,7 +14,7 @@ use spin::Once;
 use x86_64::{
     VirtAddr,
     instructions::tables::lidt,
-    registers::control::Cr2,
+    registers::{control::Cr2, rflags::RFlags},
     structures::{DescriptorTablePointer, idt},
 };
 
@@ -40,6 +40,8 @@ impl Source {
     }
 }
 
+/// The vector of #MC.
+const MACHINE_CHECK: u64 = 18;
 /// The vector of an interrupt that was withdrawn before it could be delivered; the manual wants ones in the low bits.
 const SPURIOUS: u8 = 0xFF;
 
@@ -100,8 +102,9 @@ pub fn non_maskable() -> u32 {
     NMIS.load(Ordering::Relaxed)
 }
 
-// One stub for each vector, 16 bytes apart. The processor pushes an error code for some exceptions alone; the others get
-// a 0, so that all look alike to `dispatch`.
+// One stub for each vector, 16 bytes apart. The processor pushes an error code for some exceptions alone; all else gets
+// a 0, so that all look alike to `dispatch`. Nor does it push one for an interrupt that has an exception's vector: the
+// stack was aligned to 16 bytes before its five or six words, so bit 3 tells them apart.
 global_asm!(
     r#"
 .section .text.interrupts, "ax", @progbits
@@ -112,9 +115,11 @@ interrupt_stubs:
     .rept 256
     .p2align 4
     .if (vector == 8) || (vector >= 10 && vector <= 14) || (vector == 17) || (vector == 21) || (vector == 29) || (vector == 30)
-    .else
-    push 0
+    test spl, 8
+    jz 1f
     .endif
+    push 0
+1:
     push vector
     jmp interrupt_entry
     .set vector, vector + 1
@@ -195,7 +200,7 @@ extern "sysv64" fn dispatch(frame: &Frame) {
         2 => {
             NMIS.fetch_add(1, Ordering::Relaxed);
         }
-        0..=31 => exception(frame),
+        0..=31 if !is_interrupt(frame) => exception(frame),
         SPURIOUS => {}
         _ => {
             let source = Source::ALL.into_iter().find(|source| source.vector() == vector);
@@ -206,6 +211,15 @@ extern "sysv64" fn dispatch(frame: &Frame) {
             apic::end_of_interrupt();
         }
     }
+}
+
+/// Returns whether an interrupt has brought the exception's vector of `frame`: a device may put any into its message, and
+/// the local APIC takes those from 16 on.
+fn is_interrupt(frame: &Frame) -> bool {
+    // What came while interrupts were masked is an exception. That includes all that comes before `apic::enable`, and a
+    // machine check while an interrupt with its vector is handled.
+    RFlags::from_bits_truncate(frame.rflags).contains(RFlags::INTERRUPT_FLAG)
+        && apic::is_in_service(frame.vector as u8)
 }
 
 fn unexpected(vector: u8) {
@@ -262,6 +276,19 @@ fn exception(frame: &Frame) -> ! {
             frame.rsp,
             Cr2::read_raw(),
         );
+        if frame.vector == MACHINE_CHECK {
+            machine_check::log_banks();
+        }
+    }
+    cpu::exit(false)
+}
+
+/// Reports a machine check that stopped a guest, and ends the machine as an exception of the hypervisor does: it is the
+/// hardware that failed.
+pub(crate) fn machine_check() -> ! {
+    if console::last_words() {
+        defmt::error!("#MC machine check on core {=usize}, while a guest ran", cpu::core());
+        machine_check::log_banks();
     }
     cpu::exit(false)
 }

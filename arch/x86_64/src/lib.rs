@@ -39,6 +39,7 @@ mod entry;
 pub mod guest;
 pub mod interrupts;
 pub mod machine;
+mod machine_check;
 mod paging;
 mod segments;
 pub mod unit;

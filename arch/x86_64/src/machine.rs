@@ -155,6 +155,9 @@ const TABLE_LIMIT: u64 = 1 << 20;
 
 const MIB: u64 = 1 << 20;
 
+/// What a PC has at fixed addresses: the first MiB, and the I/O APICs, HPET, IOMMUs and local APICs.
+const FIXED: [Range<u64>; 2] = [0..MIB, 0xFEC0_0000..0xFEF0_0000];
+
 /// What the boot loader said, checked.
 pub struct Boot {
     command_line: &'static str,
@@ -397,6 +400,29 @@ impl Boot {
             return Err(Error::OutOfReach { what: "configuration space", address: base });
         }
         Ok(Ecam { base: base as usize, first_bus, last_bus })
+    }
+
+    /// Returns whether a part of `range` belongs to the machine, so that it cannot be the registers of a device.
+    ///
+    /// That is all that the memory map lists, whatever its type (firmware leaves out what devices are given by their base
+    /// address registers), this image and the boot modules, configuration space, the first MiB, and
+    /// `0xFEC0_0000..0xFEF0_0000`, where the APICs are. A device may claim any address as its own: this comes before such
+    /// an address is believed.
+    pub fn overlaps_machine(&self, range: &Range<PhysAddr>) -> bool {
+        let range = range.start.0..range.end.0;
+        let mut known = self.ram.iter().chain(&self.taken).chain(&FIXED);
+        known.any(|known| overlap(known, &range))
+            || self.config_windows().any(|window| overlap(&window, &range))
+    }
+
+    /// Returns the configuration space of all segments (MCFG).
+    fn config_windows(&self) -> impl Iterator<Item = Range<u64>> + '_ {
+        let allocations = self.acpi_table(b"MCFG").and_then(|mcfg| mcfg.get(44..)).unwrap_or(&[]);
+        allocations.chunks_exact(16).map(|entry| {
+            let base = u64_at(entry, 0).unwrap_or(0);
+            let bus = |number| base.saturating_add(number << Ecam::BUS_SHIFT);
+            bus(entry[10].into())..bus(u64::from(entry[11]) + 1)
+        })
     }
 
     /// Returns `bytes` bytes at `address` that firmware or the boot loader left, if no part of them can change.

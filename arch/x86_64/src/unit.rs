@@ -2,9 +2,9 @@
 #![expect(unsafe_code, reason = "names the registers that firmware's table points at")]
 
 use crate::{bus::Mmio, machine::Boot};
-use core::fmt;
+use core::{fmt, ops::Range};
 use heapless::Vec;
-use iommu::{Capabilities, DmaBuf, Root, Translation};
+use iommu::{Capabilities, DmaBuf, PhysAddr, Root, Translation};
 use vtd::dmar::{self, Dmar};
 
 /// The event side of the unit.
@@ -55,6 +55,7 @@ impl fmt::Display for Error {
 pub struct Found {
     unit: vtd::Found<Mmio>,
     bus: Mmio,
+    registers: Range<PhysAddr>,
 }
 
 /// The unit in service.
@@ -85,19 +86,34 @@ pub fn find(boot: &Boot) -> Result<Found, Error> {
     if units.next().is_some() || unit.segment != 0 {
         return Err(Error::NotOneUnit);
     }
-    let reachable =
-        unit.base.spanning(unit.bytes).filter(|r| r.end.0 <= 1 << 32 && r.start.0.is_multiple_of(4096));
-    let registers = reachable.ok_or(Error::OutOfReach)?;
-    // SAFETY: firmware says that a unit's registers are here, and its driver is the only one to use them.
-    let bus = unsafe { Mmio::new(registers.start, unit.bytes as usize) };
+    let window = registers(unit.base, unit.bytes)?;
+    let used = vtd::Found::probe(mmio(&window)).map_err(Error::Unit)?.register_bytes() as u64;
+    let registers = registers(unit.base, unit.bytes.max(used))?;
+    let bus = mmio(&registers);
     let unit = vtd::Found::probe(bus).map_err(Error::Unit)?;
-    Ok(Found { unit, bus })
+    Ok(Found { unit, bus, registers })
+}
+
+/// Checks that `bytes` bytes of registers at `base` can be reached.
+fn registers(base: PhysAddr, bytes: u64) -> Result<Range<PhysAddr>, Error> {
+    let reachable = base.spanning(bytes).filter(|r| r.end.0 <= 1 << 32 && r.start.0.is_multiple_of(4096));
+    reachable.ok_or(Error::OutOfReach)
+}
+
+fn mmio(registers: &Range<PhysAddr>) -> Mmio {
+    // SAFETY: firmware says that a unit's registers are here, and its driver is the only one to use them.
+    unsafe { Mmio::new(registers.start, (registers.end.0 - registers.start.0) as usize) }
 }
 
 impl Found {
     /// Returns what the unit can do.
     pub fn capabilities(&self) -> Capabilities {
         self.unit.capabilities()
+    }
+
+    /// Returns where the unit's registers are.
+    pub fn registers(&self) -> Range<PhysAddr> {
+        self.registers.clone()
     }
 
     /// Returns how the unit is reached; memory is published through it.

@@ -215,7 +215,7 @@ const _: () = {
 
 /// Reads and writes of all debug registers.
 const INTERCEPT_ALL_DR: u32 = u32::MAX;
-/// #DB and #AC, since a guest can make their delivery go round for ever, and #MC, which is not the guest's.
+/// #DB and #AC, since a guest can make their delivery go round for ever, and #MC, which is the host's.
 const INTERCEPT_EXCEPTIONS: u32 = 1 << 1 | 1 << 17 | 1 << 18;
 /// INTR, NMI, RDPMC, CPUID, INVD, HLT, INVLPGA, ports, MSRs, shutdown.
 const INTERCEPT_1: u32 =
@@ -409,6 +409,7 @@ impl Machine {
     fn stop(&self) -> Stop {
         let info = self.vmcb.exit_info_1;
         match self.vmcb.exit_code {
+            0x52 => Stop::MachineCheck,
             0x60 => Stop::HostInterrupt,
             0x61 => Stop::HostNmi,
             0x64 => Stop::InterruptWindow,

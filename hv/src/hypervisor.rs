@@ -236,17 +236,29 @@ impl Hypervisor {
     pub fn publish(
         boot: Boot,
         config: Ecam,
+        unit: Range<PhysAddr>,
         capabilities: Capabilities,
         commands: Commands,
         tables: Tables,
         image: &'static [u8],
     ) -> &'static Self {
-        let mut devices = Vec::new();
+        let mut devices: Vec<Device, DEVICES> = Vec::new();
         for function in Function::on_bus_0(&config) {
-            if let Some(registers) = function.memory_bar(&config, 0) {
-                // Devices past the table are left alone: blocked.
-                let _ = devices.push(Device { function, registers });
+            let Some(registers) = function.memory_bar(&config, 0) else { continue };
+            // A device says itself where its registers are. What it says must not reach what is the machine's, or another's.
+            let overlaps =
+                |other: &Range<PhysAddr>| registers.start < other.end && other.start < registers.end;
+            let others = devices.iter().any(|device| overlaps(&device.registers));
+            if others || overlaps(&unit) || boot.overlaps_machine(&registers) {
+                defmt::warn!(
+                    "{} claims registers at {}, which are not its own",
+                    function.id,
+                    registers.start
+                );
+                continue;
             }
+            // Devices past the table are left alone: blocked.
+            let _ = devices.push(Device { function, registers });
         }
         HYPERVISOR.call_once(|| Self {
             boot,

@@ -64,7 +64,7 @@ fn bring_up(boot: Boot) -> Result<&'static Hypervisor, Failure> {
     }
 
     let found = unit::find(&boot).map_err(Failure::Unit)?;
-    let capabilities = found.capabilities();
+    let (capabilities, registers) = (found.capabilities(), found.registers());
     defmt::info!("IOMMU: {}", capabilities);
     POOL.with(|pool| pool.adopt(boot.memory(), found.bus()));
     let unit = found.enable(|frames| memory::cut(&POOL, frames)).map_err(Failure::Unit)?;
@@ -72,7 +72,7 @@ fn bring_up(boot: Boot) -> Result<&'static Hypervisor, Failure> {
 
     let image = boot.guest_image_bytes().ok_or(Failure::NoGuestImage)?;
     let unit::Unit { events, commands, tables } = unit;
-    let hv = Hypervisor::publish(boot, config, capabilities, commands, tables, image);
+    let hv = Hypervisor::publish(boot, config, registers, capabilities, commands, tables, image);
     service::start(hv, events).ok_or(Failure::NoMemory)?;
     for index in 0..hypervisor::GUESTS {
         cpu::start(hypervisor::home_of(index), guest::home).map_err(Failure::Machine)?;

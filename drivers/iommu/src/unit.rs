@@ -129,6 +129,8 @@ pub struct Attachment {
 pub enum Invalidation {
     /// Everything that the unit caches, of all devices.
     All,
+    /// All interrupt entries.
+    Interrupts,
     /// The configuration of a device.
     Device {
         /// The device.

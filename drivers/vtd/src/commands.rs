@@ -108,6 +108,11 @@ impl Descriptor {
             .with_address(Self::ADDRESS, address)
     }
 
+    /// Interrupt-entry-cache invalidation of everything (type 4, global).
+    pub fn all_interrupt_entries() -> Self {
+        Self::default().with(Self::TYPE, 4)
+    }
+
     const WAIT_STATUS_WRITE: Field<Self> = Field::bit(5);
     const WAIT_FENCE: Field<Self> = Field::bit(6);
     const WAIT_PAGE_REQUEST_DRAIN: Field<Self> = Field::bit(7);
@@ -298,6 +303,7 @@ impl<B: Bus> Commands<B> {
                 batch.push(Descriptor::all_pasid_entries())?;
                 batch.push(Descriptor::all_translations(drain))
             }
+            Invalidation::Interrupts => batch.push(Descriptor::all_interrupt_entries()),
             Invalidation::Device { stream, device_tlb } => {
                 batch.push(Descriptor::context(stream))?;
                 if device_tlb {

@@ -27,7 +27,8 @@
 //! | device TLBs | yes | a time-out stops the queue for good |
 //! | page requests | yes | groups are put together by the broker |
 //! | primary faults | yes | all records, overflow |
-//! | legacy mode, pass-through, nested, takeover, interrupt remapping | no | |
+//! | interrupt remapping | on, and empty | no device can interrupt; QEMU lets the compatibility format pass |
+//! | legacy mode, pass-through, nested, takeover | no | |
 #![cfg_attr(not(test), no_std)]
 #![forbid(unsafe_code)]
 
@@ -48,7 +49,7 @@ use iommu::{
     Bus, Capabilities, Commands as _, Completion, DmaBuf, Error, Invalidation, PhysAddr, bus::wait_until,
 };
 use queue::{ENTRY_WORDS, InvalidationQueue, PageRequestQueue};
-use regs::{CAP, ECAP, GLOBAL, IQA, PQA, RTADDR};
+use regs::{CAP, ECAP, GLOBAL, IQA, IRTA, PMEN, PQA, RTADDR};
 use tock_registers::LocalRegisterCopy;
 
 /// How long the unit may take to acknowledge a control write or a first invalidation, in microseconds.
@@ -78,7 +79,8 @@ pub struct Memory {
     pub status: DmaBuf,
     /// One to 128 frames, a power of two: the page request queue, 128 entries a frame.
     pub page_requests: DmaBuf,
-    /// Frames for context tables, PASID directories and PASID tables: three for the first device, two for each other.
+    /// Frames for context tables, PASID directories and PASID tables: three for the first device, two for each other. One
+    /// more holds the interrupt remapping table, if the unit has one.
     pub frames: Vec<DmaBuf, FRAMES>,
     /// Answers to page requests that may be owed at one time; as many entries of the invalidation queue stay free
     /// for them.
@@ -106,6 +108,13 @@ impl<B: Bus + Clone> Found<B> {
         Ok(Self { bus, cap, ecap })
     }
 
+    /// Returns how many bytes of registers the driver uses: the fault-recording registers may lie behind the window that the
+    /// `DMAR` table names.
+    pub fn register_bytes(&self) -> usize {
+        let (first, count) = self.fault_records();
+        (first + count * 16).max(regs::FIXED_BYTES)
+    }
+
     /// Returns what the unit can do.
     pub fn capabilities(&self) -> Capabilities {
         let (cap, ecap) = (self.cap, self.ecap);
@@ -130,7 +139,7 @@ impl<B: Bus + Clone> Found<B> {
     /// them: a caller that needs more turns bus masters off first.
     pub fn enable(self, memory: Memory) -> Result<Vtd<B>, Error> {
         self.check()?;
-        let Memory { mut root, invalidation_queue, status, page_requests, frames, answers } = memory;
+        let Memory { mut root, invalidation_queue, status, page_requests, mut frames, answers } = memory;
         let commands_size = queue_size("the invalidation queue", &invalidation_queue)?;
         let requests_size = queue_size("the page request queue", &page_requests)?;
         for (purpose, frame) in [("the root table", &root), ("completions", &status)]
@@ -168,13 +177,19 @@ impl<B: Bus + Clone> Found<B> {
 
         let queue = InvalidationQueue::new(invalidation_queue);
         let mut commands = Commands::new(self.bus.clone(), queue, status, self.command_abilities(), answers);
-        // Also where setting the root table has invalidated everything (CAP.ESRTPS): it happens once.
-        let ticket = commands.submit(&[Invalidation::All])?;
+        let remaps = self.set_interrupt_table(&mut frames)?;
+        // Also where setting the tables has invalidated everything (CAP.ESRTPS, ESIRTPS): it happens once.
+        let all = [Invalidation::All, Invalidation::Interrupts];
+        let ticket = commands.submit(if remaps { &all } else { &all[..1] })?;
         wait_until(bus, "the first invalidation", ACK_LIMIT_US, || {
             commands.poll(ticket) == Completion::Done
         })?;
 
         self.command(GLOBAL::TE::SET.value, "GSTS.TES")?;
+        self.end_protected_memory()?;
+        if remaps {
+            self.command(GLOBAL::IRE::SET.value, "GSTS.IRES")?;
+        }
 
         if page_requests_served {
             regs::PQH.set(bus, 0);
@@ -211,6 +226,7 @@ impl<B: Bus + Clone> Found<B> {
             (status.is_set(GLOBAL::TE), "translation (GSTS.TES)"),
             (status.is_set(GLOBAL::QIE), "queued invalidation (GSTS.QIES)"),
             (status.is_set(GLOBAL::IRE), "interrupt remapping (GSTS.IRES)"),
+            (status.is_set(GLOBAL::CFI), "compatibility format interrupts (GSTS.CFIS)"),
         ] {
             if on {
                 return Err(Error::InUse { what });
@@ -224,6 +240,33 @@ impl<B: Bus + Clone> Found<B> {
         let kept = regs::GSTS.read(&self.bus).get() & !ONE_SHOT;
         regs::GCMD.set(&self.bus, kept | bit);
         wait_until(&self.bus, status, ACK_LIMIT_US, || regs::GSTS.read(&self.bus).get() & bit != 0)
+    }
+
+    /// Ends the protection of memory from DMA that firmware may have left on: translation has taken its place.
+    fn end_protected_memory(&self) -> Result<(), Error> {
+        let protects = self.cap.is_set(CAP::PLMR) || self.cap.is_set(CAP::PHMR);
+        if !protects || !regs::PMEN.read(&self.bus).is_set(PMEN::EPM) {
+            return Ok(());
+        }
+        regs::PMEN.write(&self.bus, PMEN::EPM::CLEAR);
+        wait_until(&self.bus, "PMEN.PRS", ACK_LIMIT_US, || !regs::PMEN.read(&self.bus).is_set(PMEN::PRS))
+    }
+
+    /// Sets an interrupt remapping table in which nothing is present, so that no device can interrupt the CPU once remapping
+    /// is on; returns whether the unit has interrupt remapping. One without it leaves interrupts as they are.
+    ///
+    /// The compatibility format is blocked as well (`CFIS` = 0). The unit's own interrupts are not remapped, and come.
+    fn set_interrupt_table(&self, frames: &mut Vec<DmaBuf, FRAMES>) -> Result<bool, Error> {
+        if !self.ecap.is_set(ECAP::IR) {
+            return Ok(false);
+        }
+        let mut table = frames.pop().ok_or(Error::Exhausted { what: "frames for tables" })?;
+        table.clear();
+        self.bus.publish(table.range(0, FRAME_WORDS));
+        // A frame holds 256 entries of 128 bits: 2^(7 + 1). It is the unit's from here on.
+        regs::IRTA.write(&self.bus, IRTA::S.val(7) + IRTA::BASE.val(table.phys().0 >> 12));
+        self.command(GLOBAL::SIRTP::SET.value, "GSTS.IRTPS")?;
+        Ok(true)
     }
 
     /// Clears what faults firmware's time left behind, so that none is taken for a fault of ours.

@@ -10,6 +10,10 @@ register_bitfields![u64,
         ND OFFSET(0) NUMBITS(3) [],
         /// Required write-buffer flushing.
         RWBF OFFSET(4) NUMBITS(1) [],
+        /// Protected low-memory region.
+        PLMR OFFSET(5) NUMBITS(1) [],
+        /// Protected high-memory region.
+        PHMR OFFSET(6) NUMBITS(1) [],
         /// Caching mode: not-present entries may be cached.
         CM OFFSET(7) NUMBITS(1) [],
         /// Supported adjusted guest address widths.
@@ -37,6 +41,8 @@ register_bitfields![u64,
         QI OFFSET(1) NUMBITS(1) [],
         /// Device TLBs.
         DT OFFSET(2) NUMBITS(1) [],
+        /// Interrupt remapping.
+        IR OFFSET(3) NUMBITS(1) [],
         /// Page requests.
         PRS OFFSET(29) NUMBITS(1) [],
         /// PASID width, minus one.
@@ -79,6 +85,13 @@ register_bitfields![u64,
         /// Base address, in 4 KiB.
         BASE OFFSET(12) NUMBITS(52) [],
     ],
+    /// Interrupt Remapping Table Address Register.
+    pub(crate) IRTA [
+        /// Size: 2^(S + 1) entries.
+        S OFFSET(0) NUMBITS(4) [],
+        /// Base address, in 4 KiB.
+        BASE OFFSET(12) NUMBITS(52) [],
+    ],
     /// Page Request Queue Head, and Tail.
     pub(crate) PQ [
         /// Byte offset of a descriptor, in 32 bytes.
@@ -96,7 +109,9 @@ register_bitfields![u64,
 register_bitfields![u32,
     /// Global Command, and Global Status.
     pub(crate) GLOBAL [
-        /// Source of interrupt remap table pointer; one-shot.
+        /// Compatibility format interrupts pass.
+        CFI OFFSET(23) NUMBITS(1) [],
+        /// Set interrupt remap table pointer; one-shot.
         SIRTP OFFSET(24) NUMBITS(1) [],
         /// Interrupt remapping enable.
         IRE OFFSET(25) NUMBITS(1) [],
@@ -126,6 +141,13 @@ register_bitfields![u32,
         /// Fault record index: the first record that was filled.
         FRI OFFSET(8) NUMBITS(8) [],
     ],
+    /// Protected Memory Enable Register.
+    pub(crate) PMEN [
+        /// Protected region status. Read-only.
+        PRS OFFSET(0) NUMBITS(1) [],
+        /// Enable protected memory.
+        EPM OFFSET(31) NUMBITS(1) [],
+    ],
     /// Event Control Registers: fault, invalidation, page request.
     pub(crate) ECTL [
         /// Interrupt message mask.
@@ -151,13 +173,18 @@ pub(crate) const GCMD: Rw<u32, GLOBAL::Register> = Rw::at(0x018);
 pub(crate) const GSTS: Ro<u32, GLOBAL::Register> = Ro::at(0x01C);
 pub(crate) const RTADDR: Rw<u64, RTADDR::Register> = Rw::at(0x020);
 pub(crate) const FSTS: W1c<u32, FSTS::Register> = W1c::at(0x034);
+pub(crate) const PMEN: Rw<u32, PMEN::Register> = Rw::at(0x064);
 pub(crate) const IQH: Ro<u64, IQ::Register> = Ro::at(0x080);
 pub(crate) const IQT: Rw<u64, IQ::Register> = Rw::at(0x088);
 pub(crate) const IQA: Rw<u64, IQA::Register> = Rw::at(0x090);
+pub(crate) const IRTA: Rw<u64, IRTA::Register> = Rw::at(0x0B8);
 pub(crate) const PQH: Rw<u64, PQ::Register> = Rw::at(0x0C0);
 pub(crate) const PQT: Rw<u64, PQ::Register> = Rw::at(0x0C8);
 pub(crate) const PQA: Rw<u64, PQA::Register> = Rw::at(0x0D0);
 pub(crate) const PRS: W1c<u32, PRS::Register> = W1c::at(0x0DC);
+
+/// The end of the registers that have a fixed place, as far as the driver uses them.
+pub(crate) const FIXED_BYTES: usize = 0x0F0;
 
 /// The four registers of one event: control, data, address, upper address.
 pub(crate) struct EventRegisters {
@@ -212,6 +239,8 @@ mod tests {
         assert_eq!(value(RTADDR::TTM::Scalable + RTADDR::RTA.val(0x5)), 0x5400);
         let value = |fields: FieldValue<u64, IQA::Register>| fields.value;
         assert_eq!(value(IQA::DW::SET + IQA::BASE.val(0x6) + IQA::QS.val(0)), 0x6800);
+        let value = |fields: FieldValue<u64, IRTA::Register>| fields.value;
+        assert_eq!(value(IRTA::S.val(15) + IRTA::BASE.val(0x100)), 0x0010_000F, "row 75 without EIME");
         let value = |fields: FieldValue<u64, PQA::Register>| fields.value;
         assert_eq!(value(PQA::PQS.val(5) + PQA::BASE.val(0x200)), 0x0020_0005);
     }

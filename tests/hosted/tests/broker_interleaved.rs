@@ -1,8 +1,8 @@
 //! The lock-free parts of the broker, interrupted at every moment.
 //!
 //! The source of the broker is compiled a second time here, with atomics that let something else happen before each
-//! access (`hosted::interleave`). For each operation, each thing that other cores may do meanwhile, and each moment, the
-//! same must hold: every group is answered once, and a guest sees a group whole or not at all. It is sequentially
+//! access (`hosted::interleave`). For each operation, each thing that other cores may do meanwhile, and each moment,
+//! the same must hold: every group is answered once, and a guest sees a group whole or not at all. It is sequentially
 //! consistent: what a weak memory order may do, it does not show.
 #![expect(clippy::expect_used, reason = "a test that is surprised has failed")]
 #![expect(unexpected_cfgs, reason = "the features of the broker are not those of this package")]
@@ -227,4 +227,65 @@ fn with_two_slots_each_group_is_answered_once_at_every_moment() {
 
     println!("{moments} moments");
     assert!(moments > 1_000);
+}
+
+#[test]
+fn an_attachment_is_found_as_it_was_or_as_it_is_at_every_moment() {
+    let policy = |n: u32| Policy {
+        stream: DISK,
+        pasid: pasid(),
+        queue: n as u8,
+        budget: n as u8,
+        device: n,
+        opaque: n.into(),
+        deadline_us: n.into(),
+    };
+    for moment in 0.. {
+        let attachments: &Attachments<2> = Box::leak(Box::default());
+        let first = attachments.add(policy(1)).expect("there is room");
+        // Another guest gets the device while the handler looks for its owner.
+        let interruption = move || {
+            attachments.leave(first);
+            attachments.remove(first);
+            assert!(attachments.add(policy(2)).is_some());
+        };
+
+        let (found, happened) = interrupted(moment, interruption, || attachments.find(DISK, pasid()));
+
+        let found = found.map(|(_, policy)| policy);
+        assert!(found.is_none() || [policy(1), policy(2)].map(Some).contains(&found), "{moment}: {found:?}");
+        if !happened {
+            assert!(moment > 5);
+            return;
+        }
+    }
+}
+
+#[test]
+fn two_cores_that_add_at_once_get_two_places_at_every_moment() {
+    let policy = |stream| Policy {
+        stream: StreamId(stream),
+        pasid: pasid(),
+        queue: 0,
+        budget: 1,
+        device: stream,
+        opaque: 0,
+        deadline_us: 1,
+    };
+    for moment in 0.. {
+        let attachments: &Attachments<2> = Box::leak(Box::default());
+        let interruption = move || assert!(attachments.add(policy(0x28)).is_some());
+
+        let (first, happened) = interrupted(moment, interruption, || attachments.add(policy(0x20)));
+
+        assert!(first.is_some());
+        if !happened {
+            assert!(moment > 5);
+            return;
+        }
+        for stream in [0x20, 0x28] {
+            let found = attachments.find(StreamId(stream), pasid()).map(|(_, policy)| policy);
+            assert_eq!(found, Some(policy(stream)), "{moment}");
+        }
+    }
 }

@@ -24,6 +24,7 @@ const SRTP: u32 = 1 << 30;
 const QIE: u32 = 1 << 26;
 const IRE: u32 = 1 << 25;
 const SIRTP: u32 = 1 << 24;
+const CFI: u32 = 1 << 23;
 
 /// Writes `GCMD` as firmware would, and waits for `GSTS`.
 fn command(unit: &VtdUnit, value: u32, status: u32) {
@@ -78,7 +79,8 @@ fn bring_up_follows_the_order_of_the_manual() {
         let sets = |&(offset, value): &(usize, u64)| offset == GCMD && value as u32 & bit != 0;
         writes.iter().position(sets).unwrap_or_else(|| panic!("GCMD {bit:#x} was never written"))
     };
-    // Facts 7.1: mask the events; IQT, IQA (base, DW), QIE; RTADDR (scalable), SRTP; invalidate (first IQT); TE.
+    // Facts 7.1: mask the events; IQT, IQA (base, DW), QIE; RTADDR (scalable), SRTP; the interrupt table, SIRTP; invalidate
+    // (first IQT); TE; IRE.
     let masks = [0x38, 0xA0, 0xE0].map(|control| at(control, 1 << 31));
     let order = [
         masks.into_iter().max().unwrap_or(0),
@@ -87,18 +89,30 @@ fn bring_up_follows_the_order_of_the_manual() {
         command(QIE),
         at(RTADDR, root | 1 << 10),
         command(SRTP),
-        at(0x88, 4 * 32),
+        command(SIRTP),
+        at(0x88, 5 * 32),
         command(TE),
+        command(IRE),
     ];
     assert!(order.is_sorted_by(|a, b| a < b), "{order:?}");
     // 5.3: PQH = 0, PQT = 0, PQA.
     assert!(at(0xC0, 0) < at(0xD0, requests) && at(0xC8, 0) < at(0xD0, requests));
-    // Rows 21, 41, 25, and row 33 with FN: context cache, PASID cache, IOTLB, wait for 1; in this order.
+    // Rows 21, 41, 25, 31, and row 33 with FN: context cache, PASID cache, IOTLB, interrupts, wait for 1; in this order.
     assert_eq!(
         machine.unit.executed(),
-        [golden::CONTEXT_GLOBAL, golden::PASID_CACHE_GLOBAL, [0xD2, 0, 0, 0], [0x1_0000_0065, status, 0, 0]]
+        [
+            golden::CONTEXT_GLOBAL,
+            golden::PASID_CACHE_GLOBAL,
+            [0xD2, 0, 0, 0],
+            golden::INTERRUPT_GLOBAL,
+            [0x1_0000_0065, status, 0, 0]
+        ]
     );
-    assert_eq!(machine.unit.read32(GSTS), TE | SRTP | QIE);
+    assert_eq!(machine.unit.read32(GSTS), TE | SRTP | QIE | IRE | SIRTP, "and not CFIS");
+    // 1.7: 256 entries (S = 7), EIME 0, in a table where nothing is present.
+    let irta = machine.unit.read64(0xB8);
+    assert_eq!(irta & 0xFFF, 7);
+    assert!((0..512).all(|word| machine.memory.device_load(PhysAddr((irta & !0xFFF) + word * 8)) == Ok(0)));
     assert_eq!(machine.unit.read64(RTADDR), root | 1 << 10);
     machine.assert_lawful();
 }
@@ -252,8 +266,10 @@ fn what_firmware_left_on_is_named_and_left_as_it_is() {
             command(unit, QIE | IRE, status | IRE);
             command(unit, IRE, SRTP | SIRTP | IRE);
         }
-        if bits & TE != 0 {
-            command(unit, TE, status | TE);
+        for level in [TE, CFI] {
+            if bits & level != 0 {
+                command(unit, level, status | level);
+            }
         }
         let before = unit.read32(GSTS);
         let needs = needs(&memory);
@@ -268,6 +284,7 @@ fn what_firmware_left_on_is_named_and_left_as_it_is() {
     assert!(leave(TE).contains("GSTS.TES"));
     assert!(leave(QIE).contains("GSTS.QIES"));
     assert!(leave(IRE).contains("GSTS.IRES"));
+    assert!(leave(CFI).contains("GSTS.CFIS"));
 }
 
 /// `words` words that are not aligned to their size.
@@ -325,7 +342,9 @@ fn a_queue_larger_than_the_unit_can_use_is_refused() {
 
 #[test]
 fn a_unit_that_never_acknowledges_is_given_up_in_time_by_the_name_of_the_register() {
-    for (silent, name) in [(QIE, "GSTS.QIES"), (SRTP, "GSTS.RTPS"), (TE, "GSTS.TES")] {
+    for (silent, name) in
+        [(QIE, "GSTS.QIES"), (SRTP, "GSTS.RTPS"), (SIRTP, "GSTS.IRTPS"), (TE, "GSTS.TES"), (IRE, "GSTS.IRES")]
+    {
         let (unit, memory) = unit(Config::qemu());
         let needs = needs(&memory);
         unit.never_acknowledge(silent);
@@ -335,13 +354,15 @@ fn a_unit_that_never_acknowledges_is_given_up_in_time_by_the_name_of_the_registe
         let Some(Error::Timeout { register, waited_us }) = error else { panic!("{name}: {error:?}") };
         assert_eq!(register, name);
         assert!((100_000..110_000).contains(&waited_us), "{waited_us}");
-        assert_eq!(unit.read32(GSTS) & TE, 0);
+        // Where only the last step is missing, translation is on, and blocks everything.
+        let blocked = unit.dma_read(DISK, None, Iova(0x8_0000_0000), 1) == Err(Refusal::Fault(0x39));
+        assert_eq!((unit.read32(GSTS) & TE != 0, blocked), (silent == IRE, silent == IRE), "{name}");
     }
 }
 
 #[test]
 fn a_unit_that_never_completes_its_first_invalidation_is_not_switched_on() {
-    for ahead in [0, 4] {
+    for ahead in [0, usize::MAX] {
         let (unit, memory) = unit(Config::qemu());
         let needs = needs(&memory);
         unit.pause(ahead);
@@ -352,8 +373,54 @@ fn a_unit_that_never_completes_its_first_invalidation_is_not_switched_on() {
             matches!(error, Some(Error::Timeout { register: "the first invalidation", .. })),
             "{error:?}"
         );
-        assert_eq!(unit.read32(GSTS), SRTP | QIE, "fetched is not completed: translation stays off");
+        assert_eq!(unit.read32(GSTS), SRTP | SIRTP | QIE, "fetched is not completed: translation stays off");
     }
+}
+
+#[test]
+fn a_unit_without_interrupt_remapping_keeps_all_frames_for_tables() {
+    // ECAP.IR is bit 3.
+    let (unit, memory) = unit(Config { ecap: Config::qemu().ecap & !(1 << 3), ..Config::qemu() });
+    let parts = needs(&memory);
+    let frames = parts.frames.len();
+
+    let machine = Machine::enable(unit, memory, unit, parts).expect("it comes into service");
+
+    assert_eq!(unit.read32(GSTS), TE | SRTP | QIE);
+    assert_eq!(machine.vtd.tables.frames_free(), frames);
+    machine.assert_lawful();
+}
+
+#[test]
+fn a_unit_without_a_frame_for_its_interrupt_table_is_not_switched_on() {
+    let (unit, memory) = unit(Config::qemu());
+    let mut parts = needs(&memory);
+    parts.frames.clear();
+
+    let error = Machine::enable(unit, memory, unit, parts).err();
+
+    assert!(matches!(error, Some(Error::Exhausted { what }) if what.contains("frames")), "{error:?}");
+    assert_eq!(unit.read32(GSTS) & TE, 0);
+}
+
+#[test]
+fn memory_that_firmware_protects_is_let_go_once_translation_protects_it() {
+    const PMEN: usize = 0x64;
+    const EPM: u64 = 1 << 31;
+    // CAP.PLMR and PHMR are bits 5 and 6.
+    let (unit, memory, bus, log) = logged(Config { cap: Config::qemu().cap | 3 << 5, ..Config::qemu() });
+    unit.write32(PMEN, EPM as u32);
+    assert!((0..100).any(|_| unit.read32(PMEN) & 1 != 0), "PMEN.PRS");
+    let parts = needs(&memory);
+
+    let machine = Machine::enable(unit, memory, bus, parts).expect("it comes into service");
+
+    assert_eq!(unit.read32(PMEN), 0, "EPM, and PRS");
+    let writes = &log.lock().expect("no test panics here").writes;
+    let ended = writes.iter().position(|&(at, _)| at == PMEN);
+    let translated = writes.iter().position(|&(at, value)| at == GCMD && value & u64::from(TE) != 0);
+    assert!(ended > translated);
+    machine.assert_lawful();
 }
 
 #[test]

@@ -1,4 +1,5 @@
-//! The event side of the VT-d driver against the modelled unit: everything is reported, once, and nothing is slept through.
+//! The event side of the VT-d driver against the modelled unit: everything is reported, once, and nothing is slept
+//! through.
 #![expect(clippy::expect_used, reason = "a test that is surprised has failed")]
 
 use hosted::{Machine, Moment, Tapped, needs, unit};

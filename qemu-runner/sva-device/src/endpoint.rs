@@ -2,14 +2,16 @@
 //! The device type `sva-dev`, and one device of it: what QEMU calls, and what is done with it.
 //!
 //! QEMU makes every call of this file under its big lock: type and device set-up, accesses to BAR 0, bottom halves,
-//! reset handlers, and the notifiers, which run inside the guest's write to the invalidation queue's tail. So the
-//! state needs no lock of its own. It does need to expect calls within calls; see [`crate::engine`].
+//! reset handlers, and the notifiers, which run inside the guest's write to the invalidation queue's tail (or, called
+//! by [`crate::overlay`], to that of the command queue). So the state needs no lock of its own. It does need to expect
+//! calls within calls; see [`crate::engine`].
 #![expect(unsafe_code, reason = "QEMU calls with raw pointers; each block names the promise behind one")]
 
 use crate::{
     device::{Device, Turn},
     engine::{self, Link},
     operation::{Access, Pasid},
+    overlay::{Machine, Overlay, without_pasid},
     qemu::{
         Class, Errno, Error, Ids, IdsAt, InterfaceInfo, IotlbEntry, IotlbNotifier, MemTx, MemoryRegion,
         MemoryRegionOps, PageRequest, Pci, PciDevice, PriNotifier, PriResponse, Qemu, Realize, Sizes, Space,
@@ -34,7 +36,8 @@ const IDS: Ids = Ids { vendor: 0x1b36, device: 0x5a5a, revision: 1, class: 0x00f
 
 /// What the type needs to know; it is handed to `class_init`.
 pub(crate) struct Type {
-    pub(crate) qemu: Qemu,
+    pub(crate) qemu: &'static Qemu,
+    pub(crate) machine: &'static Machine,
     pub(crate) ids_at: IdsAt,
     pub(crate) verbose: bool,
 }
@@ -97,10 +100,11 @@ unsafe extern "C" fn realize(device: *mut PciDevice, errp: *mut *mut Error) {
         return;
     }
     // SAFETY: a PCI device; see the head of the file for the lock.
-    let pci = unsafe { Pci::new(&of.qemu, device) };
+    let pci = unsafe { Pci::new(of.qemu, device) };
     // Never freed: a call that QEMU has on its way may come at any time, even after the device was unplugged.
     let endpoint: &'static Endpoint = Box::leak(Box::new(Endpoint {
         pci,
+        machine: of.machine,
         verbose: of.verbose,
         device: RefCell::default(),
         listeners: RefCell::default(),
@@ -110,13 +114,15 @@ unsafe extern "C" fn realize(device: *mut PciDevice, errp: *mut *mut Error) {
     // SAFETY: the parent is realized; the endpoint, and the region in it, stay; `OPS` expects an endpoint.
     unsafe { endpoint.pci.realize(endpoint.region.get(), &OPS, opaque, BAR_BYTES) };
     // SAFETY: `reset` expects an endpoint.
-    unsafe { endpoint.pci.on_reset(reset, opaque) };
+    unsafe { of.qemu.on_reset(reset, opaque) };
+    of.machine.add(endpoint);
     endpoint.say(format_args!("realized"));
 }
 
 /// One device.
-struct Endpoint {
+pub(crate) struct Endpoint {
     pci: Pci,
+    machine: &'static Machine,
     verbose: bool,
     device: RefCell<Device>,
     /// The PASIDs that QEMU tells us of.
@@ -190,6 +196,52 @@ impl Endpoint {
         // SAFETY: `run` expects what was just boxed.
         unsafe { self.pci.schedule(run, scheduled.cast()) };
     }
+
+    /// Takes a page group response.
+    pub(crate) fn respond(&'static self, pasid: Pasid, prgi: u16, code: u32) {
+        let turn = self.device.borrow_mut().respond(pasid, prgi, code);
+        match turn {
+            Some(Turn { lane, .. }) => {
+                self.say(format_args!("lane {lane}: response {code} to group {prgi} with {pasid}"));
+            }
+            None => self.say(format_args!("stray response {code} to group {prgi} with {pasid}")),
+        }
+        self.schedule(turn);
+    }
+
+    /// Takes a device-TLB invalidation of the addresses `first` to `last`.
+    pub(crate) fn invalidate(&self, pasid: Pasid, first: u64, last: u64) {
+        let dropped = self.device.borrow_mut().invalidate(pasid, first, last);
+        self.say(format_args!(
+            "invalidation of {first:#x} to {last:#x} with {pasid}, {dropped} translations dropped"
+        ));
+    }
+
+    /// Returns the device's stream, as an SMMU numbers it.
+    pub(crate) fn stream(&self) -> Option<u16> {
+        self.pci.requester_id()
+    }
+
+    /// Returns the overlay of the SMMU that the device is behind; QEMU's own functions serve other devices.
+    fn overlay(&self) -> Option<&'static Overlay> {
+        self.machine.overlay().filter(|overlay| overlay.is_before(&self.pci))
+    }
+
+    /// Refuses an access to memory by translated address that the SMMU does not let pass.
+    fn check(&self, space: Space) -> Result<(), MemTx> {
+        let Some(overlay) = self.overlay() else { return Ok(()) };
+        let translated = self.pci.untranslated_space(Pasid(None)) != Some(space);
+        if translated && !overlay.passes_translated(&self.pci) { Err(MemTx::ACCESS_ERROR) } else { Ok(()) }
+    }
+
+    fn say(&self, line: Arguments<'_>) {
+        if self.verbose {
+            match self.pci.requester_id() {
+                Some(id) => say(format_args!("{:02x}:{:02x}.{}: {line}", id >> 8, id >> 3 & 0x1f, id & 7)),
+                None => say(format_args!("unplugged: {line}")),
+            }
+        }
+    }
 }
 
 /// What QEMU calls when a response comes for one PASID. The first field is what QEMU knows.
@@ -216,14 +268,7 @@ unsafe extern "C" fn responded(notifier: *mut PriNotifier, response: *const PriR
     let PriListener { endpoint, pasid, .. } = unsafe { &*notifier.cast() };
     // SAFETY: good for the call.
     let PriResponse { code, prgi } = unsafe { response.read() };
-    let turn = endpoint.device.borrow_mut().respond(*pasid, prgi, code);
-    match turn {
-        Some(Turn { lane, .. }) => {
-            endpoint.say(format_args!("lane {lane}: response {code} to group {prgi} with {pasid}"));
-        }
-        None => endpoint.say(format_args!("stray response {code} to group {prgi} with {pasid}")),
-    }
-    endpoint.schedule(turn);
+    endpoint.respond(*pasid, prgi, code);
 }
 
 /// # Safety
@@ -234,15 +279,15 @@ unsafe extern "C" fn invalidated(notifier: *mut IotlbNotifier, entry: *const Iot
     let IotlbListener { endpoint, pasid, .. } = unsafe { &*notifier.cast() };
     // SAFETY: good for the call.
     let IotlbEntry { iova, mask, .. } = unsafe { &*entry };
-    let (first, last) = (iova & !mask, iova | mask);
-    let dropped = endpoint.device.borrow_mut().invalidate(*pasid, first, last);
-    endpoint.say(format_args!(
-        "invalidation of {first:#x} to {last:#x} with {pasid}, {dropped} translations dropped"
-    ));
+    endpoint.invalidate(*pasid, iova & !mask, iova | mask);
 }
 
 impl Link for &'static Endpoint {
     fn listen(&self, pasid: Pasid) -> Result<(), Errno> {
+        if self.overlay().is_some() {
+            // It knows every device.
+            return without_pasid(pasid);
+        }
         if self.listeners.borrow().contains(&pasid) {
             return Ok(());
         }
@@ -279,11 +324,17 @@ impl Link for &'static Endpoint {
     }
 
     fn translate(&self, access: Access, page: u64) -> Result<Option<Translation>, Errno> {
-        self.pci.translate(access, page)
+        match self.overlay() {
+            Some(overlay) => overlay.translate(&self.pci, access, page),
+            None => self.pci.translate(access, page),
+        }
     }
 
     fn request_page(&self, request: PageRequest) -> Result<(), Errno> {
-        self.pci.request_page(request)
+        match self.overlay() {
+            Some(overlay) => overlay.request_page(&self.pci, request),
+            None => self.pci.request_page(request),
+        }
     }
 
     fn untranslated_space(&self, pasid: Pasid) -> Option<Space> {
@@ -291,10 +342,12 @@ impl Link for &'static Endpoint {
     }
 
     fn load(&self, space: Space, address: u64, bytes: &mut [u8]) -> Result<(), MemTx> {
+        self.check(space)?;
         self.pci.load(space, address, bytes)
     }
 
     fn store(&self, space: Space, address: u64, bytes: &[u8]) -> Result<(), MemTx> {
+        self.check(space)?;
         self.pci.store(space, address, bytes)
     }
 
@@ -303,11 +356,6 @@ impl Link for &'static Endpoint {
     }
 
     fn say(&self, line: Arguments<'_>) {
-        if self.verbose {
-            match self.pci.requester_id() {
-                Some(id) => say(format_args!("{:02x}:{:02x}.{}: {line}", id >> 8, id >> 3 & 0x1f, id & 7)),
-                None => say(format_args!("unplugged: {line}")),
-            }
-        }
+        Endpoint::say(self, line);
     }
 }

@@ -3,6 +3,7 @@
 //!
 //! `qemu-system-x86_64 -plugin libsva_device.so -device intel-iommu,... -device sva-dev ...`: on being installed, the
 //! plugin registers the device type `sva-dev` with QEMU's object model, in time for `-device`. It instruments no code.
+//! In an Arm machine with an SMMUv3 it also supplies the PRI queue that QEMU's SMMUv3 lacks: a test double of ours.
 //! `README.md` has the registers, the arguments and the limits.
 //!
 //! | file | about |
@@ -13,6 +14,9 @@
 //! | `tlb` | the device TLB |
 //! | `engine` | what a lane does with its turn |
 //! | `endpoint` | the device type, and what QEMU calls |
+//! | `priq` | the PRI queue of an SMMUv3 |
+//! | `smmu` | what QEMU's SMMUv3 lacks: PRI queue, `CMD_PRI_RESP`, `CMD_ATC_INV` |
+//! | `overlay` | puts that in front of QEMU's SMMUv3 |
 //! | `qemu` | all that is relied on of QEMU |
 #![expect(unsafe_code, reason = "QEMU loads the library and calls it by name, with C strings")]
 
@@ -20,11 +24,15 @@ mod device;
 mod endpoint;
 mod engine;
 mod operation;
+mod overlay;
+mod priq;
 mod qemu;
 mod registers;
+mod smmu;
 mod tlb;
 
 use endpoint::Type;
+use overlay::Machine;
 use qemu::Qemu;
 use std::{
     ffi::{CStr, c_char, c_int, c_void},
@@ -104,8 +112,11 @@ unsafe fn install(arguments: &[&CStr]) -> Result<(), String> {
         "this QEMU cannot host the test device; it needs the devices edu and pci-testdev, and one place where \
          their classes keep the PCI identifiers",
     )?;
+    let qemu: &'static Qemu = Box::leak(Box::new(qemu));
     // SAFETY: passed on.
-    unsafe { endpoint::register(Type { qemu, ids_at, verbose }) };
+    let machine = unsafe { Machine::new(qemu, verbose) };
+    // SAFETY: passed on.
+    unsafe { endpoint::register(Type { qemu, machine, ids_at, verbose }) };
     Ok(())
 }
 

@@ -1,18 +1,22 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 //! QEMU's side of the border: every function, layout and number of QEMU's that the device relies on.
 //!
-//! None of this is a stable interface. The functions are those that QEMU's own PCI devices call, declared in its
-//! headers `qom/object.h`, `hw/qdev-core.h`, `hw/pci/{pci,pcie,msi}.h`, `system/memory.h`, `block/aio.h` and
-//! `system/reset.h`; a QEMU that is built with modules exports them, for its modules. `vtd_find_add_as` alone is VT-d's
-//! own. What is declared here was checked against QEMU 11.1.3 by running it. Two things keep another QEMU from being
-//! called blindly: the plugin interface version, which QEMU compares before it calls us, and the names, all of which
-//! must be there. Beyond that there is the guest, to which a layout that has changed mostly shows as a wrong `MAGIC`.
+//! None of this is a stable interface. The functions are those that QEMU's own devices call, declared in its headers
+//! `qom/object.h`, `hw/qdev-core.h`, `hw/sysbus.h`, `hw/irq.h`, `hw/pci/{pci,pcie,msi}.h`, `system/memory.h`,
+//! `system/{system,reset}.h`, `block/aio.h` and `qemu/timer.h`; a QEMU that is built with modules exports them, for its
+//! modules. `vtd_find_add_as` alone is VT-d's own. What is declared here was checked against QEMU 11.1.3 by running it.
+//! Two things keep another QEMU from being called blindly: the plugin interface version, which QEMU compares before it
+//! calls us, and the names, all of which must be there. Beyond that there is the guest, to which a layout that has
+//! changed mostly shows as a wrong `MAGIC`.
 #![expect(unsafe_code, reason = "QEMU is C; each block names the promise that makes the call good")]
+
+mod arm;
 
 use crate::{
     operation::{Access, PAGE_BYTES, Pasid},
     tlb::Translation,
 };
+pub(crate) use arm::ArmSmmu;
 use std::{
     ffi::{CStr, c_char, c_int, c_uint, c_void},
     ptr::{NonNull, null_mut},
@@ -23,6 +27,8 @@ use std::{
 pub(crate) struct Errno(pub(crate) u16);
 
 impl Errno {
+    /// Operation not permitted.
+    pub(crate) const PERM: Self = Self(1);
     /// No such device: also "no longer on its bus".
     pub(crate) const NODEV: Self = Self(19);
     /// No space left.
@@ -44,7 +50,7 @@ impl Errno {
 pub(crate) struct MemTx(pub(crate) u16);
 
 impl MemTx {
-    const ACCESS_ERROR: Self = Self(4);
+    pub(crate) const ACCESS_ERROR: Self = Self(4);
 }
 
 /// Opaque: `ObjectClass`, which is also the start of `DeviceClass` and `PCIDeviceClass`.
@@ -62,6 +68,8 @@ struct AddressSpace([u8; 0]);
 struct AioContext([u8; 0]);
 #[repr(C)]
 struct Bus([u8; 0]);
+#[repr(C)]
+struct Irq([u8; 0]);
 #[repr(C)]
 struct Object([u8; 0]);
 #[repr(C)]
@@ -147,6 +155,21 @@ impl IotlbNotifier {
     pub(crate) const ZEROED: Self = Self([0; 32]);
 }
 
+/// Room for a `QEMUTimer`, which has 48 bytes; zeroed, as QEMU's own are at first.
+#[repr(C, align(16))]
+pub(crate) struct Timer([u64; 32]);
+
+impl Timer {
+    pub(crate) const ZEROED: Self = Self([0; 32]);
+}
+
+/// `Notifier`, as an element of the list that QEMU calls when the machine is complete.
+#[repr(C)]
+pub(crate) struct MachineDone {
+    pub(crate) notify: unsafe extern "C" fn(*mut MachineDone, *mut c_void),
+    pub(crate) links: [*mut c_void; 2],
+}
+
 /// `IOMMUPRINotifier`.
 #[repr(C)]
 pub(crate) struct PriNotifier {
@@ -171,6 +194,26 @@ pub(crate) struct IotlbEntry {
     /// Bit 0 read, bit 1 write.
     permissions: c_uint,
     _pasid: u32,
+}
+
+/// Room for one `IOMMUTLBEntry` and for what a later QEMU may add to it.
+#[repr(C)]
+struct IotlbAnswer(IotlbEntry, [u64; 4]);
+
+impl IotlbAnswer {
+    /// Returns the translation of `page` in this answer, if there is one that permits `access`.
+    fn translation(&self, access: Access, page: u64) -> Option<Translation> {
+        let Self(entry, _) = self;
+        let translation = Translation {
+            space: Space(NonNull::new(entry.target)?),
+            iova: page,
+            translated: entry.translated,
+            mask: entry.mask | (PAGE_BYTES - 1),
+            read: entry.permissions & 1 != 0,
+            write: entry.permissions & 2 != 0,
+        };
+        translation.permits(access).then_some(translation)
+    }
 }
 
 /// `PCI_NO_PASID`.
@@ -241,6 +284,14 @@ symbols! {
         object_class_by_name: unsafe extern "C" fn(*const c_char) -> *mut Class,
         object_resolve_path_type: unsafe extern "C" fn(*const c_char, *const c_char, *mut bool) -> *mut Object,
         object_ref: unsafe extern "C" fn(*mut PciDevice) -> *mut PciDevice,
+        object_property_get_link: unsafe extern "C" fn(
+            *mut MemoryRegion, *const c_char, *mut *mut Error
+        ) -> *mut MemoryRegion,
+        object_property_get_uint: unsafe extern "C" fn(
+            *mut MemoryRegion, *const c_char, *mut *mut Error
+        ) -> u64,
+        sysbus_mmio_get_region: unsafe extern "C" fn(*mut Object, c_int) -> *mut MemoryRegion,
+        sysbus_get_connected_irq: unsafe extern "C" fn(*mut Object, c_int) -> *mut Irq,
         device_class_set_parent_realize: unsafe extern "C" fn(*mut Class, Realize, *mut Option<Realize>),
         qdev_get_parent_bus: unsafe extern "C" fn(*mut PciDevice) -> *mut Bus,
         // The device as such.
@@ -274,11 +325,26 @@ symbols! {
         memory_region_init_io: unsafe extern "C" fn(
             *mut MemoryRegion, *mut PciDevice, *const MemoryRegionOps, *mut c_void, *const c_char, u64
         ),
+        address_space_get_iotlb_entry: unsafe extern "C" fn(*mut AddressSpace, u64, bool, u64) -> IotlbAnswer,
+        memory_region_add_subregion_overlap: unsafe extern "C" fn(
+            *mut MemoryRegion, u64, *mut MemoryRegion, c_int
+        ),
+        memory_region_dispatch_read: unsafe extern "C" fn(
+            *mut MemoryRegion, u64, *mut u64, c_uint, u64
+        ) -> u32,
+        memory_region_dispatch_write: unsafe extern "C" fn(*mut MemoryRegion, u64, u64, c_uint, u64) -> u32,
         address_space_rw: unsafe extern "C" fn(*mut AddressSpace, u64, u64, *mut c_void, u64, bool) -> u32,
         // Its main loop.
         qemu_get_aio_context: unsafe extern "C" fn() -> *mut AioContext,
         aio_bh_schedule_oneshot_full: unsafe extern "C" fn(*mut AioContext, Callback, *mut c_void, *const c_char),
         qemu_register_reset: unsafe extern "C" fn(Callback, *mut c_void),
+        qemu_add_machine_init_done_notifier: unsafe extern "C" fn(*mut MachineDone),
+        qemu_set_irq: unsafe extern "C" fn(*mut Irq, c_int),
+        qemu_clock_get_ns: unsafe extern "C" fn(c_uint) -> i64,
+        timer_init_full: unsafe extern "C" fn(
+            *mut Timer, *mut c_void, c_uint, c_int, c_int, Callback, *mut c_void
+        ),
+        timer_mod: unsafe extern "C" fn(*mut Timer, i64),
         // The C library's, which QEMU's allocator is made of.
         malloc_usable_size: unsafe extern "C" fn(*mut Class) -> usize,
     }
@@ -377,6 +443,27 @@ impl Qemu {
         // SAFETY: the same: the identifiers lie in a row, and nothing else reads the class in its `class_init`.
         unsafe { place.cast::<u8>().copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
         parent
+    }
+
+    /// Has `reset` called with `opaque` at every reset of the machine.
+    ///
+    /// # Safety
+    ///
+    /// `reset` may be called with `opaque`, under the big QEMU lock, for as long as QEMU runs.
+    pub(crate) unsafe fn on_reset(&self, reset: Callback, opaque: *mut c_void) {
+        // SAFETY: passed on.
+        unsafe { (self.qemu_register_reset)(reset, opaque) };
+    }
+
+    /// Has `notifier` called once, when the machine is complete.
+    ///
+    /// # Safety
+    ///
+    /// No machine exists yet; `notifier` stays for as long as QEMU runs, and may be called with itself under the big
+    /// QEMU lock.
+    pub(crate) unsafe fn on_machine_done(&self, notifier: *mut MachineDone) {
+        // SAFETY: passed on; QEMU fills in the links.
+        unsafe { (self.qemu_add_machine_init_done_notifier)(notifier) };
     }
 }
 
@@ -489,16 +576,6 @@ impl Pci {
         unsafe { (qemu.pci_register_bar)(device, 0, 0, region) };
     }
 
-    /// Has `reset` called with `opaque` at every reset of the machine.
-    ///
-    /// # Safety
-    ///
-    /// `reset` may be called with `opaque`, under the big QEMU lock, for as long as QEMU runs.
-    pub(crate) unsafe fn on_reset(&self, reset: Callback, opaque: *mut c_void) {
-        // SAFETY: passed on.
-        unsafe { (self.qemu.qemu_register_reset)(reset, opaque) };
-    }
-
     /// Has `callback` called with `opaque` once, soon, by QEMU's main loop.
     ///
     /// # Safety
@@ -537,6 +614,37 @@ impl Pci {
         self.device().is_some_and(|device| unsafe { (self.qemu.pcie_ats_enabled)(device) })
     }
 
+    /// Whether the guest enabled PRI.
+    pub(crate) fn pri_enabled(&self) -> bool {
+        self.config(u32::from(Self::PRI_AT) + 4) & 1 != 0
+    }
+
+    /// Whether the guest lets the device send requests, of any kind.
+    pub(crate) fn masters_bus(&self) -> bool {
+        const COMMAND: u32 = 4;
+        const BUS_MASTER: u32 = 1 << 2;
+        self.config(COMMAND) & BUS_MASTER != 0
+    }
+
+    /// Returns the 16-bit register at `offset` of the configuration space; 0 when the device is on no bus.
+    fn config(&self, offset: u32) -> u32 {
+        // SAFETY: the device is on a bus.
+        self.device().map_or(0, |device| unsafe { (self.qemu.pci_default_read_config)(device, offset, 2) })
+    }
+
+    /// Asks for the translation of an untranslated request for `page`, without PASID; `None` when there is none that
+    /// permits `access`. The IOMMU treats the question like the request: it may record a fault.
+    pub(crate) fn translate_untranslated(&self, access: Access, page: u64) -> Option<Translation> {
+        let Space(space) = self.untranslated_space(Pasid(None))?;
+        // SAFETY: the space lives as long as the machine.
+        let mut answer = unsafe {
+            (self.qemu.address_space_get_iotlb_entry)(space.as_ptr(), page, access.write, UNSPECIFIED)
+        };
+        // QEMU says "both" when one was asked for and found.
+        answer.0.permissions &= if access.write { 2 } else { 1 };
+        answer.translation(access, page)
+    }
+
     /// Sends MSI 0 if the guest enabled MSI.
     pub(crate) fn interrupt(&self) {
         let Some(device) = self.device() else { return };
@@ -549,13 +657,10 @@ impl Pci {
 
     /// Asks for the translation of `page` (ATS); `None` when there is none that permits `access`.
     pub(crate) fn translate(&self, access: Access, page: u64) -> Result<Option<Translation>, Errno> {
-        /// Room for one entry and for what a later QEMU may add to it.
-        #[repr(C)]
-        struct Answer(IotlbEntry, [u64; 4]);
         let device = self.device().ok_or(Errno::NODEV)?;
         let entry =
             IotlbEntry { target: null_mut(), iova: 0, translated: 0, mask: 0, permissions: 0, _pasid: 0 };
-        let mut answer = Answer(entry, [0; 4]);
+        let mut answer = IotlbAnswer(entry, [0; 4]);
         let mut missing = 0;
         // SAFETY: the device is on a bus; there is room for one entry, and for the count of what is missing.
         let count = unsafe {
@@ -575,16 +680,7 @@ impl Pci {
         if count < 1 {
             return Err(Errno::of(count));
         }
-        let Answer(entry, _) = answer;
-        let translation = NonNull::new(entry.target).map(|space| Translation {
-            space: Space(space),
-            iova: page,
-            translated: entry.translated,
-            mask: entry.mask | (PAGE_BYTES - 1),
-            read: entry.permissions & 1 != 0,
-            write: entry.permissions & 2 != 0,
-        });
-        Ok(translation.filter(|it| missing == 0 && it.permits(access)))
+        Ok(answer.translation(access, page).filter(|_| missing == 0))
     }
 
     /// Sends a page request message (PRI).
@@ -693,12 +789,8 @@ impl Pci {
         count: usize,
         write: bool,
     ) -> Result<(), MemTx> {
-        const COMMAND: u32 = 4;
-        const BUS_MASTER: u32 = 1 << 2;
-        let device = self.device().ok_or(MemTx::ACCESS_ERROR)?;
         // These address spaces lie behind the switch that QEMU puts bus mastering into.
-        // SAFETY: the device is on a bus.
-        if unsafe { (self.qemu.pci_default_read_config)(device, COMMAND, 2) } & BUS_MASTER == 0 {
+        if !self.masters_bus() {
             return Err(MemTx::ACCESS_ERROR);
         }
         // SAFETY: the space lives as long as the machine; the bytes are good, as promised.

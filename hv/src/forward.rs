@@ -92,6 +92,7 @@ fn event(notice: &Notice) -> Event {
         Access::Read | Access::PageRequest => Perms::READ,
         Access::Write => Perms { write: true, ..Perms::default() },
         Access::Atomic => Perms::READ_WRITE,
+        Access::Unknown => Perms::default(),
     };
     Event {
         number: 0,

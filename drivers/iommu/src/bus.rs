@@ -8,6 +8,9 @@ use tock_registers::{LocalRegisterCopy, RegisterLongName, fields::FieldValue};
 ///
 /// Bare metal implements it over mapped registers; tests implement it over a model of the unit. It is shared by the
 /// three halves of a unit, so all methods take `&self`.
+///
+/// A register read comes before the CPU's later loads, and a register write after its earlier loads: what is read from a
+/// queue was there when its index was read, and is read before its place is given back.
 pub trait Bus {
     /// Reads the 32-bit register at `offset` bytes from the unit's base.
     fn read32(&self, offset: usize) -> u32;

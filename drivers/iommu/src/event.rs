@@ -50,6 +50,8 @@ pub enum Access {
     Atomic,
     /// A page request that the unit itself refused.
     PageRequest,
+    /// The unit does not say; then there is no address either.
+    Unknown,
 }
 
 /// An access that was refused.
@@ -62,7 +64,7 @@ pub struct FaultRecord {
     pub pasid: Option<Pasid>,
     /// What was tried.
     pub access: Access,
-    /// The page of the address, or for an interrupt the value that the manual defines.
+    /// The address, or its page; for an interrupt the value that the manual defines; 0 if the access is unknown.
     pub iova: Iova,
     /// Why, in the few classes that an owner acts upon.
     pub reason: FaultReason,

@@ -2,7 +2,7 @@
 //!
 //! Nothing here knows an architecture: addresses and identities ([`addr`]), bits of wide descriptors ([`bits`]),
 //! registers, ordering and time ([`bus`]), memory shared with a device ([`dma`]), what hardware reports and is
-//! answered ([`event`]), and the three halves of a unit in service ([`unit`]).
+//! answered ([`event`]), and the three halves of a unit in service ([`mod@unit`]).
 //!
 //! A driver is generic over one thing, its [`Bus`]. Bare metal implements it over mapped registers, the hosted tests
 //! over a model of the unit, another hypervisor over whatever it has.

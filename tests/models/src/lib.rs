@@ -1,4 +1,4 @@
-//! Device models for hosted tests: memory with two views, a VT-d unit, and endpoints behind it.
+//! Device models for hosted tests: memory with two views, a VT-d unit, an SMMUv3, and endpoints behind them.
 //!
 //! A model stands where hardware would: a driver reaches it through the same seam ([`iommu::Bus`],
 //! [`pcie::ConfigSpace`]) as on a board. It is written from the manual's words and numbers alone, and shares no constant
@@ -36,5 +36,7 @@
 
 pub mod endpoint;
 pub mod golden;
+pub mod golden_smmuv3;
 pub mod memory;
+pub mod smmuv3;
 pub mod vtd;

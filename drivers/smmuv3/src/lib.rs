@@ -1,0 +1,306 @@
+//! Driver for Arm SMMUv3, the IOMMU of Arm platforms.
+//!
+//! [`Found`] is a unit that was identified and left as it was. [`Found::enable`] takes it into service: from its first
+//! register write on every device that was not assigned is blocked. A unit in service is three halves ([`Smmu`]): what it
+//! reports ([`Events`]), what it is told ([`Commands`]), which device is translated how ([`Tables`]).
+//!
+//! The words are those of the SMMUv3 architecture specification (Arm IHI 0070), Non-secure programming interface.
+//!
+//! What it assumes of the hardware: VMSAv8-64 tables with pages of 4 KiB, little-endian, faults that need not stall, and
+//! tables and queues where the driver puts them (`IDR0.TTF`, `IDR5.GRAN4K`, `IDR0.TTENDIAN`, `IDR0.STALL_MODEL`,
+//! `IDR1.TABLES_PRESET`, `IDR1.QUEUES_PRESET`); a unit without them is refused by name. Firmware left translation off.
+//! Interrupts are wired.
+//!
+//! ```
+//! # use iommu::{Bus, Error};
+//! fn bring_up<B: Bus + Clone>(bus: B, memory: smmuv3::Memory) -> Result<smmuv3::Smmu<B>, Error> {
+//!     let found = smmuv3::Found::probe(bus)?;
+//!     found.enable(memory)
+//! }
+//! ```
+//!
+//! | feature | supported | note |
+//! |---|---|---|
+//! | stage 1 | yes | 4 levels, 48 bits; memory attribute 0 is write-back |
+//! | stage 2 | yes | 4 levels, 44 bits |
+//! | stream table | linear | one entry for each stream that is served |
+//! | command queue | yes | tickets; an error is reported, and stops the queue for good |
+//! | device TLBs (ATS) | yes | a time-out stops the queue for good |
+//! | page requests (PRI) | yes | groups are put together by the broker |
+//! | events | yes | overflow |
+//! | range invalidation (RIL) | yes | where the unit has it |
+//! | PASIDs (substreams), nested stages, stalls, messages (MSI), takeover, Secure and Realm | no | |
+#![cfg_attr(not(test), no_std)]
+#![forbid(unsafe_code)]
+
+pub mod commands;
+pub mod events;
+mod interrupts;
+mod queue;
+mod regs;
+pub mod tables;
+
+pub use commands::Commands;
+pub use events::Events;
+pub use tables::{FRAME_WORDS, Tables};
+
+use iommu::{
+    Bus, Capabilities, Commands as _, Completion, DmaBuf, Error, Invalidation, PhysAddr, bus::wait_until,
+};
+use queue::{COMMAND_WORDS, CommandQueue, EVENT_WORDS, REQUEST_WORDS, ReportQueue};
+use regs::{
+    CR0, CR2, GBPA, IDR0, IDR1, IDR3, IDR5, QUEUE_BASE, QueueRegisters, STRTAB_BASE, STRTAB_BASE_CFG,
+};
+use tables::{STREAM_WORDS, Walks};
+use tock_registers::{LocalRegisterCopy, fields::FieldValue};
+
+/// How long the unit may take to acknowledge a control write or a first invalidation, in microseconds.
+///
+/// The manual sets no bound. 100 ms is short enough for a boot log to say what failed.
+const ACK_LIMIT_US: u64 = 100_000;
+
+/// What `IDR5.OAS` says of 44 bits, and of 48.
+const OAS_44: u32 = 4;
+const OAS_48: u32 = 5;
+
+/// A unit that has been identified and left as it was.
+#[derive(Debug)]
+pub struct Found<B> {
+    bus: B,
+    idr0: LocalRegisterCopy<u32, IDR0::Register>,
+    idr1: LocalRegisterCopy<u32, IDR1::Register>,
+    idr3: LocalRegisterCopy<u32, IDR3::Register>,
+    idr5: LocalRegisterCopy<u32, IDR5::Register>,
+}
+
+/// Memory that a unit keeps for as long as it is in service: powers of two, aligned to their size.
+#[derive(Debug)]
+pub struct Memory {
+    /// The stream table, 64 streams a frame from stream 0 on. Devices past its end are blocked, and recorded.
+    pub stream_table: DmaBuf,
+    /// One frame: context descriptors.
+    pub contexts: DmaBuf,
+    /// One frame: a table that stays empty.
+    pub empty_table: DmaBuf,
+    /// The command queue, 256 entries a frame.
+    pub command_queue: DmaBuf,
+    /// The event queue, 128 entries a frame.
+    pub event_queue: DmaBuf,
+    /// The queue of page requests, 256 entries a frame.
+    pub page_requests: DmaBuf,
+    /// Answers to page requests that may be owed at one time; as many entries of the command queue stay free for them.
+    pub answers: usize,
+}
+
+/// A unit in service, in its three halves.
+#[derive(Debug)]
+pub struct Smmu<B> {
+    /// What it reports.
+    pub events: Events<B>,
+    /// What it is told.
+    pub commands: Commands<B>,
+    /// Which device is translated how.
+    pub tables: Tables<B>,
+}
+
+impl<B: Bus + Clone> Found<B> {
+    /// Identifies the unit behind `bus`, reading only.
+    pub fn probe(bus: B) -> Result<Self, Error> {
+        let (idr0, idr1) = (regs::IDR0.read(&bus), regs::IDR1.read(&bus));
+        if idr0.get() == u32::MAX && idr1.get() == u32::MAX {
+            return Err(Error::Absent);
+        }
+        let (idr3, idr5) = (regs::IDR3.read(&bus), regs::IDR5.read(&bus));
+        Ok(Self { bus, idr0, idr1, idr3, idr5 })
+    }
+
+    /// Returns what the unit can do.
+    pub fn capabilities(&self) -> Capabilities {
+        let device_tlb = self.idr0.is_set(IDR0::ATS);
+        Capabilities {
+            stage1: self.idr0.is_set(IDR0::S1P),
+            // With less a table of 4 levels has no legal start.
+            stage2: self.idr0.is_set(IDR0::S2P) && self.idr5.read(IDR5::OAS) >= OAS_44,
+            levels: 4,
+            pasid_bits: 0,
+            page_requests: self.idr0.is_set(IDR0::PRI) && device_tlb,
+            device_tlb,
+            coherent_walks: self.idr0.is_set(IDR0::COHACC),
+            caches_absence: false,
+        }
+    }
+
+    /// Takes the unit into service, in the order of the manual. Interrupts stay off.
+    ///
+    /// While translation is off, accesses are refused (`GBPA.ABORT`), and then by the stream table: there is no moment in
+    /// between. Before the call, devices reach what firmware let them.
+    pub fn enable(self, memory: Memory) -> Result<Smmu<B>, Error> {
+        self.check()?;
+        let Memory {
+            mut stream_table,
+            mut contexts,
+            mut empty_table,
+            command_queue,
+            event_queue,
+            page_requests,
+            answers,
+        } = memory;
+        let capabilities = self.capabilities();
+        let streams_log2 = entries_log2("the stream table", &stream_table, STREAM_WORDS, 32)?;
+        for (purpose, frame) in [("context descriptors", &contexts), ("the empty table", &empty_table)] {
+            aligned(purpose, frame, FRAME_WORDS)?;
+        }
+        let limit = |field| self.idr1.read(field);
+        let commands_log2 =
+            entries_log2("the command queue", &command_queue, COMMAND_WORDS, limit(IDR1::CMDQS))?;
+        let events_log2 = entries_log2("the event queue", &event_queue, EVENT_WORDS, limit(IDR1::EVENTQS))?;
+        let requests_log2 = if capabilities.page_requests {
+            let limit = limit(IDR1::PRIQS);
+            Some(entries_log2("the page request queue", &page_requests, REQUEST_WORDS, limit)?)
+        } else {
+            None
+        };
+        let entries = 1 << commands_log2;
+        if answers + commands::BATCH > entries {
+            let needed = (answers + commands::BATCH).next_power_of_two() * COMMAND_WORDS;
+            let words = command_queue.words();
+            return Err(Error::Memory { purpose: "the command queue", words, needed });
+        }
+
+        let bus = &self.bus;
+        self.refuse_all()?;
+        regs::CR0.set(bus, 0);
+        wait_until(bus, "CR0ACK", ACK_LIMIT_US, || regs::CR0ACK.read(bus).get() == 0)?;
+        interrupts::disable(bus, self.idr0.is_set(IDR0::MSI), capabilities.page_requests)?;
+        // Errors of firmware's time: GERRORN becomes what GERROR is, which acknowledges those that are active.
+        let acknowledged = regs::GERROR.read(bus).get();
+        regs::GERRORN.set(bus, acknowledged);
+
+        regs::CR1.set(bus, if capabilities.coherent_walks { regs::COHERENT } else { 0 });
+        regs::CR2.write(
+            bus,
+            CR2::RECINVSID::SET
+                + CR2::PTM.val(self.idr0.read(IDR0::BTM))
+                + CR2::REC_CFG_ATS.val(self.idr0.read(IDR0::ATSRECERR)),
+        );
+        for table in [&mut stream_table, &mut contexts, &mut empty_table] {
+            table.clear();
+            bus.publish(table.range(0, table.words()));
+        }
+        let base = STRTAB_BASE::ADDR.val(stream_table.phys().0 >> 6);
+        regs::STRTAB_BASE.write(bus, STRTAB_BASE::RA::SET + base);
+        regs::STRTAB_BASE_CFG.write(bus, STRTAB_BASE_CFG::LOG2SIZE.val(streams_log2));
+
+        self.place_queue(&regs::CMDQ, &command_queue, commands_log2);
+        self.switch_on(CR0::CMDQEN::SET, "CR0ACK.CMDQEN")?;
+        let vmid = self.idr0.is_set(IDR0::S2P);
+        let abilities = commands::Abilities { vmid, ranges: self.idr3.is_set(IDR3::RIL) };
+        let queue = CommandQueue::new(command_queue);
+        let mut commands = Commands::new(self.bus.clone(), queue, abilities, answers);
+        let ticket = commands.submit(&[Invalidation::All])?;
+        wait_until(bus, "CMDQ_CONS", ACK_LIMIT_US, || commands.poll(ticket) == Completion::Done)?;
+
+        self.place_queue(&regs::EVENTQ, &event_queue, events_log2);
+        self.switch_on(CR0::EVENTQEN::SET, "CR0ACK.EVENTQEN")?;
+        let mut requests = None;
+        if let Some(log2) = requests_log2 {
+            self.place_queue(&regs::PRIQ, &page_requests, log2);
+            self.switch_on(CR0::PRIQEN::SET, "CR0ACK.PRIQEN")?;
+            requests = Some(ReportQueue::new(page_requests, &regs::PRIQ));
+        }
+        if capabilities.device_tlb {
+            // What a device says it has translated passes only where its stream table entry admits that.
+            self.switch_on(CR0::ATSCHK::SET, "CR0ACK.ATSCHK")?;
+        }
+        self.switch_on(CR0::SMMUEN::SET, "CR0ACK.SMMUEN")?;
+
+        let walks = Walks {
+            coherent: capabilities.coherent_walks,
+            address_size: self.idr5.read(IDR5::OAS).min(OAS_48) as u8,
+        };
+        let streams = 1 << limit(IDR1::SIDSIZE).min(32);
+        let abilities = tables::Abilities { capabilities, walks, vmid, streams };
+        let frames = tables::Frames { streams: stream_table, contexts, empty: empty_table };
+        let events = ReportQueue::new(event_queue, &regs::EVENTQ);
+        Ok(Smmu {
+            events: Events::new(self.bus.clone(), events, requests, acknowledged),
+            commands,
+            tables: Tables::new(self.bus.clone(), frames, abilities),
+        })
+    }
+
+    /// Refuses a unit that lacks what the driver rests on, or that firmware left in use.
+    fn check(&self) -> Result<(), Error> {
+        let (idr0, idr1) = (self.idr0, self.idr1);
+        for (there, feature) in [
+            (idr0.is_set(IDR0::TTF_AARCH64), "IDR0.TTF (VMSAv8-64 tables)"),
+            (self.idr5.is_set(IDR5::GRAN4K), "IDR5.GRAN4K (pages of 4 KiB)"),
+            (!idr0.matches_all(IDR0::TTENDIAN::Big), "little-endian tables (IDR0.TTENDIAN)"),
+            (!idr0.matches_all(IDR0::STALL_MODEL::Forced), "faults without stall (IDR0.STALL_MODEL)"),
+            (!idr1.is_set(IDR1::TABLES_PRESET), "tables of the driver's own (IDR1.TABLES_PRESET is set)"),
+            (!idr1.is_set(IDR1::QUEUES_PRESET), "queues of the driver's own (IDR1.QUEUES_PRESET is set)"),
+        ] {
+            if !there {
+                return Err(Error::Unsupported { feature });
+            }
+        }
+        if regs::CR0.read(&self.bus).is_set(CR0::SMMUEN) {
+            return Err(Error::InUse { what: "translation (CR0.SMMUEN)" });
+        }
+        Ok(())
+    }
+
+    /// Has all accesses refused while translation is off.
+    fn refuse_all(&self) -> Result<(), Error> {
+        let updated = || {
+            let done = || !regs::GBPA.read(&self.bus).is_set(GBPA::UPDATE);
+            wait_until(&self.bus, "GBPA.UPDATE", ACK_LIMIT_US, done)
+        };
+        // A write while an earlier one is pending is ignored.
+        updated()?;
+        let kept = regs::GBPA.read(&self.bus).get();
+        regs::GBPA.set(&self.bus, kept | GBPA::ABORT::SET.value | GBPA::UPDATE::SET.value);
+        updated()
+    }
+
+    /// Tells the unit where a queue is, which is empty.
+    fn place_queue(&self, registers: &QueueRegisters, ring: &DmaBuf, log2: u32) {
+        let base = QUEUE_BASE::ADDR.val(ring.phys().0 >> 5) + QUEUE_BASE::LOG2SIZE.val(log2.into());
+        registers.base.write(&self.bus, base + QUEUE_BASE::ALLOCATE::SET);
+        registers.prod.set(&self.bus, 0);
+        registers.cons.set(&self.bus, 0);
+    }
+
+    /// Writes `CR0` with one more bit set, and waits until `CR0ACK` shows it.
+    fn switch_on(&self, bit: FieldValue<u32, CR0::Register>, name: &'static str) -> Result<(), Error> {
+        let kept = regs::CR0.read(&self.bus).get();
+        regs::CR0.set(&self.bus, kept | bit.value);
+        wait_until(&self.bus, name, ACK_LIMIT_US, || regs::CR0ACK.read(&self.bus).get() & bit.value != 0)
+    }
+}
+
+/// Checks that `buffer` has at least `words` words and is aligned to its whole size.
+fn aligned(purpose: &'static str, buffer: &DmaBuf, needed: usize) -> Result<(), Error> {
+    let (PhysAddr(phys), words) = (buffer.phys(), buffer.words());
+    let bytes = words as u64 * 8;
+    if words >= needed && words.is_power_of_two() && phys.is_multiple_of(bytes) {
+        Ok(())
+    } else {
+        Err(Error::Memory { purpose, words, needed })
+    }
+}
+
+/// Returns log2 of the entries, of `entry_words` each, that `buffer` holds; they are at most 2^`limit`.
+fn entries_log2(
+    purpose: &'static str,
+    buffer: &DmaBuf,
+    entry_words: usize,
+    limit: u32,
+) -> Result<u32, Error> {
+    aligned(purpose, buffer, entry_words)?;
+    let log2 = (buffer.words() / entry_words).ilog2();
+    if log2 > limit {
+        return Err(Error::Memory { purpose, words: buffer.words(), needed: entry_words << limit });
+    }
+    Ok(log2)
+}

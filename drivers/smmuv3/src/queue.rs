@@ -1,0 +1,150 @@
+//! The rings that the unit and its driver share.
+//!
+//! An index has one bit more than the ring needs, the manual's wrap flag: equal indices are an empty ring, indices that
+//! differ in that bit alone a full one.
+
+use crate::{
+    commands::Command,
+    regs::{self, INDEX, QueueRegisters},
+};
+use iommu::{Bus, DmaBuf, Error};
+
+/// 64-bit words of a command, of an event record, and of a page request.
+pub(crate) const COMMAND_WORDS: usize = 2;
+pub(crate) const EVENT_WORDS: usize = 4;
+pub(crate) const REQUEST_WORDS: usize = 2;
+
+/// The command queue: the driver fills it at PROD, the unit empties it at CONS.
+///
+/// Both ends are counted in 64 bits from bring-up on; the registers show the low bits of these counts.
+#[derive(Debug)]
+pub(crate) struct CommandQueue {
+    ring: DmaBuf,
+    produced: u64,
+    /// As far as CONS had come when it was last read; the unit can only be further.
+    consumed: u64,
+}
+
+impl CommandQueue {
+    /// A queue that fills `ring`, whose size is a power of two.
+    pub(crate) fn new(ring: DmaBuf) -> Self {
+        Self { ring, produced: 0, consumed: 0 }
+    }
+
+    fn entries(&self) -> u64 {
+        (self.ring.words() / COMMAND_WORDS) as u64
+    }
+
+    /// Entries that can be pushed as far as is known.
+    fn free(&self) -> u64 {
+        self.entries() - (self.produced - self.consumed)
+    }
+
+    /// Reads CONS, and returns how many commands the unit has consumed since bring-up.
+    pub(crate) fn consumed<B: Bus>(&mut self, bus: &B) -> u64 {
+        let index = u64::from(regs::CMDQ.cons.read(bus).read(INDEX::INDEX));
+        // ORDER: whoever learns that a command was consumed sees what devices stored before it was.
+        bus.observe(self.ring.range(0, 0));
+        let behind = self.produced.wrapping_sub(index) & (2 * self.entries() - 1);
+        // CONS moves between where it was and PROD. An index outside is no progress: hardware wrote something else.
+        if behind <= self.produced - self.consumed {
+            self.consumed = self.produced - behind;
+        }
+        self.consumed
+    }
+
+    /// Appends `commands` and rings the doorbell once, if `reserve` entries remain free after them.
+    ///
+    /// Returns how many commands have been queued since bring-up.
+    pub(crate) fn push<B: Bus>(
+        &mut self,
+        bus: &B,
+        commands: &[Command],
+        reserve: usize,
+    ) -> Result<u64, Error> {
+        let needed = (commands.len() + reserve) as u64;
+        if self.free() < needed {
+            // The register is read only when what is known does not suffice.
+            self.consumed(bus);
+        }
+        let free = self.free();
+        if free < needed {
+            let free = (free as usize).saturating_sub(reserve);
+            return Err(Error::QueueFull { needed: commands.len(), free });
+        }
+        for command in commands {
+            let at = (self.produced % self.entries()) as usize * COMMAND_WORDS;
+            for (i, word) in command.0.into_iter().enumerate() {
+                self.ring.store(at + i, word);
+            }
+            bus.publish(self.ring.range(at, COMMAND_WORDS));
+            self.produced += 1;
+        }
+        // ORDER: `publish` put every command before this write.
+        let index = self.produced & (2 * self.entries() - 1);
+        regs::CMDQ.prod.write(bus, INDEX::INDEX.val(index as u32));
+        Ok(self.produced)
+    }
+}
+
+/// A queue of reports, events or page requests: the unit fills it at PROD, the driver empties it at CONS.
+#[derive(Debug)]
+pub(crate) struct ReportQueue<const WORDS: usize> {
+    ring: DmaBuf,
+    registers: &'static QueueRegisters,
+    /// CONS, with the wrap flag.
+    cons: u32,
+    /// PROD as it was last read, with the wrap flag.
+    prod: u32,
+    /// The overflow flag of PROD as it was last read, and that of CONS, which acknowledges it.
+    overflow: (bool, bool),
+}
+
+impl<const WORDS: usize> ReportQueue<WORDS> {
+    /// A queue that empties `ring`, whose size is a power of two.
+    pub(crate) fn new(ring: DmaBuf, registers: &'static QueueRegisters) -> Self {
+        Self { ring, registers, cons: 0, prod: 0, overflow: (false, false) }
+    }
+
+    fn entries(&self) -> u32 {
+        (self.ring.words() / WORDS) as u32
+    }
+
+    /// Takes the oldest entry, copied out, and gives its place back to the unit.
+    pub(crate) fn pop<B: Bus>(&mut self, bus: &B) -> Option<[u64; WORDS]> {
+        if self.cons == self.prod {
+            let prod = self.registers.prod.read(bus);
+            // The value is reduced: what hardware says must not lead outside the ring.
+            self.prod = prod.read(INDEX::INDEX) % (2 * self.entries());
+            self.overflow.0 = prod.is_set(INDEX::OVERFLOW);
+            if self.cons == self.prod {
+                return None;
+            }
+        }
+        let at = (self.cons % self.entries()) as usize * WORDS;
+        bus.observe(self.ring.range(at, WORDS));
+        let entry = core::array::from_fn(|i| self.ring.load(at + i));
+        self.cons = (self.cons + 1) % (2 * self.entries());
+        // Given back before it is answered: a device that is answered may ask again at once.
+        self.write_cons(bus);
+        Some(entry)
+    }
+
+    /// Acknowledges that entries were lost, if they were; for when [`pop`](Self::pop) has just found nothing.
+    ///
+    /// Index and flag came from one read of PROD, so the queue was empty when the flag was seen. The page request queue
+    /// takes nothing until the flag is acknowledged, so there it is empty still.
+    pub(crate) fn take_overflow<B: Bus>(&mut self, bus: &B) -> bool {
+        let (flag, acknowledged) = self.overflow;
+        if flag != acknowledged {
+            self.overflow.1 = flag;
+            self.write_cons(bus);
+        }
+        flag != acknowledged
+    }
+
+    fn write_cons<B: Bus>(&self, bus: &B) {
+        let index = INDEX::INDEX.val(self.cons);
+        self.registers.cons.write(bus, index + INDEX::OVERFLOW.val(self.overflow.1.into()));
+    }
+}

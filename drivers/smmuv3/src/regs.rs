@@ -1,0 +1,254 @@
+//! Registers of a unit, in the order of the manual's register map: page 0, then page 1.
+
+use core::fmt;
+use iommu::{Ro, Rw};
+use tock_registers::register_bitfields;
+
+register_bitfields![u32,
+    /// Identification Register 0.
+    pub(crate) IDR0 [
+        /// Stage 2 is there.
+        S2P OFFSET(0) NUMBITS(1) [],
+        /// Stage 1 is there.
+        S1P OFFSET(1) NUMBITS(1) [],
+        /// VMSAv8-64 tables are there: the upper bit of TTF.
+        TTF_AARCH64 OFFSET(3) NUMBITS(1) [],
+        /// Accesses of the unit itself are coherent.
+        COHACC OFFSET(4) NUMBITS(1) [],
+        /// Receives the CPU's broadcast TLB maintenance.
+        BTM OFFSET(5) NUMBITS(1) [],
+        /// Device TLBs (ATS).
+        ATS OFFSET(10) NUMBITS(1) [],
+        /// Interrupts can be messages.
+        MSI OFFSET(13) NUMBITS(1) [],
+        /// Page requests (PRI).
+        PRI OFFSET(16) NUMBITS(1) [],
+        /// Endianness of tables.
+        TTENDIAN OFFSET(21) NUMBITS(2) [
+            Big = 0b11,
+        ],
+        /// Errors met by ATS translation requests can be recorded.
+        ATSRECERR OFFSET(23) NUMBITS(1) [],
+        /// Whether faults can stall.
+        STALL_MODEL OFFSET(24) NUMBITS(2) [
+            Forced = 0b10,
+        ],
+    ],
+    /// Identification Register 1.
+    pub(crate) IDR1 [
+        /// Bits of a StreamID.
+        SIDSIZE OFFSET(0) NUMBITS(6) [],
+        /// Log2 of the entries of the PRI queue, at most.
+        PRIQS OFFSET(11) NUMBITS(5) [],
+        /// Log2 of the entries of the event queue, at most.
+        EVENTQS OFFSET(16) NUMBITS(5) [],
+        /// Log2 of the entries of the command queue, at most.
+        CMDQS OFFSET(21) NUMBITS(5) [],
+        /// Queue addresses are fixed.
+        QUEUES_PRESET OFFSET(29) NUMBITS(1) [],
+        /// Table addresses are fixed.
+        TABLES_PRESET OFFSET(30) NUMBITS(1) [],
+    ],
+    /// Identification Register 3.
+    pub(crate) IDR3 [
+        /// Translations can be invalidated by range.
+        RIL OFFSET(10) NUMBITS(1) [],
+    ],
+    /// Identification Register 5.
+    pub(crate) IDR5 [
+        /// Output address size.
+        OAS OFFSET(0) NUMBITS(3) [],
+        /// 4 KiB granule.
+        GRAN4K OFFSET(4) NUMBITS(1) [],
+    ],
+    /// Control Register 0, and its acknowledgement.
+    pub(crate) CR0 [
+        /// Translation enable.
+        SMMUEN OFFSET(0) NUMBITS(1) [],
+        /// PRI queue enable.
+        PRIQEN OFFSET(1) NUMBITS(1) [],
+        /// Event queue enable.
+        EVENTQEN OFFSET(2) NUMBITS(1) [],
+        /// Command queue enable.
+        CMDQEN OFFSET(3) NUMBITS(1) [],
+        /// Translated traffic is checked against its stream table entry.
+        ATSCHK OFFSET(4) NUMBITS(1) [],
+    ],
+    /// Control Register 1: how the unit accesses its own queues and tables.
+    pub(crate) CR1 [
+        QUEUE_IC OFFSET(0) NUMBITS(2) [WriteBack = 1],
+        QUEUE_OC OFFSET(2) NUMBITS(2) [WriteBack = 1],
+        QUEUE_SH OFFSET(4) NUMBITS(2) [Inner = 3],
+        TABLE_IC OFFSET(6) NUMBITS(2) [WriteBack = 1],
+        TABLE_OC OFFSET(8) NUMBITS(2) [WriteBack = 1],
+        TABLE_SH OFFSET(10) NUMBITS(2) [Inner = 3],
+    ],
+    /// Control Register 2.
+    pub(crate) CR2 [
+        /// Record accesses of streams that are past the end of the stream table.
+        RECINVSID OFFSET(1) NUMBITS(1) [],
+        /// Ignore the CPU's broadcast TLB maintenance.
+        PTM OFFSET(2) NUMBITS(1) [],
+        /// Record what is wrong with the configuration when an ATS translation request meets it.
+        REC_CFG_ATS OFFSET(3) NUMBITS(1) [],
+    ],
+    /// Global Bypass Attribute Register: what becomes of accesses while translation is off.
+    pub(crate) GBPA [
+        /// They are refused.
+        ABORT OFFSET(20) NUMBITS(1) [],
+        /// Take the register over; reads as 1 until that is done.
+        UPDATE OFFSET(31) NUMBITS(1) [],
+    ],
+    /// Interrupt Control, and its acknowledgement.
+    pub(crate) IRQ_CTRL [
+        GERROR OFFSET(0) NUMBITS(1) [],
+        PRIQ OFFSET(1) NUMBITS(1) [],
+        EVENTQ OFFSET(2) NUMBITS(1) [],
+    ],
+    /// Global Error; an error is active while its bit differs from that of `GERRORN`.
+    pub(crate) GERROR [
+        /// The command queue stopped at a command.
+        CMDQ_ERR OFFSET(0) NUMBITS(1) [],
+        /// A write to the event queue was aborted.
+        EVENTQ_ABT_ERR OFFSET(2) NUMBITS(1) [],
+        /// A write to the PRI queue was aborted.
+        PRIQ_ABT_ERR OFFSET(3) NUMBITS(1) [],
+        /// Service failure mode: the unit does nothing any more.
+        SFM_ERR OFFSET(8) NUMBITS(1) [],
+    ],
+    /// Stream Table Base Configuration.
+    pub(crate) STRTAB_BASE_CFG [
+        /// Log2 of the number of entries. The table is linear (FMT = 0).
+        LOG2SIZE OFFSET(0) NUMBITS(6) [],
+    ],
+    /// PROD and CONS of a queue.
+    pub(crate) INDEX [
+        /// Index, and above it the wrap flag; both end where the queue's size says.
+        INDEX OFFSET(0) NUMBITS(20) [],
+        /// OVFLG of PROD, OVACKFLG of CONS: the queue lost entries while they differ.
+        OVERFLOW OFFSET(31) NUMBITS(1) [],
+    ],
+    /// The third register of an interrupt's configuration.
+    pub(crate) PRIQ_IRQ_CFG2 [
+        /// Interrupt for each last request, not when the queue becomes non-empty.
+        LO OFFSET(31) NUMBITS(1) [],
+    ],
+];
+
+register_bitfields![u64,
+    /// Stream Table Base.
+    pub(crate) STRTAB_BASE [
+        /// Address, in 64 bytes.
+        ADDR OFFSET(6) NUMBITS(50) [],
+        /// Read-allocate hint.
+        RA OFFSET(62) NUMBITS(1) [],
+    ],
+    /// Base of a queue.
+    pub(crate) QUEUE_BASE [
+        /// Log2 of the number of entries.
+        LOG2SIZE OFFSET(0) NUMBITS(5) [],
+        /// Address, in 32 bytes.
+        ADDR OFFSET(5) NUMBITS(51) [],
+        /// Allocate hint: RA of the command queue, WA of the others.
+        ALLOCATE OFFSET(62) NUMBITS(1) [],
+    ],
+];
+
+pub(crate) const IDR0: Ro<u32, IDR0::Register> = Ro::at(0x000);
+pub(crate) const IDR1: Ro<u32, IDR1::Register> = Ro::at(0x004);
+pub(crate) const IDR3: Ro<u32, IDR3::Register> = Ro::at(0x00C);
+pub(crate) const IDR5: Ro<u32, IDR5::Register> = Ro::at(0x014);
+pub(crate) const CR0: Rw<u32, CR0::Register> = Rw::at(0x020);
+pub(crate) const CR0ACK: Ro<u32, CR0::Register> = Ro::at(0x024);
+pub(crate) const CR1: Rw<u32, CR1::Register> = Rw::at(0x028);
+pub(crate) const CR2: Rw<u32, CR2::Register> = Rw::at(0x02C);
+pub(crate) const GBPA: Rw<u32, GBPA::Register> = Rw::at(0x044);
+pub(crate) const IRQ_CTRL: Rw<u32, IRQ_CTRL::Register> = Rw::at(0x050);
+pub(crate) const IRQ_CTRLACK: Ro<u32, IRQ_CTRL::Register> = Ro::at(0x054);
+pub(crate) const GERROR: Ro<u32, GERROR::Register> = Ro::at(0x060);
+pub(crate) const GERRORN: Rw<u32, GERROR::Register> = Rw::at(0x064);
+pub(crate) const GERROR_IRQ_CFG0: Rw<u64> = Rw::at(0x068);
+pub(crate) const STRTAB_BASE: Rw<u64, STRTAB_BASE::Register> = Rw::at(0x080);
+pub(crate) const STRTAB_BASE_CFG: Rw<u32, STRTAB_BASE_CFG::Register> = Rw::at(0x088);
+pub(crate) const EVENTQ_IRQ_CFG0: Rw<u64> = Rw::at(0x0B0);
+pub(crate) const PRIQ_IRQ_CFG0: Rw<u64> = Rw::at(0x0D0);
+pub(crate) const PRIQ_IRQ_CFG2: Rw<u32, PRIQ_IRQ_CFG2::Register> = Rw::at(0x0DC);
+
+/// The three registers of a queue. Its driver writes PROD of the command queue, and CONS of the others.
+pub(crate) struct QueueRegisters {
+    pub(crate) base: Rw<u64, QUEUE_BASE::Register>,
+    pub(crate) prod: Rw<u32, INDEX::Register>,
+    pub(crate) cons: Rw<u32, INDEX::Register>,
+}
+
+impl fmt::Debug for QueueRegisters {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("QueueRegisters")
+    }
+}
+
+/// `CMDQ_BASE`, `CMDQ_PROD`, `CMDQ_CONS`.
+pub(crate) const CMDQ: QueueRegisters =
+    QueueRegisters { base: Rw::at(0x090), prod: Rw::at(0x098), cons: Rw::at(0x09C) };
+/// `EVENTQ_BASE`, and in page 1 `EVENTQ_PROD`, `EVENTQ_CONS`.
+pub(crate) const EVENTQ: QueueRegisters =
+    QueueRegisters { base: Rw::at(0x0A0), prod: Rw::at(0x1_00A8), cons: Rw::at(0x1_00AC) };
+/// `PRIQ_BASE`, and in page 1 `PRIQ_PROD`, `PRIQ_CONS`.
+pub(crate) const PRIQ: QueueRegisters =
+    QueueRegisters { base: Rw::at(0x0C0), prod: Rw::at(0x1_00C8), cons: Rw::at(0x1_00CC) };
+
+/// What `CR1` says of a unit whose accesses are coherent: all of them inner shareable, write-back.
+pub(crate) const COHERENT: u32 = CR1::QUEUE_IC::WriteBack.value
+    | CR1::QUEUE_OC::WriteBack.value
+    | CR1::QUEUE_SH::Inner.value
+    | CR1::TABLE_IC::WriteBack.value
+    | CR1::TABLE_OC::WriteBack.value
+    | CR1::TABLE_SH::Inner.value;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tock_registers::{LocalRegisterCopy, fields::FieldValue};
+
+    /// The registers of facts/smmuv3.md, section 11.1, rows R1, R3, R5 to R8.
+    #[test]
+    fn control_and_base_registers_hold_the_words_of_the_manual() {
+        let stream_table = |fields: FieldValue<u64, STRTAB_BASE::Register>| fields.value;
+        let queue = |fields: FieldValue<u64, QUEUE_BASE::Register>| fields.value;
+
+        assert_eq!(COHERENT, 0xD75);
+        assert_eq!(
+            stream_table(STRTAB_BASE::RA::SET + STRTAB_BASE::ADDR.val(0x8020_0000 >> 6)),
+            0x4000_0000_8020_0000
+        );
+        assert_eq!(STRTAB_BASE_CFG::LOG2SIZE.val(8).value, 8);
+        for (address, log2, word) in [
+            (0x8010_0000, 8, 0x4000_0000_8010_0008),
+            (0x8010_2000, 7, 0x4000_0000_8010_2007),
+            (0x8010_4000, 9, 0x4000_0000_8010_4009),
+        ] {
+            let base = QUEUE_BASE::ALLOCATE::SET
+                + QUEUE_BASE::ADDR.val(address >> 5)
+                + QUEUE_BASE::LOG2SIZE.val(log2);
+            assert_eq!(queue(base), word);
+        }
+    }
+
+    /// The identification registers of QEMU 11.1.3, `-machine virt,iommu=smmuv3`.
+    #[test]
+    fn identification_decodes_as_measured() {
+        let idr0 = LocalRegisterCopy::<u32, IDR0::Register>::new(0x0D44_101B);
+        let idr1 = LocalRegisterCopy::<u32, IDR1::Register>::new(0x0273_0010);
+        let idr3 = LocalRegisterCopy::<u32, IDR3::Register>::new(0x0000_1414);
+        let idr5 = LocalRegisterCopy::<u32, IDR5::Register>::new(0x0000_0074);
+
+        assert!(idr0.is_set(IDR0::S1P) && idr0.is_set(IDR0::S2P) && idr0.is_set(IDR0::TTF_AARCH64));
+        assert!(idr0.is_set(IDR0::COHACC) && !idr0.is_set(IDR0::BTM) && !idr0.is_set(IDR0::MSI));
+        assert!(!idr0.is_set(IDR0::ATS) && !idr0.is_set(IDR0::PRI) && !idr0.is_set(IDR0::ATSRECERR));
+        assert_eq!((idr0.read(IDR0::TTENDIAN), idr0.read(IDR0::STALL_MODEL)), (2, 1));
+        assert_eq!((idr1.read(IDR1::SIDSIZE), idr1.read(IDR1::PRIQS)), (16, 0));
+        assert_eq!((idr1.read(IDR1::EVENTQS), idr1.read(IDR1::CMDQS)), (19, 19));
+        assert!(idr3.is_set(IDR3::RIL));
+        assert_eq!((idr5.read(IDR5::OAS), idr5.is_set(IDR5::GRAN4K)), (4, true));
+    }
+}

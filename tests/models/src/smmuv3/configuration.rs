@@ -1,0 +1,630 @@
+//! Stream table entries and context descriptors: how they are found, and when they are illegal.
+
+use super::{
+    State, address_bits,
+    registers::{CR2, RECINVSID, SMMUEN, STRTAB_BASE},
+    walk::{Class, Fault, Request, Stop},
+};
+use iommu::PhysAddr;
+use std::ops::Range;
+
+/// STE.Config.
+pub(super) fn ste_config(ste: &[u64; 8]) -> u64 {
+    ste[0] >> 1 & 7
+}
+
+/// STE: stage 1 is selected.
+pub(super) fn selects_stage_1(ste: &[u64; 8]) -> bool {
+    ste_config(ste) & 5 == 5
+}
+
+/// STE: stage 2 is selected.
+pub(super) fn selects_stage_2(ste: &[u64; 8]) -> bool {
+    ste_config(ste) & 6 == 6
+}
+
+/// STE.EATS, of which 0 and 1 have a meaning here: split stages are illegal, and there is no permission table.
+pub(super) fn full_ats(ste: &[u64; 8]) -> bool {
+    ste[1] >> 28 & 3 == 1 && ste_config(ste) & 3 != 0
+}
+
+/// The fields of an STE that this unit has, by word. SHCFG is reserved without ATTR_TYPES_OVR, and harmless.
+const STE_FIELDS: [u64; 8] = [
+    0xF8FF_FFFF_FFFF_FFFF,
+    // S1DSS, S1CIR, S1COR, S1CSH; DRE, CONT, DCP, PPAR, MEV, software's, S1STALLD, EATS, SHCFG.
+    0xFF | 0xF << 12 | 0x7F << 17 | 1 << 27 | 3 << 28 | 3 << 44 | 1 << 16,
+    // S2VMID, VTCR, S2AA64, S2ENDI, S2AFFD, S2PTW, S2HD, S2HA, S2S, S2R.
+    0xFFFF | 0x07FF_FFFF << 32,
+    // S2TTB.
+    0x00FF_FFFF_FFFF_FFF0,
+    0,
+    0,
+    0,
+    0,
+];
+
+/// The fields of a CD that this unit has, by word.
+const CD_FIELDS: [u64; 8] = [
+    u64::MAX,
+    // HAD0, TTB0.
+    0x00FF_FFFF_FFFF_FFF2,
+    // HAD1, TTB1.
+    0x00FF_FFFF_FFFF_FFF2,
+    // MAIR, AMAIR.
+    u64::MAX,
+    u64::MAX,
+    0,
+    0,
+    0,
+];
+
+/// The stage-2 geometry that an STE asks for.
+#[derive(Clone, Copy)]
+pub(super) struct Geometry {
+    pub(super) input_bits: u32,
+    pub(super) start: u32,
+    pub(super) output_bits: u32,
+    pub(super) base: u64,
+}
+
+/// One half of the addresses of a CD: TTB0's or TTB1's.
+#[derive(Clone, Copy)]
+pub(super) struct Half {
+    /// EPD: no walk.
+    pub(super) disabled: bool,
+    /// HAD: the permissions in table descriptors do not count.
+    pub(super) flat: bool,
+    pub(super) geometry: Geometry,
+    granule: u64,
+    size_bits: u64,
+}
+
+/// The start level of an un-concatenated walk: 4 KiB granule, 9 bits for each level.
+fn start_level(input_bits: u32) -> u32 {
+    4 - input_bits.saturating_sub(12).div_ceil(9).clamp(1, 4)
+}
+
+impl State {
+    /// The upper or lower half of the addresses of `cd`.
+    pub(super) fn half(&self, cd: &[u64; 8], upper: bool) -> Half {
+        let size = if upper { cd[0] >> 16 } else { cd[0] } & 0x3F;
+        // The codes of TG1 differ: 2 is 4 KiB.
+        let granule = if upper { (cd[0] >> 22 & 3) ^ 2 } else { cd[0] >> 6 & 3 };
+        let word = cd[if upper { 2 } else { 1 }];
+        let input_bits = 64 - size as u32;
+        let output_bits = address_bits(cd[0] >> 32 & 7).min(self.config.output_bits());
+        Half {
+            disabled: cd[0] >> if upper { 30 } else { 14 } & 1 != 0,
+            flat: word & 2 != 0,
+            geometry: Geometry {
+                input_bits,
+                start: start_level(input_bits),
+                output_bits,
+                base: word & 0x00FF_FFFF_FFFF_FFF0,
+            },
+            granule,
+            size_bits: size,
+        }
+    }
+
+    /// The stage 2 of `ste`.
+    pub(super) fn stage_2_geometry(&self, ste: &[u64; 8]) -> Geometry {
+        let w2 = ste[2];
+        Geometry {
+            input_bits: 64 - (w2 >> 32 & 0x3F) as u32,
+            start: [2, 1, 0, 3][(w2 >> 38 & 3) as usize],
+            output_bits: address_bits(w2 >> 48 & 7).min(self.config.output_bits()),
+            base: ste[3] & 0x00FF_FFFF_FFFF_FFF0,
+        }
+    }
+
+    /// STRTAB_BASE.ADDR, aligned as the unit does.
+    fn stream_table(&self) -> u64 {
+        let below = (64u64 << self.stream_bits()) - 1;
+        self.get(STRTAB_BASE) & ((1 << 56) - (1 << 6)) & !below
+    }
+
+    /// Finds the STE of a request, in the cache or in memory.
+    pub(super) fn ste(&mut self, request: &Request) -> Result<[u64; 8], Stop> {
+        let sid = request.sid;
+        if u64::from(sid) >> self.stream_bits() != 0 {
+            let recorded = self.get(CR2) & RECINVSID != 0;
+            return Err(if recorded { Fault::configuration(0x02, 0).into() } else { Stop::Unrecorded(0x02) });
+        }
+        let ste = match self.caches.streams.get(&sid) {
+            Some(&ste) => ste,
+            None => {
+                let at = self.stream_table() + u64::from(sid) * 64;
+                let ste = self.words(at).map_err(|_| Fault::configuration(0x03, at))?;
+                self.caches.streams.insert(sid, ste);
+                ste
+            }
+        };
+        if self.ste_is_illegal(&ste) {
+            return Err(Fault::configuration(0x04, 0).into());
+        }
+        Ok(ste)
+    }
+
+    /// Whether `ste` is invalid, or has one of the combinations that end in C_BAD_STE.
+    fn ste_is_illegal(&mut self, ste: &[u64; 8]) -> bool {
+        if ste[0] & 1 == 0 {
+            return true;
+        }
+        if ste_config(ste) < 4 {
+            return false;
+        }
+        let reserved: Vec<usize> = (0..8).filter(|&word| ste[word] & !STE_FIELDS[word] != 0).collect();
+        if !reserved.is_empty() {
+            self.violation(format!("STE {ste:#x?}: reserved bits are set in words {reserved:?}"));
+        }
+        let (stage_1, stage_2) = (selects_stage_1(ste), selects_stage_2(ste));
+        let has = |word: usize, bit: u32| ste[word] >> bit & 1 != 0;
+        let config = &self.config;
+        if stage_1 && !config.stage_1() || stage_2 && !config.stage_2() {
+            return true;
+        }
+        let stalls_2 = stage_2 && has(2, 57);
+        let ats = config.ats() && ste_config(ste) > 4;
+        match ste[1] >> 28 & 3 {
+            1 if ats && stalls_2 => return true,
+            2 if ats => return true,
+            _ => {}
+        }
+        if (stage_1 || stage_2) && config.stage_2() && !config.has(18) && ste[2] & 0xFF00 != 0 {
+            return true;
+        }
+        if stage_1 {
+            let contexts = ste[0] >> 59;
+            let substreams = u64::from(config.idr1) >> 6 & 0x1F;
+            let two_level = matches!(ste[0] >> 4 & 3, 1 | 2) && contexts != 0 && substreams != 0;
+            let pointer = ste[0] & 0x00FF_FFFF_FFFF_FFC0;
+            let beyond = !stage_2 && pointer >> config.output_bits() != 0;
+            // Contexts beyond SSIDSIZE are illegal on a part without substreams as well: QEMU rejects them.
+            if contexts > substreams || two_level || beyond || has(1, 27) && !config.stalls() {
+                return true;
+            }
+        }
+        if stage_2 {
+            let Geometry { input_bits, start, output_bits, base } = self.stage_2_geometry(ste);
+            let smallest = 12 + 9 * (3 - start) + 1;
+            let largest = (12 + 9 * (4 - start) + 4).min(self.config.output_bits().min(48));
+            let size = ste[2] >> 32 & 0x3F;
+            let illegal = !has(2, 51) // S2AA64=0: no such tables here
+                || ste[2] >> 46 & 3 != 0 // S2TG
+                || ste[2] >> 38 & 3 == 3 // S2SL0
+                || size > 39
+                || !(smallest..=largest).contains(&input_bits)
+                || base >> output_bits != 0
+                || has(2, 52) // S2ENDI
+                || has(2, 55) || has(2, 56) // S2HD, S2HA
+                || has(2, 57) && !self.config.stalls();
+            if !illegal {
+                self.check_base_alignment("STE.S2TTB", base, input_bits, start);
+            }
+            return illegal;
+        }
+        false
+    }
+
+    /// Picks the CD for a request: its index, or none if stage 1 is bypassed.
+    pub(super) fn context_index(&self, request: &Request, ste: &[u64; 8]) -> Result<Option<u32>, Stop> {
+        let contexts = ste[0] >> 59;
+        let default = ste[1] & 3;
+        let no_substream = Fault::configuration(0x08, 0);
+        let disabled = Fault::configuration(0x06, 0);
+        match request.ssid {
+            Some(_) if !selects_stage_1(ste) || contexts == 0 => Err(no_substream.into()),
+            Some(ssid) if u64::from(ssid) >> contexts != 0 => Err(no_substream.into()),
+            Some(0) if default == 2 => Err(disabled.into()),
+            Some(ssid) => Ok(Some(ssid)),
+            None if !selects_stage_1(ste) => Ok(None),
+            None if contexts == 0 || default == 2 => Ok(Some(0)),
+            None if default == 1 => Ok(None),
+            None => Err(disabled.into()),
+        }
+    }
+
+    /// Finds CD `index` of a stream, in the cache or in memory.
+    pub(super) fn cd(&mut self, request: &Request, ste: &[u64; 8], index: u32) -> Result<[u64; 8], Stop> {
+        let key = (request.sid, index);
+        let cd = match self.caches.contexts.get(&key) {
+            Some(&cd) => cd,
+            None => {
+                let mut at = (ste[0] & 0x00FF_FFFF_FFFF_FFC0) + u64::from(index) * 64;
+                if selects_stage_2(ste) {
+                    at = self.stage_2(request, ste, at, Class::Cd)?.phys;
+                }
+                let cd = self.words(at).map_err(|_| Fault::configuration(0x09, at))?;
+                self.caches.contexts.insert(key, cd);
+                cd
+            }
+        };
+        if self.cd_is_illegal(ste, &cd) {
+            return Err(Fault::configuration(0x0A, 0).into());
+        }
+        Ok(cd)
+    }
+
+    fn cd_is_illegal(&mut self, ste: &[u64; 8], cd: &[u64; 8]) -> bool {
+        let has = |bit: u32| cd[0] >> bit & 1 != 0;
+        if !has(31) {
+            return true;
+        }
+        let reserved: Vec<usize> = (0..8).filter(|&word| cd[word] & !CD_FIELDS[word] != 0).collect();
+        if !reserved.is_empty() {
+            self.violation(format!("CD {cd:#x?}: reserved bits are set in words {reserved:?}"));
+        }
+        let config = &self.config;
+        let (epd0, epd1) = (has(14), has(30));
+        let illegal = !has(46) && config.has(26) // A=0 with TERM_MODEL=1
+            || has(44) && (!config.stalls() || ste[1] >> 27 & 1 != 0) // S
+            || !has(41) // AA64=0: no such tables here
+            || has(42) || has(43) // HD, HA
+            || cd[0] >> 56 != 0 && !config.has(12) // ASID
+            || has(15) && !(epd0 && epd1); // ENDI
+        if illegal {
+            return true;
+        }
+        for upper in [false, true] {
+            let half = self.half(cd, upper);
+            if half.disabled {
+                continue;
+            }
+            let Geometry { input_bits, start, output_bits, base } = half.geometry;
+            if half.granule != 0 || !(16..=39).contains(&half.size_bits) || base >> output_bits != 0 {
+                return true;
+            }
+            self.check_base_alignment("CD.TTB", base, input_bits, start);
+        }
+        false
+    }
+
+    /// The unit ignores address bits below the size of the first table.
+    fn check_base_alignment(&mut self, name: &str, base: u64, input_bits: u32, start: u32) {
+        let bytes = first_table_bytes(input_bits, start);
+        if !base.is_multiple_of(bytes) {
+            self.violation(format!("{name} {base:#x} is not aligned to the {bytes:#x} bytes of its table"));
+        }
+    }
+
+    /// Reads an STE or CD from memory.
+    fn words(&self, at: u64) -> Result<[u64; 8], crate::memory::OutsideMemory> {
+        let mut words = [0; 8];
+        for (word, at) in words.iter_mut().zip((at..).step_by(8)) {
+            *word = self.memory.device_load(PhysAddr(at))?;
+        }
+        Ok(words)
+    }
+
+    /// The entries that the unit may read at any time and that lie in `range`, as they are.
+    ///
+    /// That is every STE, and the CDs of streams that it has met already.
+    pub(super) fn live_entries(&self, range: &Range<PhysAddr>) -> Vec<LiveEntry> {
+        if !self.on(SMMUEN) {
+            return Vec::new();
+        }
+        let mut tables = vec![(Entry::Ste, self.stream_table(), 64 << self.stream_bits())];
+        for ste in self.caches.streams.values().filter(|ste| ste[0] & 1 != 0) {
+            if selects_stage_1(ste) && !selects_stage_2(ste) {
+                tables.push((Entry::Cd, ste[0] & 0x00FF_FFFF_FFFF_FFC0, 64 << (ste[0] >> 59)));
+            }
+        }
+        let mut live = Vec::new();
+        for (entry, table, bytes) in tables {
+            let (first, last) = (range.start.0.max(table), range.end.0.min(table + bytes));
+            for at in (first & !63..last).step_by(64) {
+                live.extend(self.words(at).map(|words| LiveEntry { entry, at, words }));
+            }
+        }
+        live
+    }
+
+    /// Notes entries that changed so that the unit may have read a mixture: it reads word by word, in any order.
+    pub(super) fn check_live_entries(&mut self, before: Vec<LiveEntry>) {
+        for LiveEntry { entry, at, words: old } in before {
+            let Ok(new) = self.words(at) else { continue };
+            let changed = (0..8).filter(|&word| old[word] != new[word]).count();
+            let valid = match entry {
+                Entry::Ste => 1,
+                Entry::Cd => 1 << 31,
+            };
+            if (old[0] | new[0]) & valid != 0 && changed > 1 {
+                self.violation(format!(
+                    "{entry:?} at {at:#x}: {changed} words changed at once while it is valid or becomes so"
+                ));
+            }
+        }
+    }
+}
+
+/// Which kind of entry a [`LiveEntry`] is.
+#[derive(Clone, Copy, Debug)]
+enum Entry {
+    Ste,
+    Cd,
+}
+
+/// An entry that the unit may read at any time.
+pub(super) struct LiveEntry {
+    entry: Entry,
+    at: u64,
+    words: [u64; 8],
+}
+
+/// The size in bytes of the first table, or of the tables side by side, of a walk; at least 64.
+pub(super) fn first_table_bytes(input_bits: u32, start: u32) -> u64 {
+    let shift = super::caches::level_shift(start);
+    (8u64 << input_bits.saturating_sub(shift)).max(64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{
+        Config, Refusal,
+        bench::{
+            Bench, CONTEXTS, DEVICE, IOVA, IPA, PAGE, PAGE_2, PASID, SID, STREAMS, context, stage_1, stage_2,
+        },
+    };
+    use crate::golden_smmuv3 as golden;
+    use iommu::{Bus, Pasid, StreamId};
+
+    #[test]
+    fn a_stream_is_found_by_its_number() {
+        let bench = Bench::attached(Config::qemu(), golden::STE_ABORT);
+
+        assert_eq!(bench.read(IOVA), Err(Refusal::Aborted));
+        bench.assert_events(&[]);
+        let other = bench.unit.dma_read(StreamId(0x107), None, IOVA, 1);
+        assert_eq!(other, Err(Refusal::Fault(0x04)));
+        bench.assert_events(&[[golden::C_BAD_STE[0] ^ 0xF << 32, 0, 0, 0]]);
+        let last = bench.unit.dma_read(StreamId(0x200), None, IOVA, 1);
+        assert_eq!(last, Err(Refusal::Fault(0x02)));
+        bench.assert_events(&[[golden::C_BAD_STREAMID[0] & 0xFF | 0x200 << 32, 0, 0, 0]]);
+        bench.assert_lawful();
+    }
+
+    #[test]
+    fn a_stream_that_is_not_valid_is_remembered_as_such() {
+        let bench = Bench::started(Config::qemu());
+        assert_eq!(bench.read(IPA), Err(Refusal::Fault(0x04)));
+        bench.assert_events(&[golden::C_BAD_STE]);
+
+        bench.put(STREAMS + SID * 64, &golden::STE_ABORT);
+        assert_eq!(bench.read(IPA), Err(Refusal::Fault(0x04)));
+        bench.set_ste(golden::STE_ABORT);
+
+        assert_eq!(bench.read(IPA), Err(Refusal::Aborted));
+    }
+
+    #[test]
+    fn a_stream_table_without_memory_is_a_fetch_fault() {
+        use super::super::registers::{SMMUEN, STRTAB_BASE};
+        let bench = Bench::started(Config::qemu());
+        bench.switch(SMMUEN, false);
+        bench.unit.write64(STRTAB_BASE, golden::STRTAB_BASE);
+        bench.enable(SMMUEN);
+
+        assert_eq!(bench.read(IOVA), Err(Refusal::Fault(0x03)));
+        bench.assert_events(&[[golden::F_STE_FETCH[0], 0, 0, 0x8020_0000 + SID * 64]]);
+    }
+
+    #[test]
+    fn bypass_passes_addresses_as_they_are() {
+        let mut bench = Bench::attached(Config::full(), golden::STE_BYPASS);
+        let page = bench.page();
+        bench.put(page, &[7]);
+
+        assert_eq!(bench.read(iommu::Iova(page)), Ok(7));
+        let with_pasid = bench.unit.dma_read(DEVICE, Some(Pasid::from_low_bits(0x20)), IOVA, 1);
+        assert_eq!(with_pasid, Err(Refusal::Fault(0x08)));
+        bench.assert_events(&[golden::C_BAD_SUBSTREAMID]);
+        assert_eq!(bench.read(IOVA), Err(Refusal::Fault(0x11)));
+        bench.assert_events(&[[SID << 32 | 0x11, 2 << 40 | 1 << 35, IOVA.0, 0]]);
+    }
+
+    #[test]
+    fn illegal_stream_table_entries_are_refused() {
+        type Change = fn(&mut [u64; 8]);
+        let cases: &[(bool, Change)] = &[
+            (false, |ste| ste[0] &= !1),
+            (false, |ste| ste[3] |= 1 << 40),
+            (false, |ste| ste[2] &= !(1 << 51)),
+            (false, |ste| ste[2] |= 1 << 46),
+            (false, |ste| ste[2] |= 3 << 38),
+            // T0SZ 24 needs 17 tables and more at level 2, and is too small for level 0.
+            (false, |ste| ste[2] &= !(3 << 38)),
+            (false, |ste| ste[2] = ste[2] & !(3 << 38) | 2 << 38 | 63 << 32),
+            (false, |ste| ste[2] |= 1 << 52),
+            (false, |ste| ste[2] |= 1 << 56),
+            // T0SZ 16: more bits than OAS.
+            (false, |ste| ste[2] = ste[2] & !(0xFF << 32) | 0x90 << 32),
+            (false, |ste| *ste = golden::STE_STALL_ATS),
+            (true, |ste| ste[0] |= 21 << 59),
+            (true, |ste| ste[0] |= 3 << 59 | 1 << 4),
+            (true, |ste| ste[0] |= 1 << 50),
+            (true, |ste| ste[1] = ste[1] & !(3 << 28) | 2 << 28),
+        ];
+        for (at, (first, change)) in cases.iter().enumerate() {
+            let config = Config::full();
+            let mut ste = if *first { stage_1(&config, 0) } else { stage_2(&config) };
+            change(&mut ste);
+            let bench = Bench::attached(config, ste);
+
+            assert_eq!(bench.read(IPA), Err(Refusal::Fault(0x04)), "case {at}");
+            bench.assert_events(&[golden::C_BAD_STE]);
+            bench.assert_lawful();
+        }
+    }
+
+    #[test]
+    fn a_part_that_lacks_a_feature_refuses_entries_that_use_it() {
+        let full = Config::full();
+        for (config, ste) in [
+            (Config { idr0: full.idr0 & !1, ..full }, stage_2(&full)),
+            (Config { idr0: full.idr0 & !2, ..full }, stage_1(&full, 0)),
+            (Config::qemu(), golden::STE_STALL),
+            (Config::qemu(), golden::STE_STAGE_1),
+            (Config::qemu(), stage_1(&Config::qemu(), 3)),
+        ] {
+            let bench = Bench::attached(config, ste);
+
+            assert_eq!(bench.read(IPA), Err(Refusal::Fault(0x04)), "{ste:x?}");
+        }
+    }
+
+    #[test]
+    fn reserved_bits_are_noted() {
+        let config = Config::qemu();
+        let mut ste = stage_1(&config, 0);
+        ste[5] = 1;
+        let bench = Bench::attached(config, ste);
+
+        assert_eq!(bench.read(IOVA), Err(Refusal::Fault(0x10)));
+        bench.assert_broken("reserved bits are set in words [5]");
+    }
+
+    #[test]
+    fn a_pasid_picks_its_context() {
+        let config = Config::full();
+        let mut bench = Bench::attached(config, stage_1(&config, 3));
+        bench.map_page(PAGE);
+        let read = |pasid: Option<u64>| {
+            bench.unit.dma_read(DEVICE, pasid.map(Pasid::from_low_bits), IOVA, 1).map(|_| ())
+        };
+
+        assert_eq!(read(None), Ok(()));
+        assert_eq!(read(Some(5)), Ok(()));
+        assert_eq!(read(Some(8)), Err(Refusal::Fault(0x08)));
+        assert_eq!(read(Some(0)), Err(Refusal::Fault(0x06)));
+        assert_eq!(read(Some(3)), Err(Refusal::Fault(0x0A)));
+
+        bench.assert_events(&[
+            [golden::C_BAD_SUBSTREAMID[0] & !(0xF_FFFF << 12) | 8 << 12, 0, 0, 0],
+            [SID << 32 | 0x06, 0, 0, 0],
+            [SID << 32 | 3 << 12 | 1 << 11 | 0x0A, 0, 0, 0],
+        ]);
+        bench.assert_lawful();
+    }
+
+    #[test]
+    fn without_a_pasid_the_default_substream_decides() {
+        let config = Config::full();
+        for (default, expected) in
+            [(0, Refusal::Fault(0x06)), (1, Refusal::Fault(0x11)), (3, Refusal::Fault(0x06))]
+        {
+            let mut ste = stage_1(&config, 3);
+            ste[1] = ste[1] & !3 | default;
+            let mut bench = Bench::attached(config, ste);
+            bench.map_page(PAGE);
+
+            assert_eq!(bench.read(IOVA), Err(expected), "S1DSS {default}");
+            assert!(bench.unit.dma_read(DEVICE, Some(PASID), IOVA, 1).is_ok());
+        }
+    }
+
+    #[test]
+    fn illegal_context_descriptors_are_refused() {
+        type Change = fn(&mut [u64; 8]);
+        let cases: &[Change] = &[
+            |cd| cd[0] &= !(1 << 31),
+            |cd| cd[0] &= !(1 << 41),
+            |cd| cd[0] &= !(1 << 46),
+            |cd| cd[0] |= 1 << 44,
+            |cd| cd[0] |= 1 << 43,
+            |cd| cd[0] |= 1 << 15,
+            |cd| cd[0] |= 1 << 6,
+            |cd| cd[0] = cd[0] & !0x3F | 15,
+            |cd| cd[0] = cd[0] & !0x3F | 40,
+            |cd| cd[1] |= 1 << 44,
+            // The upper half, with T1SZ zero.
+            |cd| cd[0] &= !(1 << 30),
+        ];
+        for (at, change) in cases.iter().enumerate() {
+            let config = Config::qemu();
+            let mut cd = context(1);
+            change(&mut cd);
+            let bench = Bench::attached(config, stage_1(&config, 0));
+            bench.put(CONTEXTS, &cd);
+
+            assert_eq!(bench.read(IOVA), Err(Refusal::Fault(0x0A)), "case {at}");
+            bench.assert_events(&[[SID << 32 | 0x0A, 0, 0, 0]]);
+            bench.assert_lawful();
+        }
+    }
+
+    #[test]
+    fn contexts_without_memory_are_a_fetch_fault() {
+        let config = Config::full();
+        let mut ste = stage_1(&config, 3);
+        ste[0] = ste[0] & !CONTEXTS | 0xB001_0000;
+        let bench = Bench::attached(config, ste);
+
+        let read = bench.unit.dma_read(DEVICE, Some(PASID), IOVA, 1);
+
+        assert_eq!(read, Err(Refusal::Fault(0x09)));
+        bench.assert_events(&[golden::F_CD_FETCH]);
+    }
+
+    #[test]
+    fn a_valid_entry_that_changes_in_several_words_at_once_is_noted() {
+        let bench = Bench::started(Config::qemu());
+        let memory = bench.memory();
+        let mut entry = memory.take(16, 8);
+        bench.assert_lawful();
+        // The first words that are handed out are the start of the stream table.
+        assert_eq!(entry.phys().0, STREAMS);
+        entry.clear();
+        let mut publish = |words: [u64; 4]| {
+            words.iter().enumerate().for_each(|(at, &word)| entry.store(8 + at, word));
+            bench.unit.publish(entry.range(8, 8));
+            bench.unit.violations().len()
+        };
+
+        let [w0, w1, w2, w3, ..] = stage_2(&Config::qemu());
+        assert_eq!(publish([0, w1, w2, w3]), 0);
+        assert_eq!(publish([w0, w1, w2, w3]), 0);
+        assert_eq!(publish([w0, w1, w2, w3 + 0x4000]), 0);
+        assert_eq!(publish([w0, w1, w2 + 1, w3]), 1);
+        assert_eq!(publish([0, 0, 0, 0]), 2);
+        assert_eq!(publish([w0, w1, w2, w3]), 3);
+
+        assert!(bench.unit.violations()[0].contains("Ste at 0x800000040: 2 words"));
+    }
+
+    #[test]
+    fn a_stage_2_table_is_aligned_to_all_of_its_parts() {
+        let config = Config::qemu();
+        let mut ste = stage_2(&config);
+        ste[3] |= 0x1000;
+        let mut bench = Bench::attached(config, ste);
+        bench.map_page_2(PAGE_2);
+
+        assert!(bench.read(IPA).is_ok(), "the unit ignores the bits");
+        assert!(bench.unit.violations()[0].contains("STE.S2TTB"));
+    }
+    #[test]
+    fn a_context_descriptor_in_use_changes_word_by_word_too() {
+        let config = Config::qemu();
+        let bench = Bench::started(config);
+        let memory = bench.memory();
+        // Up to the context descriptors, and these.
+        let mut contexts = memory.take(((CONTEXTS - STREAMS) / 8 + 8) as usize, 8);
+        let first = contexts.words() - 8;
+        assert_eq!(contexts.range(first, 8).start.0, CONTEXTS);
+        bench.set_ste(stage_1(&config, 0));
+        let [w0, w1, _, w3, ..] = context(1);
+        let mut publish = |words: [u64; 8]| {
+            words.iter().enumerate().for_each(|(at, &word)| contexts.store(first + at, word));
+            bench.unit.publish(contexts.range(first, 8));
+            bench.unit.violations().len()
+        };
+
+        assert_eq!(publish([w0, w1, 0, w3, 0, 0, 0, 0]), 0, "the unit does not know the stream yet");
+        assert_eq!(bench.read(IOVA), Err(Refusal::Fault(0x10)));
+        assert_eq!(publish([w0, w1 + 0x1000, 0, w3, 0, 0, 0, 0]), 0);
+        assert_eq!(publish([w0 + 1, w1, 0, w3, 0, 0, 0, 0]), 1);
+
+        bench.assert_broken("Cd at");
+    }
+}

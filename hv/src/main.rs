@@ -42,7 +42,7 @@ fn hypervisor(boot: Boot) -> ! {
 enum Failure {
     Machine(arch::machine::Error),
     Unit(unit::Error),
-    NoMemory,
+    Service(service::Failure),
     NoGuestImage,
     TooFewCores { present: usize, needed: usize },
 }
@@ -73,7 +73,7 @@ fn bring_up(boot: Boot) -> Result<&'static Hypervisor, Failure> {
     let image = boot.guest_image_bytes().ok_or(Failure::NoGuestImage)?;
     let unit::Unit { events, commands, tables } = unit;
     let hv = Hypervisor::publish(boot, config, registers, capabilities, commands, tables, image);
-    service::start(hv, events).ok_or(Failure::NoMemory)?;
+    service::start(hv, events).map_err(Failure::Service)?;
     for index in 0..hypervisor::GUESTS {
         cpu::start(hypervisor::home_of(index), guest::home).map_err(Failure::Machine)?;
     }

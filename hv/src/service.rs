@@ -40,21 +40,30 @@ struct Service {
     log: LogBudget,
 }
 
-/// Lets the routine serve the unit, on this core. `None` if memory does not suffice.
-pub fn start(hv: &'static Hypervisor, mut events: unit::Events) -> Option<()> {
+/// Why the unit is not served.
+#[derive(Clone, Copy, Debug, defmt::Format)]
+pub enum Failure {
+    /// There is no memory for the rings.
+    NoMemory,
+    /// The unit does not let itself be told where to interrupt.
+    Unit(iommu::Error),
+}
+
+/// Lets the routine serve the unit, on this core.
+pub fn start(hv: &'static Hypervisor, mut events: unit::Events) -> Result<(), Failure> {
     interrupts::on(Source::IommuFault, run);
     interrupts::on(Source::PageRequest, run);
     interrupts::on(Source::Timer, run);
     // A kick ends a sleep, or brings a guest out; what it is about is looked up by whoever was interrupted.
     interrupts::on(Source::Kick, || {});
-    let faults = interrupts::message(Source::IommuFault, SERVICE_CORE);
-    let requests = interrupts::message(Source::PageRequest, SERVICE_CORE);
-    let outboxes = hv.connect()?;
+    let outboxes = hv.connect().ok_or(Failure::NoMemory)?;
     let [first, second] = hv.queues;
     let broker = Broker::new([first, second], hv.attachments);
-    events.enable_interrupts(faults, requests);
+    unit::enable_interrupts(&mut events, SERVICE_CORE).map_err(Failure::Unit)?;
     SERVICE.with(|service| *service = Some(Service { hv, events, broker, outboxes, log: LogBudget::new() }));
-    Some(())
+    // The first pass takes what was reported before anybody listened.
+    interrupts::kick(SERVICE_CORE, Source::PageRequest);
+    Ok(())
 }
 
 /// Wakes the control core at `at_us`: the service core's timer serves both.

@@ -115,20 +115,21 @@ impl Apt {
         })
     }
 
-    /// Downloads `package` in `version` with all that it needs and unpacks it into `into`, a directory of its own.
+    /// Downloads `packages` in `version` with all that they need and unpacks them into `into`, a directory of their own.
     ///
     /// apt checks each file against the signed lists.
-    pub(crate) fn unpack(&self, package: &str, version: &str, into: &Path) -> Result<(), Error> {
-        let wanted = format!("{package}={version}");
+    pub(crate) fn unpack(&self, packages: &[&str], version: &str, into: &Path) -> Result<(), Error> {
+        let wanted: Vec<String> = packages.iter().map(|package| format!("{package}={version}")).collect();
         let plan =
-            checked(self.command("apt-get").args(["install", "--print-uris", "--yes", &wanted]), LIMIT)?;
+            checked(self.command("apt-get").args(["install", "--print-uris", "--yes"]).args(&wanted), LIMIT)?;
         let archives = archives(&plan);
         let megabytes = archives.iter().map(|archive| archive.bytes).sum::<u64>().div_ceil(1_000_000);
         say(&format!(
-            "downloading {package} {version} and what it needs from this machine's apt mirror: {} files, {megabytes} MB",
+            "downloading {} {version} and what it needs from this machine's apt mirror: {} files, {megabytes} MB",
+            packages.join(" and "),
             archives.len()
         ));
-        checked(self.command("apt-get").args(["install", "--download-only", "--yes", &wanted]), LIMIT)?;
+        checked(self.command("apt-get").args(["install", "--download-only", "--yes"]).args(&wanted), LIMIT)?;
         // An earlier try may have left half of something.
         let _ = fs::remove_dir_all(into);
         fs::create_dir_all(into).map_err(Error::io("creating", into))?;

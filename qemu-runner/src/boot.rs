@@ -4,7 +4,7 @@ use std::{
     fmt,
     fs::{self, File},
     io::{Read, Write},
-    path::Path,
+    path::{Path, PathBuf},
     process::{Command, ExitStatus, Stdio},
     sync::mpsc::{self, Receiver, RecvTimeoutError},
     thread,
@@ -14,6 +14,7 @@ use std::{
 use crate::{
     build::Images,
     error::Error,
+    flat,
     log::{Dictionary, Line},
     machine::Machine,
     process::Running,
@@ -50,19 +51,24 @@ pub(crate) enum Ending {
     Deadline(Duration),
 }
 
-/// QEMU's exit status when the hypervisor writes 0x10 to `isa-debug-exit`: every scene passed.
-const PASSED: i32 = exit_status(0x10);
-/// QEMU's exit status when the hypervisor writes 0x11 to `isa-debug-exit`: something failed.
-const FAILED: i32 = exit_status(0x11);
+/// What the hypervisor ends with when every scene passed.
+const PASSED: i32 = 0x10;
+/// What the hypervisor ends with when something failed.
+const FAILED: i32 = 0x11;
 
-/// What `isa-debug-exit` makes of the value that is written to it.
-const fn exit_status(value: i32) -> i32 {
-    value << 1 | 1
+/// Returns what the hypervisor ended with, from QEMU's exit status `code`.
+fn verdict(machine: Machine, code: i32) -> Option<i32> {
+    match machine {
+        // `isa-debug-exit` doubles what is written to it, and adds one.
+        Machine::X86_64 => (code & 1 == 1).then_some(code >> 1),
+        // Semihosting's `SYS_EXIT_EXTENDED` hands it on.
+        Machine::Aarch64 => Some(code),
+    }
 }
 
 impl Ending {
-    fn of(status: ExitStatus, stderr: &str) -> Self {
-        match status.code() {
+    fn of(machine: Machine, status: ExitStatus, stderr: &str) -> Self {
+        match status.code().and_then(|code| verdict(machine, code)) {
             Some(PASSED) => Self::Passed,
             Some(FAILED) => Self::Failed,
             _ => Self::Unexpected(status, last_lines(stderr, 5)),
@@ -85,7 +91,7 @@ impl fmt::Display for Ending {
             Self::Failed => f.write_str("the hypervisor ended: something failed"),
             // QEMU runs with -no-reboot: what would have been a reset is the end.
             Self::Unexpected(status, _) if status.success() => {
-                f.write_str("the machine was reset or switched off, by a triple fault most likely")
+                f.write_str("the machine was reset or switched off (on x86_64 by a triple fault most likely)")
             }
             Self::Unexpected(status, said) if said.is_empty() => {
                 write!(f, "QEMU ended in the middle, with {status}, and said nothing")
@@ -113,6 +119,7 @@ pub(crate) struct Outcome {
 
 /// Names of a boot's files in its directory.
 pub(crate) const TRACE: &str = "trace.txt";
+const IMAGE: &str = "hypervisor.bin";
 const SERIAL: &str = "serial.bin";
 const LOG: &str = "log.txt";
 const STDERR: &str = "stderr.txt";
@@ -134,7 +141,8 @@ impl Boot<'_> {
         Kept::create(self.directory, TRACE)?;
 
         let deadline = Instant::now() + self.limit;
-        let mut command = self.command();
+        let kernel = self.kernel(&elf)?;
+        let mut command = self.command(&kernel);
         command.stdin(Stdio::null()).stdout(Stdio::piped());
         command.stderr(Kept::create(self.directory, STDERR)?.file);
         let mut running = Running::start(&mut command)?;
@@ -161,28 +169,46 @@ impl Boot<'_> {
             Some(status) => {
                 let path = self.directory.join(STDERR);
                 let said = fs::read(&path).map_err(Error::io("reading", &path))?;
-                Ending::of(status, &String::from_utf8_lossy(&said))
+                Ending::of(self.machine, status, &String::from_utf8_lossy(&said))
             }
             None => Ending::Deadline(self.limit),
         };
         Ok(Outcome { ending, lost: decoder.lost() })
     }
 
-    fn command(&self) -> Command {
+    /// QEMU's command line, for the image `kernel`.
+    fn command(&self, kernel: &Path) -> Command {
         let mut command = self.qemu.command();
         match self.machine {
             Machine::X86_64 => self.add_x86_64(&mut command),
+            Machine::Aarch64 => self.add_aarch64(&mut command),
         }
         command.args(["-nodefaults", "-no-user-config", "-no-reboot"]);
         command.args(["-display", "none", "-monitor", "none", "-serial", "stdio"]);
         // Time is counted in instructions, so that a busy host cannot make the machine late; sleep keeps it from
         // running ahead of the real clock while it waits.
         command.args(["-icount", "shift=0,sleep=on"]);
-        command.arg("-kernel").arg(&self.images.hypervisor);
+        command.arg("-kernel").arg(kernel);
         command.arg("-initrd").arg(&self.images.guest);
         command.arg("-append").arg(self.scenes.join(" "));
         command.arg("-D").arg(self.directory.join(TRACE));
         command
+    }
+
+    /// Returns the file that QEMU boots: the hypervisor's ELF file `elf` itself, or the image that is in it.
+    fn kernel(&self, elf: &[u8]) -> Result<PathBuf, Error> {
+        match self.machine {
+            Machine::X86_64 => Ok(self.images.hypervisor.clone()),
+            Machine::Aarch64 => {
+                let hypervisor = self.images.hypervisor.display();
+                let image = flat::image(elf).ok_or_else(|| {
+                    Error::Image(format!("{hypervisor} has no segments that can be loaded"))
+                })?;
+                let path = self.directory.join(IMAGE);
+                fs::write(&path, image).map_err(Error::io("writing", &path))?;
+                Ok(path)
+            }
+        }
     }
 
     fn add_x86_64(&self, command: &mut Command) {
@@ -190,22 +216,25 @@ impl Boot<'_> {
         command.args(["-device", "isa-debug-exit,iobase=0xf4,iosize=4", "-trace", "vtd_*"]);
         // The IOMMU comes before every device that it is to translate for: iommu-testdev looks for it once, when it
         // is made, and goes past one that comes later.
-        match self.plugin {
-            Some(plugin) => {
-                plugin.add_to(command);
-                command.args(["-device", &format!("{VTD},svm=on")]);
-                command.args([
-                    "-device",
-                    "iommu-testdev,addr=3",
-                    "-device",
-                    "sva-dev,addr=4",
-                    "-device",
-                    "sva-dev,addr=5",
-                ]);
-            }
-            None => {
-                command.args(["-device", VTD, "-device", "iommu-testdev,addr=3"]);
-            }
+        let page_requests = if self.plugin.is_some() { ",svm=on" } else { "" };
+        command.args(["-device", &format!("{VTD}{page_requests}")]);
+        self.add_devices(command);
+    }
+
+    fn add_aarch64(&self, command: &mut Command) {
+        // The IOMMU is part of the machine, and with ACPI off the device tree tells of all there is.
+        command.args(["-machine", "virt,virtualization=on,gic-version=3,iommu=smmuv3,acpi=off,accel=tcg"]);
+        command.args(["-cpu", "max", "-smp", "3", "-m", "256M"]);
+        command.args(["-semihosting-config", "enable=on,target=native", "-trace", "smmu*"]);
+        self.add_devices(command);
+    }
+
+    /// Adds the devices that the scenes use, where the hypervisor looks for them.
+    fn add_devices(&self, command: &mut Command) {
+        command.args(["-device", "iommu-testdev,addr=3"]);
+        if let Some(plugin) = self.plugin {
+            plugin.add_to(command);
+            command.args(["-device", "sva-dev,addr=4", "-device", "sva-dev,addr=5"]);
         }
     }
 }
@@ -263,35 +292,41 @@ mod tests {
 
     use super::*;
 
-    fn ending(code: i32) -> Ending {
-        Ending::of(ExitStatus::from_raw(code << 8), "qemu: one\nqemu: two\n")
+    fn ending(machine: Machine, code: i32) -> Ending {
+        Ending::of(machine, ExitStatus::from_raw(code << 8), "qemu: one\nqemu: two\n")
     }
 
     #[test]
     fn only_the_hypervisors_good_status_is_no_problem() {
-        assert_eq!(ending(33), Ending::Passed);
-        assert_eq!(ending(33).problem(), None);
-        assert_eq!(ending(35), Ending::Failed);
-        for code in [0, 1, 16, 32, 34, 37] {
-            assert!(matches!(ending(code), Ending::Unexpected(..)), "{code}");
+        for (machine, passed, failed, others) in [
+            (Machine::X86_64, 33, 35, [0, 1, 16, 17, 32, 34, 37]),
+            (Machine::Aarch64, 16, 17, [0, 1, 15, 18, 33, 35, 255]),
+        ] {
+            assert_eq!(ending(machine, passed), Ending::Passed);
+            assert_eq!(ending(machine, passed).problem(), None);
+            assert_eq!(ending(machine, failed), Ending::Failed);
+            for code in others {
+                assert!(matches!(ending(machine, code), Ending::Unexpected(..)), "{machine:?} {code}");
+            }
         }
     }
 
     #[test]
     fn an_unexpected_end_quotes_qemu() {
-        let problem = ending(1).problem().unwrap();
+        let problem = ending(Machine::X86_64, 1).problem().unwrap();
 
         assert!(problem.contains("exit status: 1") && problem.contains("qemu: two"), "{problem}");
     }
 
     #[test]
     fn an_end_without_a_verdict_is_a_reset() {
-        assert!(ending(0).problem().unwrap().contains("triple fault"));
+        assert!(ending(Machine::X86_64, 0).problem().unwrap().contains("triple fault"));
+        assert!(ending(Machine::Aarch64, 0).problem().unwrap().contains("reset or switched off"));
     }
 
     #[test]
     fn a_signal_and_a_deadline_say_so() {
-        let killed = Ending::of(ExitStatus::from_raw(9), "").problem().unwrap();
+        let killed = Ending::of(Machine::Aarch64, ExitStatus::from_raw(9), "").problem().unwrap();
         let late = Ending::Deadline(Duration::from_secs(60)).problem().unwrap();
 
         assert!(killed.contains("signal: 9") && killed.contains("said nothing"), "{killed}");

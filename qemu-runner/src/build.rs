@@ -27,8 +27,6 @@ pub(crate) struct Images {
     pub(crate) hypervisor: PathBuf,
     /// The guest image, a flat binary.
     pub(crate) guest: PathBuf,
-    /// The plugin, a shared library for the host.
-    pub(crate) plugin: PathBuf,
 }
 
 impl Images {
@@ -46,9 +44,13 @@ impl Images {
                 None => build(toolchain, "hv", bare, offline)?,
             },
             guest: build(toolchain, "guest", bare, offline)?,
-            plugin: build(toolchain, "sva-device", None, offline)?,
         })
     }
+}
+
+/// Builds the plugin with the test device, a shared library for the host that serves every machine.
+pub(crate) fn build_plugin(toolchain: &Toolchain, offline: bool) -> Result<PathBuf, Error> {
+    build(toolchain, "sva-device", None, offline)
 }
 
 /// One line of `cargo build --message-format=json`, as far as it is used.

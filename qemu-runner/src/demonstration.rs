@@ -9,7 +9,7 @@ use std::{
 
 use crate::{
     boot::{Boot, Ending, TRACE},
-    build::Images,
+    build::{Images, build_plugin},
     error::Error,
     log::{Level, Line},
     machine::{Machine, Scene},
@@ -49,14 +49,24 @@ impl Demonstration {
     pub fn prepare(options: Options, hypervisor: Option<&Path>) -> Result<Self, Error> {
         let workspace = Workspace::locate()?;
         let lock = workspace.lock()?;
+        let machines = match hypervisor {
+            Some(elf) => vec![machine_of(elf, &options)?],
+            None => options.machines.clone(),
+        };
+        // First, so that a QEMU that cannot be had costs no build.
+        let qemus = machines
+            .iter()
+            .map(|&machine| Qemu::provide(&workspace, machine, options.offline))
+            .collect::<Result<Vec<_>, _>>()?;
+        let targets: Vec<&str> = machines.iter().map(|machine| machine.target()).collect();
+        let toolchain = Toolchain::provide(&workspace, &targets, options.offline)?;
+        let library = build_plugin(&toolchain, options.offline)?;
         let mut stages = Vec::new();
-        for &machine in &options.machines {
-            let qemu = Qemu::provide(&workspace, machine, options.offline)?;
-            let toolchain = Toolchain::provide(&workspace, &[machine.target()], options.offline)?;
+        for (machine, qemu) in machines.into_iter().zip(qemus) {
             let images = Images::build(&toolchain, machine, hypervisor, options.offline)?;
-            let plugin = qemu.try_plugin(&images.plugin);
+            let plugin = qemu.try_plugin(&library);
             if let Err(reason) = &plugin {
-                say(&format!("scenes with page requests are skipped: {reason}"));
+                say(&format!("{}: scenes with page requests are skipped: {reason}", machine.name()));
             }
             stages.push(Stage { machine, qemu, plugin, images });
         }
@@ -119,7 +129,7 @@ impl Demonstration {
         }
         let trace = directory.path().join(TRACE);
         let trace = File::open(&trace).map_err(Error::io("reading", &trace))?;
-        let trace = Trace::judge(BufReader::new(trace), &transcript.unmaps)?;
+        let trace = Trace::judge(*machine, BufReader::new(trace), &transcript.unmaps)?;
         report.judge(Evidence {
             machine: *machine,
             qemu_version: &qemu.version,
@@ -132,6 +142,16 @@ impl Demonstration {
             trace,
         });
         Ok(())
+    }
+}
+
+/// Returns the machine that the image at `elf` is for, unless the options name another.
+fn machine_of(elf: &Path, options: &Options) -> Result<Machine, Error> {
+    let machine = Machine::of_image(elf)?;
+    if options.machines.contains(&machine) {
+        Ok(machine)
+    } else {
+        Err(Error::Usage(format!("{} is for {}, which --machine leaves out", elf.display(), machine.name())))
     }
 }
 

@@ -23,6 +23,7 @@ mod boot;
 mod build;
 mod demonstration;
 mod error;
+mod flat;
 mod log;
 mod machine;
 mod options;

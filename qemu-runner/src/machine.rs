@@ -1,5 +1,7 @@
 //! The machines that the hypervisor runs on, and the scenes that each shows.
 
+use std::{fs::File, io::Read, path::Path};
+
 use crate::error::Error;
 
 /// A machine that QEMU emulates and the hypervisor supports.
@@ -7,13 +9,15 @@ use crate::error::Error;
 pub enum Machine {
     /// QEMU's `q35` with its own VT-d unit.
     X86_64,
+    /// QEMU's `virt` with its own SMMUv3, to which the plugin `sva-device` adds a PRI queue.
+    Aarch64,
 }
 
 /// What is known about a scene before it is run.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) struct Scene {
     pub(crate) name: &'static str,
-    /// Whether it needs a device that issues page requests, which QEMU lacks and the plugin `sva-device` adds.
+    /// Whether it needs a device that can issue page requests, which QEMU lacks and the plugin `sva-device` adds.
     pub(crate) page_requests: bool,
     /// Whether something that the scene is evidence about is our own model in place of QEMU's.
     pub(crate) test_double: bool,
@@ -33,25 +37,51 @@ const X86_64_SCENES: [Scene; 8] = [
     Scene { name: "isolation", page_requests: true, test_double: false },
 ];
 
+/// The scenes of [`Machine::Aarch64`], in the order in which they are shown.
+///
+/// Translation and event queue are those of QEMU's SMMUv3, which has no page requests: where a scene rests on those, the
+/// plugin's PRI queue stands in.
+const AARCH64_SCENES: [Scene; 8] = [
+    Scene { name: "deny", page_requests: false, test_double: false },
+    Scene { name: "allow", page_requests: false, test_double: false },
+    Scene { name: "event", page_requests: true, test_double: false },
+    Scene { name: "repair", page_requests: true, test_double: true },
+    Scene { name: "silence", page_requests: true, test_double: true },
+    Scene { name: "forgery", page_requests: true, test_double: true },
+    Scene { name: "departure", page_requests: true, test_double: true },
+    Scene { name: "isolation", page_requests: true, test_double: false },
+];
+
 impl Machine {
     /// Every machine, in the order in which they are booted.
-    pub const ALL: [Self; 1] = [Self::X86_64];
+    pub const ALL: [Self; 2] = [Self::X86_64, Self::Aarch64];
 
     /// Returns the machine that a user calls `name`.
     pub fn named(name: &str) -> Result<Self, Error> {
-        match (Self::ALL.into_iter().find(|machine| machine.name() == name), name) {
-            (Some(machine), _) => Ok(machine),
-            (None, "aarch64") => Err(Error::Usage(
-                "the hypervisor does not run on aarch64 yet; the machine that it runs on is x86_64".into(),
-            )),
-            (None, _) => Err(Error::Usage(format!("there is no machine {name}; the machine is x86_64"))),
-        }
+        Self::ALL.into_iter().find(|machine| machine.name() == name).ok_or_else(|| {
+            Error::Usage(format!("there is no machine {name}; the machines are x86_64 and aarch64"))
+        })
+    }
+
+    /// Returns the machine that the hypervisor image at `elf` was built for.
+    pub(crate) fn of_image(elf: &Path) -> Result<Self, Error> {
+        let mut header = Vec::new();
+        File::open(elf)
+            .and_then(|file| file.take(HEADER as u64).read_to_end(&mut header))
+            .map_err(Error::io("reading", elf))?;
+        built_for(&header).ok_or_else(|| {
+            Error::Image(format!(
+                "{} is no ELF image for x86_64 or aarch64; build it with `--target` and the machine's target",
+                elf.display()
+            ))
+        })
     }
 
     /// Name of the machine in options and reports: the architecture.
     pub fn name(self) -> &'static str {
         match self {
             Self::X86_64 => "x86_64",
+            Self::Aarch64 => "aarch64",
         }
     }
 
@@ -59,6 +89,7 @@ impl Machine {
     pub(crate) fn target(self) -> &'static str {
         match self {
             Self::X86_64 => "x86_64-unknown-none",
+            Self::Aarch64 => "aarch64-unknown-none-softfloat",
         }
     }
 
@@ -66,6 +97,15 @@ impl Machine {
     pub(crate) fn qemu_variable(self) -> &'static str {
         match self {
             Self::X86_64 => "PORTCULLIS_QEMU_X86_64",
+            Self::Aarch64 => "PORTCULLIS_QEMU_AARCH64",
+        }
+    }
+
+    /// The Debian package that has the QEMU.
+    pub(crate) fn qemu_package(self) -> &'static str {
+        match self {
+            Self::X86_64 => "qemu-system-x86",
+            Self::Aarch64 => "qemu-system-arm",
         }
     }
 
@@ -73,7 +113,24 @@ impl Machine {
     pub(crate) fn scenes(self) -> &'static [Scene] {
         match self {
             Self::X86_64 => &X86_64_SCENES,
+            Self::Aarch64 => &AARCH64_SCENES,
         }
+    }
+}
+
+/// How much of an ELF file it takes to know its machine, in bytes: up to and with `e_machine`.
+const HEADER: usize = 20;
+
+/// Returns the machine that the ELF file which begins with `header` is for: 64-bit, little-endian, `e_machine`.
+fn built_for(header: &[u8]) -> Option<Machine> {
+    let header: &[u8; HEADER] = header.first_chunk()?;
+    if !header.starts_with(b"\x7fELF\x02\x01") {
+        return None;
+    }
+    match u16::from_le_bytes([header[18], header[19]]) {
+        62 => Some(Machine::X86_64),
+        183 => Some(Machine::Aarch64),
+        _ => None,
     }
 }
 
@@ -83,12 +140,43 @@ mod tests {
 
     #[test]
     fn a_machine_is_found_by_its_name() {
-        assert_eq!(Machine::named("x86_64").unwrap(), Machine::X86_64);
+        for machine in Machine::ALL {
+            assert_eq!(Machine::named(machine.name()).unwrap(), machine);
+        }
+        assert!(Machine::named("pdp11").unwrap_err().to_string().contains("no machine pdp11"));
     }
 
     #[test]
-    fn a_machine_to_come_is_said_to_be_missing() {
-        assert!(Machine::named("aarch64").unwrap_err().to_string().contains("not run on aarch64 yet"));
-        assert!(Machine::named("pdp11").unwrap_err().to_string().contains("no machine pdp11"));
+    fn both_machines_show_the_same_scenes_in_the_same_order() {
+        let names = |machine: Machine| machine.scenes().iter().map(|scene| (scene.name, scene.page_requests));
+
+        assert!(names(Machine::X86_64).eq(names(Machine::Aarch64)));
+    }
+
+    #[test]
+    fn only_what_rests_on_our_own_page_request_queue_is_a_test_double() {
+        let doubles = |machine: Machine| -> Vec<&str> {
+            machine.scenes().iter().filter(|scene| scene.test_double).map(|scene| scene.name).collect()
+        };
+
+        assert_eq!(doubles(Machine::X86_64), [""; 0]);
+        assert_eq!(doubles(Machine::Aarch64), ["repair", "silence", "forgery", "departure"]);
+    }
+
+    #[test]
+    fn an_image_tells_its_machine() {
+        let image = |ident: &[u8], machine: [u8; 2]| {
+            let mut header = [0; HEADER];
+            header[..ident.len()].copy_from_slice(ident);
+            header[18..].copy_from_slice(&machine);
+            built_for(&header)
+        };
+
+        assert_eq!(image(b"\x7fELF\x02\x01\x01", [62, 0]), Some(Machine::X86_64));
+        assert_eq!(image(b"\x7fELF\x02\x01\x01", [183, 0]), Some(Machine::Aarch64));
+        assert_eq!(image(b"\x7fELF\x02\x01\x01", [243, 0]), None);
+        assert_eq!(image(b"\x7fELF\x01\x01\x01", [62, 0]), None);
+        assert_eq!(image(b"#!/bin/sh", [62, 0]), None);
+        assert_eq!(built_for(b"\x7fELF\x02\x01"), None);
     }
 }

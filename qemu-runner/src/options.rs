@@ -16,7 +16,7 @@ Boots Portcullis in QEMU, shows its scenes, and judges them.
   cargo run -- toolchain           make the bare-metal targets usable, and print what cargo needs for that
 
 Options:
-  --machine NAME     boot this machine only (x86_64)
+  --machine NAME     boot this machine only (x86_64, aarch64)
   --scene NAME       show this scene only; may be given several times
                      (deny allow event repair silence forgery departure isolation)
   --keep             keep each boot's files (serial.bin, log.txt, trace.txt, stderr.txt) and say where
@@ -31,7 +31,8 @@ The report is written to portcullis/report.json in cargo's target directory. Wha
 Exit status: 0 if every scene passed; 1 if something failed or is missing; 2 if the command line is wrong.
 
 Environment:
-  PORTCULLIS_QEMU_X86_64  the QEMU to use, before any other
+  PORTCULLIS_QEMU_X86_64, PORTCULLIS_QEMU_AARCH64
+                          the QEMU to use for that machine, before any other
   PORTCULLIS_NO_RUSTUP    if set, leave rustup and its targets aside: build `core` from the distribution's rust-src
   RUST_SRC                the `library` directory of Rust's own source, of exactly the compiler's version
   CARGO_NET_OFFLINE       if true, the same as --offline
@@ -214,7 +215,7 @@ mod tests {
     fn what_does_not_exist_is_refused_by_name() {
         for (words, name) in [
             (&["--scene", "opera"][..], "opera"),
-            (&["--machine", "aarch64"], "aarch64"),
+            (&["--machine", "pdp11"], "pdp11"),
             (&["--fast"], "--fast"),
             (&["--repeat", "0"], "--repeat"),
             (&["--timeout", "soon"], "soon"),
@@ -229,9 +230,23 @@ mod tests {
     }
 
     #[test]
-    fn the_help_names_every_scene() {
-        for scene in Machine::X86_64.scenes() {
-            assert!(HELP.contains(scene.name), "{}", scene.name);
+    fn the_help_names_every_machine_scene_and_variable() {
+        for machine in Machine::ALL {
+            let scenes = machine.scenes().iter().map(|scene| scene.name);
+            for name in scenes.chain([machine.name(), machine.qemu_variable()]) {
+                assert!(HELP.contains(name), "{name}");
+            }
         }
+    }
+
+    #[test]
+    fn every_machine_is_booted_unless_one_is_named() {
+        let machines = |words: &[&str]| match request(words).unwrap() {
+            Request::Demonstrate(options) => options.machines,
+            other => panic!("{other:?} is not a demonstration"),
+        };
+
+        assert_eq!(machines(&[]), Machine::ALL);
+        assert_eq!(machines(&["--machine", "aarch64"]), [Machine::Aarch64]);
     }
 }

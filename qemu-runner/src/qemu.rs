@@ -43,7 +43,7 @@ struct Start {
 /// What a QEMU can do beyond the least that any scene needs.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 struct Abilities {
-    /// The IOMMU takes page requests (VT-d: option `svm`).
+    /// The IOMMU takes page requests (VT-d: option `svm`; SMMUv3: the plugin sees to it).
     page_requests: bool,
     /// Plugins can be loaded.
     plugins: bool,
@@ -67,7 +67,7 @@ impl Qemu {
     pub(crate) fn provide(workspace: &Workspace, machine: Machine, offline: bool) -> Result<Self, Error> {
         let variable = machine.qemu_variable();
         if let Some(named) = env::var_os(variable).filter(|named| !named.is_empty()) {
-            return Self::ask(Start::program(named.into()), variable.into()).map_err(|reason| {
+            return Self::ask(Start::program(named.into()), machine, variable.into()).map_err(|reason| {
                 Error::NoQemu(format!("the QEMU that {variable} names cannot be used: {reason}"))
             });
         }
@@ -75,14 +75,14 @@ impl Qemu {
         let mut tried = format!("  {variable}: not set\n");
         let mut partial = None;
         let program = format!("qemu-system-{}", machine.name());
-        match on_path(&program).map(|path| Self::ask(Start::program(path), "PATH".into())) {
+        match on_path(&program).map(|path| Self::ask(Start::program(path), machine, "PATH".into())) {
             Some(Ok(qemu)) if qemu.lacks().is_none() => return Ok(qemu),
             Some(Ok(qemu)) => partial = Some(qemu),
             Some(Err(reason)) => _ = writeln!(tried, "  PATH: {reason}"),
             None => _ = writeln!(tried, "  PATH: has no {program}"),
         }
 
-        let kept = workspace.kept.join("qemu").join(machine.name());
+        let kept = workspace.kept.join("qemu");
         if let Some(qemu) = cached(&kept, machine) {
             return Ok(qemu);
         }
@@ -102,7 +102,7 @@ impl Qemu {
     }
 
     /// Asks a QEMU what it can do; refuses one that can show no scene, and says why.
-    fn ask(start: Start, origin: String) -> Result<Self, String> {
+    fn ask(start: Start, machine: Machine, origin: String) -> Result<Self, String> {
         let said = |arguments: &[&str]| -> Result<String, String> {
             let captured =
                 output(start.command().args(arguments), QUESTION_LIMIT).map_err(|error| error.to_string())?;
@@ -113,11 +113,12 @@ impl Qemu {
             .lines()
             .find_map(|line| line.strip_prefix("QEMU emulator version "))
             .ok_or_else(|| format!("{} does not say that it is QEMU", start.program.display()))?;
-        let properties = properties(&said(&["-device", "intel-iommu,help"])?);
+        let (kind, name, options) = iommu(machine);
+        let properties = properties(&said(&[kind, &format!("{name},help")])?);
         let offers = |name: &str| properties.iter().any(|property| property == name);
-        for option in ["scalable-mode", "fsts", "device-iotlb", "pasid-bits"] {
+        for option in options {
             if !offers(option) {
-                return Err(format!("QEMU {version} has no intel-iommu with the option {option}"));
+                return Err(format!("QEMU {version} has no {name} with the option {option}"));
             }
         }
         if said(&["-device", "iommu-testdev,help"])?.contains("not found") {
@@ -125,7 +126,7 @@ impl Qemu {
         }
         let help = said(&["-help"])?;
         let abilities = Abilities {
-            page_requests: offers("svm"),
+            page_requests: machine == Machine::Aarch64 || offers("svm"),
             plugins: help.lines().any(|line| line.starts_with("-plugin ")),
             ends_with_parent: help.contains("exit-with-parent="),
         };
@@ -177,6 +178,16 @@ impl Qemu {
         command.args(["-machine", "none", "-nodefaults", "-display", "none", "-device", LAST_WORD]);
         let captured = output(&mut command, QUESTION_LIMIT).map_err(|error| error.to_string())?;
         Ok(Some(captured.stderr).filter(|said| !said.contains(LAST_WORD)))
+    }
+}
+
+/// Which part of QEMU says what the IOMMU of `machine` can do: its kind, its name, and the options it must have.
+fn iommu(machine: Machine) -> (&'static str, &'static str, &'static [&'static str]) {
+    match machine {
+        Machine::X86_64 => {
+            ("-device", "intel-iommu", &["scalable-mode", "fsts", "device-iotlb", "pasid-bits"])
+        }
+        Machine::Aarch64 => ("-machine", "virt", &["iommu", "virtualization", "acpi", "gic-version"]),
     }
 }
 
@@ -267,58 +278,73 @@ fn cached(kept: &Path, machine: Machine) -> Option<Qemu> {
 /// Asks the QEMU that was unpacked into `dir`.
 fn unpacked(dir: &Path, machine: Machine) -> Result<Qemu, String> {
     let start = Start::unpacked(dir, machine).ok_or("packages can be unpacked on x86_64 and aarch64 only")?;
-    let qemu = Qemu::ask(start, "fetched".into())?;
+    let qemu = Qemu::ask(start, machine, "fetched".into())?;
     match qemu.lacks() {
         None => Ok(qemu),
         Some(lack) => Err(lack),
     }
 }
 
-/// Unpacks a QEMU for `machine` into a directory of `kept` that is named for its version.
+/// Unpacks a QEMU into a directory of `kept` that is named for its version, and returns the one for `machine`.
 fn fetch(workspace: &Workspace, kept: &Path, machine: Machine) -> Result<Qemu, String> {
     // Only what is complete and works gets a name below `kept`.
     let unfinished = kept.with_extension("unfinished");
-    let found =
-        unpack(workspace, &unfinished, machine).map_err(|error| error.to_string()).and_then(|version| {
-            unpacked(&unfinished, machine)?;
-            // A colon, which ends the epoch of a version, also separates the directories of a library path.
-            let named = kept.join(version.rsplit(':').next().unwrap_or_default());
-            // What stands there was found not to work.
-            let _ = fs::remove_dir_all(&named);
-            fs::create_dir_all(kept)
-                .and_then(|()| fs::rename(&unfinished, &named))
-                .map_err(|source| Error::io("naming", &named)(source).to_string())?;
-            unpacked(&named, machine)
-        });
+    let found = unpack(workspace, &unfinished).map_err(|error| error.to_string()).and_then(|version| {
+        unpacked(&unfinished, machine)?;
+        // A colon, which ends the epoch of a version, also separates the directories of a library path.
+        let named = kept.join(version.rsplit(':').next().unwrap_or_default());
+        // What stands there was found not to work.
+        let _ = fs::remove_dir_all(&named);
+        fs::create_dir_all(kept)
+            .and_then(|()| fs::rename(&unfinished, &named))
+            .map_err(|source| Error::io("naming", &named)(source).to_string())?;
+        unpacked(&named, machine)
+    });
     // After success it has its name, and this does nothing.
     let _ = fs::remove_dir_all(&unfinished);
     found
 }
 
-/// Fetches the newest package with a QEMU for `machine`, unpacks it into `into`, and returns its version.
-fn unpack(workspace: &Workspace, into: &Path, machine: Machine) -> Result<String, Error> {
-    let package = match machine {
-        Machine::X86_64 => "qemu-system-x86",
-    };
+/// Fetches the newest packages with QEMU for every machine, unpacks them into `into`, and returns their version.
+///
+/// Nearly all that they need is the same, so that one machine more is some megabytes more.
+fn unpack(workspace: &Workspace, into: &Path) -> Result<String, Error> {
+    let packages = Machine::ALL.map(Machine::qemu_package);
     let apt = Apt::open(&workspace.kept)?;
-    let version = apt.version(package, "")?;
-    apt.unpack(package, &version, into)?;
+    // Built from one source, they have one version.
+    let version = apt.version(packages[0], "")?;
+    apt.unpack(&packages, &version, into)?;
     Ok(version)
 }
 
 fn advice(machine: Machine, tried: &str) -> String {
+    let needs = match machine {
+        Machine::X86_64 => {
+            "intel-iommu with first-stage tables (scalable-mode, fsts), iommu-testdev, and for most scenes page\n\
+             requests (svm) and plugins"
+        }
+        Machine::Aarch64 => {
+            "the machine virt with an SMMUv3 (iommu) and EL2 (virtualization), iommu-testdev, and for most\n\
+             scenes plugins"
+        }
+    };
+    let elsewhere = match machine {
+        Machine::X86_64 => "qemu-system-x86",
+        Machine::Aarch64 => "qemu-system-aarch64",
+    };
     format!(
         "No QEMU for {name} can be used. What was tried:\n{tried}\
-         It must have intel-iommu with first-stage tables (scalable-mode, fsts), iommu-testdev, and for most scenes page\n\
-         requests (svm) and plugins. QEMU 11.1 has all of that. What to install:\n\
-         \x20 Debian 13   apt install -t trixie-backports qemu-system-x86   (or let this program fetch it, without --offline)\n\
-         \x20 Debian 14   apt install qemu-system-x86\n\
-         \x20 Fedora 45   dnf install qemu-system-x86\n\
-         \x20 Arch        pacman -S qemu-system-x86\n\
+         It must have {needs}.\n\
+         QEMU 11.1 has all of that. What to install:\n\
+         \x20 Debian 13   apt install -t trixie-backports {debian}   (or let this program fetch it, without --offline)\n\
+         \x20 Debian 14   apt install {debian}\n\
+         \x20 Fedora 45   dnf install {elsewhere}\n\
+         \x20 Arch        pacman -S {elsewhere}\n\
          \x20 macOS       brew install qemu\n\
          \x20 Ubuntu      releases up to 26.04 have an older one: build QEMU 11.1 with --enable-plugins --enable-modules\n\
-         Then it is found on PATH, or name it in {variable}.",
+         Then it is found on PATH, or name it in {variable}. --machine boots another machine alone.",
         name = machine.name(),
+        debian = machine.qemu_package(),
         variable = machine.qemu_variable(),
     )
 }
@@ -352,46 +378,67 @@ mod tests {
     }
 
     #[test]
-    fn the_advice_names_each_distribution_and_the_variable() {
-        let advice = advice(Machine::X86_64, "  PATH: has none\n");
+    fn the_advice_names_each_distribution_the_package_and_the_variable() {
+        for machine in Machine::ALL {
+            let advice = advice(machine, "  PATH: has none\n");
 
-        for name in
-            ["Debian", "Ubuntu", "Fedora", "Arch", "macOS", "PORTCULLIS_QEMU_X86_64", "PATH: has none"]
-        {
-            assert!(advice.contains(name), "{name}");
+            let systems = ["Debian", "Ubuntu", "Fedora", "Arch", "macOS", "PATH: has none"];
+            for name in systems.into_iter().chain([machine.qemu_package(), machine.qemu_variable()]) {
+                assert!(advice.contains(name), "{name}");
+            }
         }
     }
 
-    fn fake_dir() -> PathBuf {
-        env::temp_dir().join(format!("portcullis-fake-qemu-{}", std::process::id()))
-    }
-
-    /// A program that answers as a QEMU would that has `devices` and prints `help`.
-    fn fake(name: &str, iommu_options: &str, testdev: &str) -> Start {
-        fs::create_dir_all(fake_dir()).unwrap();
-        let script = fake_dir().join(name);
+    /// A program that answers as a QEMU would whose IOMMU has `options`, and that says `testdev` of iommu-testdev.
+    fn fake(name: &str, options: &str, testdev: &str) -> Start {
+        let dir = env::temp_dir().join(format!("portcullis-fake-qemu-{}", std::process::id()));
+        fs::create_dir_all(&dir).unwrap();
+        let script = dir.join(name);
         let answers = format!(
-            "case \"$*\" in\n--version) echo 'QEMU emulator version 9.9.9 (fake)';;\n*intel-iommu*) printf '{iommu_options}';;\n\
+            "case \"$*\" in\n--version) echo 'QEMU emulator version 9.9.9 (fake)';;\n\
+             *intel-iommu* | *virt,help*) printf '{options}';;\n\
              *iommu-testdev*) echo '{testdev}';;\n-help) echo '-plugin [file=]<file>';;\nesac\n"
         );
         fs::write(&script, answers).unwrap();
         Start { program: "sh".into(), leading: vec![script.into()], module_dir: None }
     }
 
+    /// Asks such a program, which is gone afterwards.
+    fn ask(machine: Machine, name: &str, options: &str, testdev: &str) -> Result<Qemu, String> {
+        let start = fake(name, options, testdev);
+        let script = PathBuf::from(start.leading[0].clone());
+        let answer = Qemu::ask(start, machine, String::new());
+        fs::remove_file(script).unwrap();
+        answer
+    }
+
     #[test]
-    fn a_qemu_is_judged_by_what_it_offers() {
+    fn a_qemu_for_x86_64_is_judged_by_what_its_vtd_offers() {
         let all = "  scalable-mode=<bool> x\\n  fsts=<bool> x\\n  device-iotlb=<bool> x\\n  pasid-bits=<uint8> x\\n";
+        let ask = |name, options: &str, testdev| ask(Machine::X86_64, name, options, testdev);
 
-        let old = Qemu::ask(fake("old", "  x-scalable-mode=<bool> x\\n", "options:"), String::new());
-        let bare = Qemu::ask(fake("bare", all, "not found"), String::new());
-        let partial = Qemu::ask(fake("partial", all, "options:"), String::new()).unwrap();
-        let full =
-            Qemu::ask(fake("full", &format!("{all}  svm=<bool> x\\n"), "options:"), String::new()).unwrap();
+        let old = ask("old", "  x-scalable-mode=<bool> x\\n", "options:");
+        let bare = ask("bare", all, "not found");
+        let partial = ask("partial", all, "options:").unwrap();
+        let full = ask("full", &format!("{all}  svm=<bool> x\\n"), "options:").unwrap();
 
-        fs::remove_dir_all(fake_dir()).unwrap();
-        assert!(old.unwrap_err().contains("option scalable-mode"));
+        assert!(old.unwrap_err().contains("intel-iommu with the option scalable-mode"));
         assert!(bare.unwrap_err().contains("no iommu-testdev"));
         assert!(partial.try_plugin(Path::new("/p.so")).unwrap_err().contains("no page requests"));
+        assert_eq!((full.version.as_str(), full.lacks()), ("9.9.9 (fake)", None));
+    }
+
+    #[test]
+    fn a_qemu_for_aarch64_is_judged_by_what_its_machine_offers() {
+        let all = "  acpi=<OnOffAuto> x\\n  gic-version=<string> x\\n  iommu=<string> x\\n  virtualization=<bool> x\\n";
+        let ask = |name, options: &str, testdev| ask(Machine::Aarch64, name, options, testdev);
+
+        let old = ask("arm-old", "  acpi=<OnOffAuto> x\\n", "options:");
+        let bare = ask("arm-bare", all, "not found");
+        let full = ask("arm-full", all, "options:").unwrap();
+
+        assert!(old.unwrap_err().contains("virt with the option iommu"));
+        assert!(bare.unwrap_err().contains("no iommu-testdev"));
         assert_eq!((full.version.as_str(), full.lacks()), ("9.9.9 (fake)", None));
     }
 }

@@ -288,6 +288,34 @@ mod tests {
     }
 
     #[test]
+    fn both_machines_stand_side_by_side_each_with_its_test_doubles_and_its_trace() {
+        let transcript = transcript(&all_passed(&names()));
+        let mut report = Report::default();
+        for machine in Machine::ALL {
+            report.judge(Evidence { machine, wanted: machine.scenes(), ..evidence(&transcript) });
+        }
+
+        let summary = report.summary();
+
+        assert_eq!(report.closing_line(), "All 16 scenes passed.");
+        assert!(
+            summary.contains("repair     x86_64   passed   no           what repair shows\n"),
+            "{summary}"
+        );
+        assert!(
+            summary.contains("repair     aarch64  passed   yes          what repair shows\n"),
+            "{summary}"
+        );
+        assert!(
+            summary.contains("event      aarch64  passed   no           what event shows\n"),
+            "{summary}"
+        );
+        for machine in Machine::ALL {
+            assert!(report.qemu.contains_key(machine.name()) && report.trace.contains_key(machine.name()));
+        }
+    }
+
+    #[test]
     fn the_report_has_the_promised_shape() {
         let transcript = transcript(&all_passed(&["deny"]));
         let wanted = &Machine::X86_64.scenes()[..1];

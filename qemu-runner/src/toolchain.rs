@@ -276,7 +276,7 @@ fn rust_source(
     let apt = Apt::open(&workspace.kept)?;
     let version = apt.version("rust-src", &format!("{}+", compiler.release))?;
     let unpacked = work.join("rust-src");
-    apt.unpack("rust-src", &version, &unpacked)?;
+    apt.unpack(&["rust-src"], &version, &unpacked)?;
     Some(unpacked.join(packaged)).filter(is_source).ok_or_else(|| Error::Program {
         program: "rust-src".into(),
         said: format!("package {version} has no library directory where one is expected"),

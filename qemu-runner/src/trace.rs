@@ -1,14 +1,16 @@
 //! QEMU's own trace as a witness: was a device's translation ever bypassed, and was each removed mapping invalidated?
 //!
-//! `-trace 'vtd_*'` writes one line an event, the event's name first. The names and formats are those of QEMU 11.1
-//! (`trace-events-all`). Invalidations are read from the descriptors themselves (`vtd_inv_desc`): QEMU lists an event for
-//! each kind of invalidation, and never issues those for address spaces with a PASID.
+//! `-trace` writes one line an event, the event's name first. The names and formats are those of QEMU 11.1
+//! (`trace-events-all`). What an event of a unit means is read by `vtd` and `smmu`; the verdict is the same for both.
+
+mod smmu;
+mod vtd;
 
 use std::io::BufRead;
 
 use serde::Serialize;
 
-use crate::{error::Error, scenes::hex};
+use crate::{error::Error, machine::Machine};
 
 /// Size of the pages that a mapping consists of, in bytes.
 const PAGE: u64 = 4096;
@@ -19,10 +21,10 @@ const QUOTED: usize = 10;
 /// A mapping that the hypervisor says it removed, its invalidation complete.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) struct Unmap {
-    /// Requester ID of the device.
+    /// Requester ID of the device, which is its StreamID.
     pub(crate) stream: u64,
     pub(crate) pasid: u64,
-    /// Domain ID, which tags what the unit caches.
+    /// Domain ID, which tags what the unit caches: on an SMMUv3, ASID and VMID.
     pub(crate) domain: u64,
     /// First address, a multiple of 4096.
     pub(crate) iova: u64,
@@ -37,52 +39,50 @@ impl Unmap {
     }
 }
 
-/// An invalidation of cached translations that QEMU took from the queue.
+/// An invalidation of cached translations that QEMU took from the unit's queue.
 ///
-/// QEMU traces a descriptor before it checks it. A descriptor that it refuses stops the queue, so the hypervisor's wait
-/// behind it does not complete, and no unmap is logged.
+/// QEMU traces some before it checks them. What it refuses stops the queue, so that no completion follows.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-enum Invalidation {
-    /// A naturally aligned range of 2^`log2` pages in one address space.
-    Pages { domain: u64, pasid: u64, addr: u64, log2: u32 },
-    /// One address space.
-    Pasid { domain: u64, pasid: u64 },
-    /// All address spaces of a domain.
-    Domain { domain: u64 },
-    /// Everything.
-    Global,
+struct Invalidation {
+    /// All domains if `None`.
+    domain: Option<u64>,
+    /// All address spaces of the domain if `None`.
+    pasid: Option<u64>,
+    /// First address and the address after the last; all addresses if `None`.
+    range: Option<(u64, u64)>,
 }
 
 impl Invalidation {
+    /// Everything.
+    const ALL: Self = Self { domain: None, pasid: None, range: None };
+
     /// Returns the part of `unmap`'s address space that is forgotten: first address and the address after the last.
     fn covers(&self, unmap: &Unmap) -> Option<(u64, u64)> {
-        match *self {
-            Self::Pages { domain, pasid, addr, log2 } if (domain, pasid) == (unmap.domain, unmap.pasid) => {
-                // The field of the descriptor has six bits, more than an address has.
-                let Some(bytes) = PAGE.checked_shl(log2).filter(|&bytes| bytes != 0) else {
-                    return Some((0, u64::MAX));
-                };
-                let start = addr & !(bytes - 1);
-                Some((start, start.saturating_add(bytes)))
-            }
-            Self::Pasid { domain, pasid } if (domain, pasid) == (unmap.domain, unmap.pasid) => {
-                Some((0, u64::MAX))
-            }
-            Self::Domain { domain } if domain == unmap.domain => Some((0, u64::MAX)),
-            Self::Global => Some((0, u64::MAX)),
-            _ => None,
-        }
+        let concerns = self.domain.is_none_or(|domain| domain == unmap.domain)
+            && self.pasid.is_none_or(|pasid| pasid == unmap.pasid);
+        concerns.then_some(self.range.unwrap_or((0, u64::MAX)))
     }
 
-    /// How much is forgotten besides what was asked for, as a rank.
+    /// How much is forgotten besides what was asked for, as a rank up to [`BROADEST`].
     fn breadth(&self) -> u8 {
-        match self {
-            Self::Pages { .. } => 0,
-            Self::Pasid { .. } => 1,
-            Self::Domain { .. } => 2,
-            Self::Global => 3,
-        }
+        u8::from(self.domain.is_none()) + u8::from(self.pasid.is_none()) + u8::from(self.range.is_none())
     }
+}
+
+/// Rank of [`Invalidation::ALL`].
+const BROADEST: u8 = 3;
+
+/// What an event in QEMU's trace says about the unit.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Sight {
+    /// Translation was switched on or off.
+    Translation(bool),
+    /// A device got past translation.
+    Bypass,
+    /// Cached translations are to be forgotten.
+    Invalidation(Invalidation),
+    /// All that was taken from the queue before is complete.
+    Completion,
 }
 
 /// What QEMU's trace of one boot shows.
@@ -112,39 +112,46 @@ impl Trace {
         }
     }
 
-    /// Compares the trace that `lines` carries with the `unmaps` that the hypervisor logged.
+    /// Compares the trace of `machine` that `lines` carries with the `unmaps` that the hypervisor logged.
     ///
+    /// An invalidation counts when the hypervisor has waited for it: when a completion follows in the trace.
     /// Each invalidation accounts for one unmap at most, so that one which was forgotten is not excused by a twin.
-    pub(crate) fn judge(lines: impl BufRead, unmaps: &[Unmap]) -> Result<Self, Error> {
+    pub(crate) fn judge(machine: Machine, lines: impl BufRead, unmaps: &[Unmap]) -> Result<Self, Error> {
+        let read = match machine {
+            Machine::X86_64 => vtd::read,
+            Machine::Aarch64 => smmu::read,
+        };
         let mut trace = Self { unmaps: unmaps.len() as u64, ..Self::default() };
-        let mut invalidations = Vec::new();
+        let (mut taken, mut complete) = (Vec::new(), Vec::new());
         for line in lines.split(b'\n') {
             let line = line.map_err(|source| Error::Io { doing: "reading QEMU's trace".into(), source })?;
             let line = String::from_utf8_lossy(&line);
             let (event, text) = line.split_once(' ').unwrap_or((&line, ""));
-            if event == "vtd_dmar_enable" {
-                let on = text.trim_end().ends_with('1');
-                if trace.enabled && !on {
-                    trace.find("translation was switched off again".into());
+            match read(event, text.trim_end()) {
+                Some(Sight::Translation(on)) => {
+                    if trace.enabled && !on {
+                        trace.find("translation was switched off again".into());
+                    }
+                    trace.enabled |= on;
                 }
-                trace.enabled |= on;
-            } else if trace.enabled {
-                if let Some(bypass) = bypass(event, text) {
+                Some(Sight::Bypass) if trace.enabled => {
                     trace.bypassed += 1;
-                    trace.find(bypass);
+                    trace.find(format!("translation was bypassed: {}", line.trim_end()));
                 }
-                invalidations.extend(invalidation(event, text));
+                Some(Sight::Invalidation(invalidation)) if trace.enabled => taken.push(invalidation),
+                Some(Sight::Completion) => complete.append(&mut taken),
+                Some(Sight::Bypass | Sight::Invalidation(_)) | None => {}
             }
         }
         if !trace.enabled {
             trace.find("translation was never switched on".into());
         }
         for unmap in unmaps {
-            if account(&mut invalidations, unmap) {
+            if account(&mut complete, unmap) {
                 trace.invalidated += 1;
             } else {
                 trace.find(format!(
-                    "no invalidation for the unmap of {} pages at {:#x} (stream {:#x}, pasid {:#x}, domain {:#x})",
+                    "no completed invalidation for the unmap of {} pages at {:#x} (stream {:#x}, pasid {:#x}, domain {:#x})",
                     unmap.pages, unmap.iova, unmap.stream, unmap.pasid, unmap.domain
                 ));
             }
@@ -153,47 +160,10 @@ impl Trace {
     }
 }
 
-/// Returns how a device got past translation, if that is what the event says.
-fn bypass(event: &str, text: &str) -> Option<String> {
-    let text = text.trim_end();
-    let past = match event {
-        "vtd_translate_pt" => true,
-        "vtd_pt_enable_fast_path" => text.ends_with(" 1"),
-        "vtd_switch_address_space" => text.ends_with("(iommu enabled=0)"),
-        _ => false,
-    };
-    past.then(|| format!("translation was bypassed: {event} {text}"))
-}
-
-/// Returns the invalidation of cached translations that an event reports, if it does.
-fn invalidation(event: &str, text: &str) -> Option<Invalidation> {
-    if event != "vtd_inv_desc" {
-        return None;
-    }
-    let text = text.strip_prefix("invalidate desc type ")?;
-    let (kind, text) = text.split_once(" high ")?;
-    let (high, low) = text.trim_end().split_once(" low ")?;
-    let (high, low) = (hex(high)?, hex(low)?);
-    // Intel VT-d, "IOTLB Invalidate Descriptor" and "PASID-based-IOTLB Invalidate Descriptor".
-    let granularity = low >> 4 & 0b11;
-    let domain = low >> 16 & 0xffff;
-    let pasid = low >> 32 & 0xf_ffff;
-    match (kind, granularity) {
-        ("iotlb", 0b01) => Some(Invalidation::Global),
-        ("iotlb", 0b10) => Some(Invalidation::Domain { domain }),
-        // Page-selective without a PASID (0b11) concerns second-stage tables, and no mapping here is in those.
-        ("p-iotlb", 0b10) => Some(Invalidation::Pasid { domain, pasid }),
-        ("p-iotlb", 0b11) => {
-            Some(Invalidation::Pages { domain, pasid, addr: high & !(PAGE - 1), log2: (high & 0x3f) as u32 })
-        }
-        _ => None,
-    }
-}
-
 /// Takes out of `invalidations` the narrowest and earliest that together cover `unmap`; changes nothing if they do not.
 fn account(invalidations: &mut Vec<Invalidation>, unmap: &Unmap) -> bool {
     let Some((start, end)) = unmap.range() else { return false };
-    for breadth in 0..=3 {
+    for breadth in 0..=BROADEST {
         let mut missing = vec![(start, end)];
         let mut used = Vec::new();
         for (at, invalidation) in invalidations.iter().enumerate() {
@@ -233,150 +203,191 @@ fn without(ranges: &[(u64, u64)], (from, to): (u64, u64)) -> Vec<(u64, u64)> {
 mod tests {
     use super::*;
 
-    const ON: &str = "vtd_dmar_enable enable 1\n";
     const FOUR_PAGES: Unmap = Unmap { stream: 0x18, pasid: 1, domain: 5, iova: 0x4000_0000, pages: 4 };
 
-    fn judge(lines: &[&str], unmaps: &[Unmap]) -> Trace {
-        let text = lines.join("\n");
-        Trace::judge(format!("{ON}{text}\n").as_bytes(), unmaps).unwrap()
+    /// What the trace of one machine says for what the other's says in other words.
+    struct Words {
+        machine: Machine,
+        on: &'static str,
+        off: &'static str,
+        bypass: &'static str,
+        /// Of the four pages, of each half of them, of their domain, and of everything.
+        pages: &'static str,
+        halves: [&'static str; 2],
+        domain: &'static str,
+        all: &'static str,
+        wait: &'static str,
     }
 
-    #[test]
-    fn an_unmap_is_matched_by_the_invalidation_of_its_pages() {
-        let trace = judge(
-            &["vtd_inv_desc invalidate desc type p-iotlb high 0x40000002 low 0x100050036"],
-            &[FOUR_PAGES],
-        );
-
-        assert!(trace.clean(), "{trace:?}");
-        assert_eq!((trace.unmaps, trace.invalidated), (1, 1));
-    }
-
-    #[test]
-    fn several_invalidations_cover_an_unmap_together() {
-        let trace = judge(
-            &[
+    const WORDS: [Words; 2] = [
+        Words {
+            machine: Machine::X86_64,
+            on: "vtd_dmar_enable enable 1",
+            off: "vtd_dmar_enable enable 0",
+            bypass: "vtd_translate_pt source id 0x18, iova 0x1000",
+            pages: "vtd_inv_desc invalidate desc type p-iotlb high 0x40000002 low 0x100050036",
+            halves: [
                 "vtd_inv_desc invalidate desc type p-iotlb high 0x40002001 low 0x100050036",
-                "vtd_inv_desc invalidate desc type p-iotlb high 0x40000000 low 0x100050036",
-                "vtd_inv_desc invalidate desc type p-iotlb high 0x40001000 low 0x100050036",
+                "vtd_inv_desc invalidate desc type p-iotlb high 0x40000001 low 0x100050036",
             ],
-            &[FOUR_PAGES],
-        );
+            domain: "vtd_inv_desc invalidate desc type iotlb high 0x0 low 0x50022",
+            all: "vtd_inv_desc invalidate desc type iotlb high 0x0 low 0x12",
+            wait: "vtd_inv_desc invalidate desc type wait high 0x1000 low 0x100000025",
+        },
+        Words {
+            machine: Machine::Aarch64,
+            on: "smmuv3_write_mmio addr: 0x20 val:0xf size: 0x4(0)",
+            off: "smmuv3_write_mmio addr: 0x20 val:0xe size: 0x4(0)",
+            bypass: "smmuv3_translate_bypass smmuv3-iommu-memory-region-24-0 sid=0x18 STE bypass iova:0x1000 is_write=0",
+            pages: "smmuv3_range_inval vmid=5 asid=5 addr=0x40000000 tg=1 num_pages=0x4 ttl=0 leaf=1 stage=1",
+            halves: [
+                "smmuv3_range_inval vmid=5 asid=5 addr=0x40002000 tg=1 num_pages=0x2 ttl=0 leaf=1 stage=1",
+                "smmuv3_range_inval vmid=5 asid=5 addr=0x40000000 tg=1 num_pages=0x2 ttl=0 leaf=1 stage=1",
+            ],
+            domain: "smmuv3_cmdq_tlbi_nh vmid=5",
+            all: "smmuv3_cmdq_tlbi_nsnh ",
+            wait: "smmuv3_cmdq_opcode <--- SMMU_CMD_SYNC",
+        },
+    ];
 
-        assert!(trace.clean(), "{trace:?}");
-    }
+    impl Words {
+        /// Judges `lines` as they are.
+        fn judge_all(&self, lines: &[&str], unmaps: &[Unmap]) -> Trace {
+            Trace::judge(self.machine, lines.join("\n").as_bytes(), unmaps).unwrap()
+        }
 
-    #[test]
-    fn a_wider_invalidation_covers_an_unmap() {
-        for line in [
-            "vtd_inv_desc invalidate desc type p-iotlb high 0x0 low 0x100050026",
-            "vtd_inv_desc invalidate desc type iotlb high 0x0 low 0x50022",
-            "vtd_inv_desc invalidate desc type iotlb high 0x0 low 0x12",
-            "vtd_inv_desc invalidate desc type p-iotlb high 0x3f low 0x100050036",
-        ] {
-            assert!(judge(&[line], &[FOUR_PAGES]).clean(), "{line}");
+        /// Judges `lines` between a unit that is switched on and a wait.
+        fn judge(&self, lines: &[&str], unmaps: &[Unmap]) -> Trace {
+            self.judge_all(&[&[self.on], lines, &[self.wait]].concat(), unmaps)
         }
     }
 
     #[test]
-    fn an_invalidation_of_something_else_does_not_count() {
-        for line in [
-            "vtd_inv_desc invalidate desc type p-iotlb high 0x40000001 low 0x100050036",
-            "vtd_inv_desc invalidate desc type p-iotlb high 0x40004002 low 0x100050036",
-            "vtd_inv_desc invalidate desc type p-iotlb high 0x40000002 low 0x100060036",
-            "vtd_inv_desc invalidate desc type p-iotlb high 0x40000002 low 0x200050036",
-            "vtd_inv_desc invalidate desc type p-iotlb high 0x0 low 0x200050026",
-            "vtd_inv_desc invalidate desc type iotlb high 0x0 low 0x60022",
-            "vtd_inv_desc invalidate desc type iotlb high 0x40000002 low 0x50032",
-            "vtd_inv_desc invalidate desc type device-piotlb high 0x40000002 low 0x100180008",
-            "vtd_inv_desc invalidate desc type p-iotlb high 0x40000002",
-            "vtd_inv_desc_iotlb_domain iotlb invalidate whole domain 0x5",
-        ] {
-            let trace = judge(&[line], &[FOUR_PAGES]);
+    fn an_unmap_is_matched_by_the_invalidation_of_its_pages() {
+        for words in &WORDS {
+            let trace = words.judge(&[words.pages], &[FOUR_PAGES]);
 
-            assert!(!trace.clean() && trace.invalidated == 0, "{line}");
-            assert!(trace.findings[0].contains("0x40000000"), "{line}");
+            assert!(trace.clean(), "{trace:?}");
+            assert_eq!((trace.unmaps, trace.invalidated), (1, 1));
+        }
+    }
+
+    #[test]
+    fn several_invalidations_cover_an_unmap_together_and_not_in_part() {
+        for words in &WORDS {
+            let [second, first] = words.halves;
+
+            assert!(words.judge(&[second, first], &[FOUR_PAGES]).clean());
+            for half in words.halves {
+                let trace = words.judge(&[half], &[FOUR_PAGES]);
+
+                assert_eq!(trace.invalidated, 0, "{half}");
+                assert!(trace.findings[0].contains("0x40000000"), "{half}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_wider_invalidation_covers_an_unmap() {
+        for words in &WORDS {
+            for line in [words.domain, words.all] {
+                assert!(words.judge(&[line], &[FOUR_PAGES]).clean(), "{line}");
+            }
+        }
+    }
+
+    #[test]
+    fn an_invalidation_of_another_domain_or_other_pages_does_not_count() {
+        for words in &WORDS {
+            for elsewhere in [
+                Unmap { domain: 6, ..FOUR_PAGES },
+                Unmap { iova: 0x4000_4000, ..FOUR_PAGES },
+                Unmap { pages: 5, ..FOUR_PAGES },
+            ] {
+                assert_eq!(words.judge(&[words.pages], &[elsewhere]).invalidated, 0, "{elsewhere:?}");
+            }
+            assert_eq!(words.judge(&[words.domain], &[Unmap { domain: 6, ..FOUR_PAGES }]).invalidated, 0);
+        }
+    }
+
+    #[test]
+    fn an_invalidation_that_nobody_waited_for_does_not_count() {
+        for words in &WORDS {
+            let trace = words.judge_all(&[words.on, words.wait, words.pages], &[FOUR_PAGES]);
+
+            assert_eq!((trace.enabled, trace.invalidated), (true, 0));
         }
     }
 
     #[test]
     fn one_invalidation_accounts_for_one_unmap() {
-        let line = "vtd_inv_desc invalidate desc type p-iotlb high 0x40000002 low 0x100050036";
+        for words in &WORDS {
+            let twice = [FOUR_PAGES, FOUR_PAGES];
 
-        assert_eq!(judge(&[line], &[FOUR_PAGES, FOUR_PAGES]).invalidated, 1);
-        assert_eq!(judge(&[line, line], &[FOUR_PAGES, FOUR_PAGES]).invalidated, 2);
-    }
-
-    #[test]
-    fn a_narrow_invalidation_is_used_before_a_wide_one() {
-        let elsewhere = Unmap { pasid: 2, ..FOUR_PAGES };
-        let trace = judge(
-            &[
-                "vtd_inv_desc invalidate desc type iotlb high 0x0 low 0x12",
-                "vtd_inv_desc invalidate desc type p-iotlb high 0x40000002 low 0x100050036",
-            ],
-            &[FOUR_PAGES, elsewhere],
-        );
-
-        assert!(trace.clean(), "{trace:?}");
-    }
-
-    #[test]
-    fn an_invalidation_before_the_unit_was_enabled_does_not_count() {
-        let text = format!("vtd_inv_desc invalidate desc type iotlb high 0x0 low 0x12\n{ON}");
-
-        let trace = Trace::judge(text.as_bytes(), &[FOUR_PAGES]).unwrap();
-
-        assert_eq!((trace.enabled, trace.invalidated), (true, 0));
-    }
-
-    #[test]
-    fn every_way_past_translation_is_a_bypass() {
-        for line in [
-            "vtd_translate_pt source id 0x18, iova 0x1000",
-            "vtd_pt_enable_fast_path sid 0x18 1",
-            "vtd_switch_address_space Device 00:03.0 switching address space (iommu enabled=0)",
-        ] {
-            let trace = judge(&[line], &[]);
-
-            assert!(trace.bypassed == 1 && !trace.clean(), "{line}");
+            assert_eq!(words.judge(&[words.pages], &twice).invalidated, 1);
+            assert_eq!(words.judge(&[words.pages, words.pages], &twice).invalidated, 2);
         }
     }
 
     #[test]
-    fn what_stays_translated_is_no_bypass() {
-        let before = "vtd_switch_address_space Device 00:03.0 switching address space (iommu enabled=0)\n";
-        let after = "vtd_switch_address_space Device 00:03.0 switching address space (iommu enabled=1)\n\
-                     vtd_pt_enable_fast_path sid 0x18 0\n";
+    fn a_narrow_invalidation_is_used_before_a_wide_one() {
+        for words in &WORDS {
+            let elsewhere = Unmap { domain: 6, ..FOUR_PAGES };
 
-        let trace = Trace::judge(format!("{before}{ON}{after}").as_bytes(), &[]).unwrap();
+            let trace = words.judge(&[words.all, words.pages], &[FOUR_PAGES, elsewhere]);
 
-        assert!(trace.clean(), "{trace:?}");
+            assert!(trace.clean(), "{trace:?}");
+        }
+    }
+
+    #[test]
+    fn an_invalidation_before_the_unit_was_enabled_does_not_count() {
+        for words in &WORDS {
+            let trace = words.judge_all(&[words.all, words.on, words.wait], &[FOUR_PAGES]);
+
+            assert_eq!((trace.enabled, trace.invalidated), (true, 0));
+        }
+    }
+
+    #[test]
+    fn a_bypass_counts_from_the_moment_when_the_unit_is_enabled() {
+        for words in &WORDS {
+            let before = words.judge_all(&[words.bypass, words.on], &[]);
+            let after = words.judge_all(&[words.on, words.bypass], &[]);
+
+            assert!(before.clean(), "{before:?}");
+            assert!(after.bypassed == 1 && !after.clean(), "{after:?}");
+            assert!(after.findings[0].contains(words.bypass), "{after:?}");
+        }
     }
 
     #[test]
     fn a_unit_that_is_never_enabled_or_does_not_stay_so_is_a_finding() {
-        let never = Trace::judge(&b""[..], &[]).unwrap();
-        let off = judge(&["vtd_dmar_enable enable 0"], &[]);
+        for words in &WORDS {
+            let never = words.judge_all(&[words.off], &[]);
+            let off = words.judge_all(&[words.on, words.off], &[]);
 
-        assert_eq!(never.findings, ["translation was never switched on"]);
-        assert_eq!(off.findings, ["translation was switched off again"]);
-        assert!(!never.clean() && !off.clean());
+            assert_eq!(never.findings, ["translation was never switched on"]);
+            assert_eq!(off.findings, ["translation was switched off again"]);
+            assert!(!never.clean() && !off.clean());
+        }
     }
 
     #[test]
     fn an_unmap_that_leaves_the_address_space_is_never_covered() {
         let impossible = Unmap { iova: u64::MAX - 4095, pages: u64::MAX, ..FOUR_PAGES };
 
-        let trace = judge(&["vtd_inv_desc invalidate desc type iotlb high 0x0 low 0x12"], &[impossible]);
-
-        assert_eq!(trace.invalidated, 0);
+        for words in &WORDS {
+            assert_eq!(words.judge(&[words.all], &[impossible]).invalidated, 0);
+        }
     }
 
     #[test]
     fn findings_are_quoted_to_a_limit_and_counted_beyond_it() {
-        let trace = judge(&["vtd_translate_pt source id 0x18, iova 0x1000"; 50], &[]);
+        for words in &WORDS {
+            let trace = words.judge(&[words.bypass; 50], &[]);
 
-        assert_eq!((trace.bypassed, trace.findings.len()), (50, QUOTED));
+            assert_eq!((trace.bypassed, trace.findings.len()), (50, QUOTED));
+        }
     }
 }

@@ -1,7 +1,11 @@
 //! The machine's IOMMU, and the table formats that it and the cores walk.
 #![expect(unsafe_code, reason = "names the registers that firmware's table points at")]
 
-use crate::{bus::Mmio, machine::Boot};
+use crate::{
+    bus::Mmio,
+    interrupts::{self, Source},
+    machine::Boot,
+};
 use core::{fmt, ops::Range};
 use heapless::Vec;
 use iommu::{Capabilities, DmaBuf, PhysAddr, Root, Translation};
@@ -22,6 +26,13 @@ pub const GUEST_TABLES: pgtable::Format = pgtable::SVM_NESTED;
 /// Translates a device by tables in the format [`DEVICE_TABLES`].
 pub fn translation(root: Root) -> Translation {
     Translation::Stage1(root)
+}
+
+/// Lets the unit interrupt `core`. What it reported before may or may not interrupt: look once afterwards.
+pub fn enable_interrupts(events: &mut Events, core: usize) -> Result<(), iommu::Error> {
+    let message = |source| interrupts::message(source, core);
+    events.enable_interrupts(message(Source::IommuFault), message(Source::PageRequest));
+    Ok(())
 }
 
 /// Why there is no IOMMU in service.

@@ -156,6 +156,8 @@ impl<B: Bus + Clone> Found<B> {
         let events_log2 = entries_log2("the event queue", &event_queue, EVENT_WORDS, limit(IDR1::EVENTQS))?;
         let requests_log2 = if capabilities.page_requests {
             let limit = limit(IDR1::PRIQS);
+            // PRIQ_BASE.ADDR begins at bit 5, so a queue is two entries at least.
+            aligned("the page request queue", &page_requests, 2 * REQUEST_WORDS)?;
             Some(entries_log2("the page request queue", &page_requests, REQUEST_WORDS, limit)?)
         } else {
             None

@@ -185,11 +185,11 @@ impl<B: Bus + Clone> Found<B> {
             commands.poll(ticket) == Completion::Done
         })?;
 
-        self.command(GLOBAL::TE::SET.value, "GSTS.TES")?;
-        self.end_protected_memory()?;
         if remaps {
             self.command(GLOBAL::IRE::SET.value, "GSTS.IRES")?;
         }
+        self.command(GLOBAL::TE::SET.value, "GSTS.TES")?;
+        self.end_protected_memory()?;
 
         if page_requests_served {
             regs::PQH.set(bus, 0);

@@ -56,6 +56,8 @@ pub const NO_PASID: u32 = 1 << 8;
 pub const INVALID_RESPONSE: u8 = 4;
 /// Cause of a failed lane: the memory access failed.
 pub const DMA_ERROR: u8 = 8;
+/// Cause of a failed lane: the machine has no way to make such a request.
+pub const UNSUPPORTED: u8 = 9;
 
 /// Looks at a busy lane before the guest sleeps; most operations end within these.
 const POLLS: u32 = 20_000;

@@ -8,13 +8,14 @@
 
 #[cfg(not(target_os = "none"))]
 compile_error!(
-    "the guest image runs on bare metal: cargo build --release -p guest --target x86_64-unknown-none"
+    "the guest image runs on bare metal: cargo build --release -p guest --target x86_64-unknown-none, \
+     or --target aarch64-unknown-none-softfloat"
 );
 
 mod calls;
 mod device;
-#[cfg(target_arch = "x86_64")]
-#[path = "x86_64.rs"]
+#[cfg_attr(target_arch = "aarch64", path = "aarch64.rs")]
+#[cfg_attr(target_arch = "x86_64", path = "x86_64.rs")]
 mod machine;
 mod memory;
 mod say;

@@ -9,10 +9,13 @@ pub mod interleave;
 mod machine;
 mod memory;
 mod random;
+pub mod smmu;
 pub mod sync;
 mod tapped;
+mod threads;
 
 pub use machine::{Machine, needs, unit};
 pub use memory::{TableFrames, Window, grant, root};
 pub use random::Random;
 pub use tapped::{Moment, Tapped};
+pub use threads::Ends;

@@ -190,6 +190,30 @@ fn a_pasid_is_not_attached_again_before_hardware_has_let_go_of_it() {
 }
 
 #[test]
+fn a_domain_is_not_used_again_before_hardware_has_let_go_of_it() {
+    let mut machine = Machine::new(Config::full());
+    let [old, new] = [1, 2].map(|content| {
+        let tree = machine.tree(VTD_FIRST_STAGE);
+        machine.map(&tree, HERE, content);
+        tree
+    });
+    machine.assign(DISK, ALL);
+    let first = machine.attach(DISK, pasid(5), &old);
+    assert_eq!(machine.read(DISK, pasid(5), HERE), Ok(1));
+
+    // Nothing of the first is invalidated yet: what the unit remembers under its domain is still there.
+    let (leaving, invalidations) = machine.vtd.tables.detach(first).expect("it is attached");
+    let second = machine.attach(DISK, pasid(6), &new);
+
+    assert_ne!(second.domain, first.domain);
+    assert_eq!(machine.read(DISK, pasid(6), HERE), Ok(2));
+    machine.invalidate(&invalidations);
+    machine.vtd.tables.finish(leaving);
+    assert_eq!(machine.attach(DISK, pasid(5), &new).domain, first.domain, "now it is free");
+    machine.assert_lawful();
+}
+
+#[test]
 fn an_attachment_that_was_detached_does_not_name_the_one_that_came_after_it() {
     let mut machine = Machine::new(Config::full());
     let tree = machine.tree(VTD_FIRST_STAGE);

@@ -1,0 +1,175 @@
+//! The machine's IOMMU, and the table formats that it and the cores walk.
+#![expect(unsafe_code, reason = "names the registers that the device tree points at")]
+
+use crate::{
+    bus::Mmio,
+    gic,
+    interrupts::{self, Source},
+    machine::Boot,
+    paging::MAPPED_END,
+    tree::Wire,
+};
+use core::{fmt, ops::Range};
+use heapless::Vec;
+use iommu::{Capabilities, DmaBuf, PhysAddr, Root, Translation};
+
+/// The event side of the unit.
+pub type Events = smmuv3::Events<Mmio>;
+/// The command side of the unit.
+pub type Commands = smmuv3::Commands<Mmio>;
+/// The table side of the unit.
+pub type Tables = smmuv3::Tables<Mmio>;
+
+/// The format of tables that translate what devices issue.
+pub const DEVICE_TABLES: pgtable::Format = pgtable::AARCH64_STAGE_1;
+/// The format of tables that translate what guests issue.
+pub const GUEST_TABLES: pgtable::Format = pgtable::AARCH64_STAGE_2;
+
+/// Translates a device by tables in the format [`DEVICE_TABLES`].
+pub fn translation(root: Root) -> Translation {
+    Translation::Stage1(root)
+}
+
+/// Why there is no IOMMU in service.
+#[derive(Clone, Copy, Debug, defmt::Format)]
+pub enum Error {
+    /// The device tree has no `arm,smmu-v3` behind which PCI bus 0 is, with requester IDs for its stream IDs.
+    NoNode,
+    /// The unit has no wire of this name, or the interrupt controller has none of its number.
+    NoWire {
+        /// The name, as the device tree's binding has it.
+        name: &'static str,
+    },
+    /// The registers lie where this build maps nothing, or are not a whole unit's.
+    OutOfReach,
+    /// The unit cannot be used.
+    Unit(iommu::Error),
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NoNode => write!(
+                f,
+                "the device tree names no arm,smmu-v3 for PCI bus 0: QEMU has one with iommu=smmuv3"
+            ),
+            Self::NoWire { name } => write!(f, "the device tree names no interrupt {name} of arm,smmu-v3"),
+            Self::OutOfReach => write!(f, "the unit's registers are not 128 KiB below 512 GiB"),
+            Self::Unit(error) => write!(f, "{error}"),
+        }
+    }
+}
+
+impl core::error::Error for Error {}
+
+/// The unit, identified and left as it was.
+pub struct Found {
+    unit: smmuv3::Found<Mmio>,
+    bus: Mmio,
+    registers: Range<PhysAddr>,
+}
+
+/// The unit in service.
+pub struct Unit {
+    /// What it reports.
+    pub events: Events,
+    /// What it is told.
+    pub commands: Commands,
+    /// Which device is translated how.
+    pub tables: Tables,
+}
+
+/// Bytes of a unit's registers: two pages of 64 KiB.
+const REGISTER_BYTES: u64 = 0x2_0000;
+/// Frames of the stream table: bus 0, 64 streams a frame.
+const STREAM_FRAMES: usize = 4;
+/// Frames of the command queue: 256 entries.
+const COMMAND_FRAMES: usize = 1;
+/// Frames of the event queue: 128 entries.
+const EVENT_FRAMES: usize = 1;
+/// Frames of the page request queue: 256 entries.
+const REQUEST_FRAMES: usize = 1;
+
+/// Page requests that all devices together may have outstanding, stop markers included.
+pub const OUTSTANDING: usize = 127;
+
+/// The wires that are used, for what, and whether a unit must have them.
+const WIRES: [(&str, Source, bool); 3] = [
+    ("eventq", Source::IommuFault, true),
+    ("gerror", Source::IommuFault, true),
+    ("priq", Source::PageRequest, false),
+];
+
+/// Finds the unit that the device tree describes, and its wires.
+pub fn find(boot: &Boot) -> Result<Found, Error> {
+    let described = boot.tree().unit().ok_or(Error::NoNode)?;
+    let registers = PhysAddr(described.registers.start)..PhysAddr(described.registers.end);
+    let is_whole =
+        registers.end.0 - registers.start.0 >= REGISTER_BYTES && registers.start.0.is_multiple_of(4096);
+    if !is_whole || registers.end.0 > MAPPED_END {
+        return Err(Error::OutOfReach);
+    }
+    let mut wires = Vec::<(Source, Wire), { interrupts::WIRES }>::new();
+    for (name, source, needed) in WIRES {
+        match described.wire(name).filter(|wire| gic::is_shared(wire.number)) {
+            // There is room: no more than these are looked for.
+            Some(wire) => drop(wires.push((source, wire))),
+            None if needed => return Err(Error::NoWire { name }),
+            None => {}
+        }
+    }
+    interrupts::connect(&wires);
+    // SAFETY: the tree says that a unit's registers are here, and its driver is the only one to use them.
+    let bus = unsafe { Mmio::new(registers.start, (registers.end.0 - registers.start.0) as usize) };
+    let unit = smmuv3::Found::probe(bus).map_err(Error::Unit)?;
+    Ok(Found { unit, bus, registers })
+}
+
+/// Lets the unit interrupt `core`, for [`Source::IommuFault`] and [`Source::PageRequest`]. Its handlers are set.
+///
+/// What was reported before does not interrupt any more: the caller drains the unit once afterwards.
+///
+/// PANICS: when there is no such core.
+pub fn enable_interrupts(events: &mut Events, core: usize) -> Result<(), iommu::Error> {
+    for source in [Source::IommuFault, Source::PageRequest] {
+        interrupts::route(source, core);
+    }
+    events.enable_interrupts()
+}
+
+impl Found {
+    /// Returns what the unit can do.
+    pub fn capabilities(&self) -> Capabilities {
+        self.unit.capabilities()
+    }
+
+    /// Returns where the unit's registers are.
+    pub fn registers(&self) -> Range<PhysAddr> {
+        self.registers.clone()
+    }
+
+    /// Returns how the unit is reached; memory is published through it.
+    pub fn bus(&self) -> Mmio {
+        self.bus
+    }
+
+    /// Takes the unit into service with memory that `cut` gives by the frame, zeroed and aligned to its size.
+    pub fn enable(self, mut cut: impl FnMut(usize) -> Option<DmaBuf>) -> Result<Unit, Error> {
+        let mut cut = |frames: usize| {
+            let none =
+                iommu::Error::Memory { purpose: "the unit", words: 0, needed: frames * smmuv3::FRAME_WORDS };
+            cut(frames).ok_or(Error::Unit(none))
+        };
+        let memory = smmuv3::Memory {
+            stream_table: cut(STREAM_FRAMES)?,
+            contexts: cut(1)?,
+            empty_table: cut(1)?,
+            command_queue: cut(COMMAND_FRAMES)?,
+            event_queue: cut(EVENT_FRAMES)?,
+            page_requests: cut(REQUEST_FRAMES)?,
+            answers: OUTSTANDING,
+        };
+        let smmuv3::Smmu { events, commands, tables } = self.unit.enable(memory).map_err(Error::Unit)?;
+        Ok(Unit { events, commands, tables })
+    }
+}

@@ -1,0 +1,165 @@
+//! Arm SMMUv3 in QEMU's trace (`smmu*`).
+//!
+//! The hypervisor gives each domain a number of its own, which is its VMID and, where it has first-stage tables, its ASID
+//! as well. QEMU caches a translation under both. Where the unit has no VMIDs, the trace has -1 for each.
+
+use super::{Invalidation, PAGE, Sight};
+use crate::scenes::hex;
+
+/// Offset of the register `SMMU_CR0`.
+const CR0: u64 = 0x20;
+/// `SMMU_CR0.SMMUEN`: devices are translated.
+const SMMUEN: u64 = 1;
+
+/// Reads an event of an SMMUv3: its name and what follows that.
+pub(super) fn read(event: &str, text: &str) -> Option<Sight> {
+    match event {
+        "smmuv3_write_mmio" => switch(text),
+        // By a stream table entry, and by a unit that is off and does not abort.
+        "smmuv3_translate_bypass" | "smmuv3_translate_disable" => Some(Sight::Bypass),
+        // QEMU has executed all that stands before a CMD_SYNC in the queue when it comes to that.
+        "smmuv3_cmdq_opcode" => (text == "<--- SMMU_CMD_SYNC").then_some(Sight::Completion),
+        _ => invalidation(event, text).map(Sight::Invalidation),
+    }
+}
+
+/// Reads a write of a register: `addr: 0x20 val:0xf size: 0x4(0)`.
+fn switch(text: &str) -> Option<Sight> {
+    let (addr, rest) = text.strip_prefix("addr: ")?.split_once(" val:")?;
+    let (value, size) = rest.split_once(" size: ")?;
+    // In brackets, whether the unit took the write.
+    (hex(addr)? == CR0 && size.ends_with("(0)")).then_some(Sight::Translation(hex(value)? & SMMUEN != 0))
+}
+
+/// Reads a command that makes the unit forget translations.
+///
+/// `CMD_TLBI_NH_ASID` is not one: it leaves global translations in place.
+fn invalidation(event: &str, text: &str) -> Option<Invalidation> {
+    let field = |name: &str| text.split(' ').find_map(|word| word.strip_prefix(name)?.strip_prefix('='));
+    let number = |name: &str| field(name)?.parse::<u64>().ok();
+    match event {
+        "smmuv3_cmdq_tlbi_nsnh" => Some(Invalidation::ALL),
+        "smmuv3_cmdq_tlbi_nh" | "smmuv3_cmdq_tlbi_s12_vmid" => {
+            Some(Invalidation { domain: Some(number("vmid")?), ..Invalidation::ALL })
+        }
+        // QEMU splits a command for a range into ranges of a power of two pages, each with an event of its own.
+        "smmuv3_range_inval" => {
+            let domain = match (field("stage")?, field("vmid")?) {
+                ("1", "-1") => number("asid")?,
+                ("1", vmid) if field("asid")? == vmid => number("asid")?,
+                ("2", _) => number("vmid")?,
+                _ => return None,
+            };
+            let start = hex(field("addr")?)?;
+            // Without a granule the command is about whatever translates the address, a page at least.
+            let page = match number("tg")? {
+                0 => PAGE,
+                granule @ 1..=3 => 1 << (10 + 2 * granule),
+                _ => return None,
+            };
+            let end = start.checked_add(hex(field("num_pages")?)?.checked_mul(page)?)?;
+            Some(Invalidation { domain: Some(domain), pasid: None, range: Some((start, end)) })
+        }
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DOMAIN: Invalidation = Invalidation { domain: Some(5), ..Invalidation::ALL };
+
+    fn range(start: u64, end: u64) -> Option<Invalidation> {
+        Some(Invalidation { range: Some((start, end)), ..DOMAIN })
+    }
+
+    #[test]
+    fn each_kind_of_invalidation_is_read() {
+        assert_eq!(invalidation("smmuv3_cmdq_tlbi_nsnh", ""), Some(Invalidation::ALL));
+        assert_eq!(invalidation("smmuv3_cmdq_tlbi_nh", "vmid=5"), Some(DOMAIN));
+        assert_eq!(invalidation("smmuv3_cmdq_tlbi_s12_vmid", "vmid=5"), Some(DOMAIN));
+        for (text, meant) in [
+            (
+                "vmid=5 asid=5 addr=0x40000000 tg=0 num_pages=0x1 ttl=0 leaf=1 stage=1",
+                range(0x4000_0000, 0x4000_1000),
+            ),
+            (
+                "vmid=-1 asid=5 addr=0x40000000 tg=0 num_pages=0x1 ttl=0 leaf=1 stage=1",
+                range(0x4000_0000, 0x4000_1000),
+            ),
+            (
+                "vmid=5 asid=-1 addr=0x12345000 tg=0 num_pages=0x1 ttl=0 leaf=0 stage=2",
+                range(0x1234_5000, 0x1234_6000),
+            ),
+            (
+                "vmid=5 asid=5 addr=0x40000000 tg=1 num_pages=0x4 ttl=3 leaf=1 stage=1",
+                range(0x4000_0000, 0x4000_4000),
+            ),
+            (
+                "vmid=5 asid=5 addr=0x40000000 tg=3 num_pages=0x2 ttl=3 leaf=1 stage=1",
+                range(0x4000_0000, 0x4002_0000),
+            ),
+        ] {
+            assert_eq!(invalidation("smmuv3_range_inval", text), meant, "{text}");
+        }
+    }
+
+    #[test]
+    fn what_leaves_translations_of_a_domain_in_place_is_no_invalidation() {
+        for (event, text) in [
+            // Another VMID than that under which the translations of the ASID are cached.
+            ("smmuv3_range_inval", "vmid=0 asid=5 addr=0x40000000 tg=0 num_pages=0x1 ttl=0 leaf=1 stage=1"),
+            ("smmuv3_range_inval", "vmid=5 asid=5 addr=0x40000000 tg=0 num_pages=0x1 ttl=0 leaf=1"),
+            (
+                "smmuv3_range_inval",
+                "vmid=5 asid=5 addr=0xfffffffffffff000 tg=1 num_pages=0x2 ttl=0 leaf=1 stage=1",
+            ),
+            ("smmuv3_cmdq_tlbi_nh_asid", "asid=5"),
+            ("smmu_iotlb_inv_asid_vmid", "IOTLB invalidate asid=5 vmid=5"),
+            ("smmu_config_cache_inv", "Config cache INV for sid=0x18"),
+            ("smmuv3_cmdq_tlbi_nh", "vmid="),
+        ] {
+            assert_eq!(invalidation(event, text), None, "{event} {text}");
+        }
+    }
+
+    #[test]
+    fn the_unit_is_switched_by_smmuen_in_cr0_alone() {
+        let write = |text| read("smmuv3_write_mmio", text);
+
+        assert_eq!(write("addr: 0x20 val:0xd size: 0x4(0)"), Some(Sight::Translation(true)));
+        assert_eq!(write("addr: 0x20 val:0xe size: 0x4(0)"), Some(Sight::Translation(false)));
+        for text in [
+            "addr: 0x20 val:0xd size: 0x4(2)",
+            "addr: 0x24 val:0xd size: 0x4(0)",
+            "addr: 0x2c val:0x1 size: 0x4(0)",
+            "addr: 0x20 val:d size: 0x4(0)",
+            "addr: 0x20",
+        ] {
+            assert_eq!(write(text), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn every_way_past_translation_is_a_bypass() {
+        let region = "smmuv3-iommu-memory-region-24-0 sid=0x18";
+        for (event, text) in [
+            ("smmuv3_translate_bypass", format!("{region} STE bypass iova:0x1000 is_write=0")),
+            ("smmuv3_translate_disable", format!("{region} bypass (smmu disabled) iova:0x1000 is_write=1")),
+        ] {
+            assert_eq!(read(event, &text), Some(Sight::Bypass), "{event}");
+        }
+        for event in ["smmuv3_translate_abort", "smmuv3_translate_success"] {
+            assert_eq!(read(event, region), None, "{event}");
+        }
+    }
+
+    #[test]
+    fn only_a_sync_completes() {
+        assert_eq!(read("smmuv3_cmdq_opcode", "<--- SMMU_CMD_SYNC"), Some(Sight::Completion));
+        for opcode in ["<--- SMMU_CMD_ATC_INV", "<--- SMMU_CMD_TLBI_NH_VA", "<--- INVALID"] {
+            assert_eq!(read("smmuv3_cmdq_opcode", opcode), None, "{opcode}");
+        }
+    }
+}

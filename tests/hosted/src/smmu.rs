@@ -1,0 +1,281 @@
+//! A machine with one SMMUv3, and the driver that has it in service.
+
+use crate::{Moment, TableFrames, grant, root};
+use iommu::{
+    Attachment, Bus, Commands, Completion, Error, Event, Events, Features, Invalidation, Iova, PAGE_SIZE,
+    Pasid, Perms, PhysAddr, StreamId, Tables, Ticket, Translation,
+};
+use models::{
+    memory::Memory,
+    smmuv3::{Config, Refusal, SmmuUnit},
+};
+use pgtable::{AARCH64_STAGE_1, AARCH64_STAGE_2, Tree};
+use smmuv3::{FRAME_WORDS, Found, Smmu};
+use std::{fmt, ops::Range, sync::Arc};
+
+/// Streams that the stream table of [`needs`] holds.
+pub const STREAMS: u32 = 256;
+/// Entries of the command queue of [`needs`].
+pub const COMMANDS: usize = 256;
+/// Answers that [`needs`] asks room for.
+pub const ANSWERS: usize = 64;
+/// Entries of the event queue of [`needs`].
+pub const EVENTS: usize = 128;
+/// Entries of the page request queue of [`needs`].
+pub const REQUESTS: usize = 256;
+
+/// Which stage translates.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Stage {
+    /// Stage 1.
+    One,
+    /// Stage 2.
+    Two,
+}
+
+/// A modelled machine: memory, one SMMUv3, and the driver that has it in service.
+///
+/// `B` is how the driver reaches the unit: straight, or through something that a test puts in between.
+pub struct Machine<B = &'static SmmuUnit> {
+    /// The memory.
+    pub memory: Memory,
+    /// The unit, and the devices behind it.
+    pub unit: &'static SmmuUnit,
+    /// The driver.
+    pub smmu: Smmu<B>,
+    /// Frames for translation tables.
+    pub frames: TableFrames,
+}
+
+/// Returns a unit with `config` and its memory of 2 MiB. It lives as long as the process: tests are short.
+pub fn unit(config: Config) -> (&'static SmmuUnit, Memory) {
+    let memory = Memory::new(512 * FRAME_WORDS);
+    (Box::leak(Box::new(SmmuUnit::new(memory.clone(), config))), memory)
+}
+
+/// Takes what a unit needs: a stream table of four frames, and one frame for everything else.
+pub fn needs(memory: &Memory) -> smmuv3::Memory {
+    let frame = || memory.take(FRAME_WORDS, FRAME_WORDS);
+    smmuv3::Memory {
+        stream_table: memory.take(4 * FRAME_WORDS, 4 * FRAME_WORDS),
+        contexts: frame(),
+        empty_table: frame(),
+        command_queue: frame(),
+        event_queue: frame(),
+        page_requests: frame(),
+        answers: ANSWERS,
+    }
+}
+
+impl Machine {
+    /// A machine with its unit in service.
+    pub fn new(config: Config) -> Self {
+        let (unit, memory) = unit(config);
+        let needs = needs(&memory);
+        Self::enable(unit, memory, unit, needs).expect("it comes into service")
+    }
+}
+
+impl<B: Bus + Clone> Machine<B> {
+    /// Takes `unit` into service through `bus`.
+    pub fn enable(
+        unit: &'static SmmuUnit,
+        memory: Memory,
+        bus: B,
+        needs: smmuv3::Memory,
+    ) -> Result<Self, Error> {
+        let smmu = Found::probe(bus)?.enable(needs)?;
+        let frames = TableFrames::new(memory.clone(), usize::MAX);
+        Ok(Self { memory, unit, smmu, frames })
+    }
+
+    /// Returns an empty tree for `stage`.
+    pub fn tree(&mut self, stage: Stage) -> Tree {
+        let format = match stage {
+            Stage::One => AARCH64_STAGE_1,
+            Stage::Two => AARCH64_STAGE_2,
+        };
+        Tree::new(&mut self.frames, format).expect("there are frames")
+    }
+
+    /// Maps a new page that begins with `word` at `iova`.
+    pub fn map(&mut self, tree: &Tree, iova: Iova, word: u64, perms: Perms) {
+        let mut page = self.memory.take(FRAME_WORDS, FRAME_WORDS);
+        page.clear();
+        page.store(0, word);
+        self.memory.publish(page.range(0, FRAME_WORDS)).expect("the page is in the memory");
+        tree.map(&mut self.frames, iova.0, &grant(page.phys().0, 1), perms).expect("nothing is mapped there");
+    }
+
+    /// Unmaps `pages` pages from `iova`, and invalidates nothing.
+    pub fn unmap(&mut self, tree: &Tree, iova: Iova, pages: u64) {
+        tree.unmap(&mut self.frames, iova.0, pages * PAGE_SIZE).expect("they are mapped");
+    }
+
+    /// Plugs in the device `stream` and assigns it.
+    pub fn assign(&mut self, stream: StreamId, features: Features) {
+        self.unit.plug(stream);
+        let invalidations = self.smmu.tables.assign(stream, features).expect("it can be assigned");
+        self.invalidate(&invalidations);
+    }
+
+    /// Attaches a device to tables.
+    pub fn attach(&mut self, stream: StreamId, stage: Stage, tree: &Tree) -> Attachment {
+        let attached = self.smmu.tables.attach(stream, None, translation(stage, tree));
+        let (attachment, invalidations) = attached.expect("it can be attached");
+        self.invalidate(&invalidations);
+        attachment
+    }
+
+    /// Detaches, and waits until hardware has let go.
+    pub fn detach(&mut self, attachment: Attachment) {
+        let (leaving, invalidations) = self.smmu.tables.detach(attachment).expect("it is attached");
+        self.invalidate(&invalidations);
+        self.smmu.tables.finish(leaving);
+    }
+
+    /// Blocks a device whose attachment is gone, and waits until hardware has let go.
+    pub fn block(&mut self, stream: StreamId) {
+        let (leaving, invalidations) = self.smmu.tables.block(stream).expect("it is assigned");
+        self.invalidate(&invalidations);
+        self.smmu.tables.finish(leaving);
+    }
+
+    /// Submits `invalidations`, and waits.
+    pub fn invalidate(&mut self, invalidations: &[Invalidation]) {
+        let ticket = self.smmu.commands.submit(invalidations).expect("there is room");
+        self.wait(ticket);
+    }
+
+    /// Waits for `ticket`, on the unit's clock.
+    pub fn wait(&mut self, ticket: Ticket) {
+        for _ in 0..1000 {
+            if self.smmu.commands.poll(ticket) == Completion::Done {
+                return;
+            }
+            self.unit.advance(1);
+        }
+        panic!("{ticket:?} does not complete");
+    }
+
+    /// Takes all events of one pass.
+    pub fn pass(&mut self) -> Vec<Event> {
+        self.smmu.events.acknowledge();
+        let mut events = Vec::new();
+        while let Some(event) = self.smmu.events.next_event() {
+            events.push(event);
+            assert!(events.len() < 10_000, "a pass without an end");
+        }
+        events
+    }
+
+    /// The device reads the word at `iova`, untranslated.
+    pub fn read(&self, stream: StreamId, pasid: Option<Pasid>, iova: Iova) -> Result<u64, Refusal> {
+        self.unit.dma_read(stream, pasid, iova, 8).map(word)
+    }
+
+    /// The device reads the word at `iova` through its device TLB.
+    pub fn ats_read(&self, stream: StreamId, iova: Iova) -> Result<u64, Refusal> {
+        self.unit.ats_read(stream, None, iova, 8).map(word)
+    }
+
+    /// Returns a word of the stream table entry of `stream`, as the unit sees it.
+    pub fn stream_word(&self, stream: StreamId, word: u64) -> u64 {
+        stream_word(self.unit, &self.memory, stream, word)
+    }
+
+    /// The driver broke no rule of the manual.
+    pub fn assert_lawful(&self) {
+        let violations = self.unit.violations();
+        assert!(violations.is_empty(), "{} violations, first {:?}", violations.len(), violations[0]);
+    }
+}
+
+/// Returns a word of the stream table entry of `stream`, as `unit` sees it.
+pub fn stream_word(unit: &SmmuUnit, memory: &Memory, stream: StreamId, word: u64) -> u64 {
+    const STRTAB_BASE: usize = 0x080;
+    // ADDR is [55:6].
+    let table = unit.read64(STRTAB_BASE) & 0x00FF_FFFF_FFFF_FFC0;
+    let at = PhysAddr(table + u64::from(stream.0) * 64 + word * 8);
+    memory.device_load(at).expect("the table is in the memory")
+}
+
+/// Names `tree` as the tables of `stage`.
+pub fn translation(stage: Stage, tree: &Tree) -> Translation {
+    let root = root(tree.root().0, tree.levels());
+    match stage {
+        Stage::One => Translation::Stage1(root),
+        Stage::Two => Translation::Stage2(root),
+    }
+}
+
+fn word(bytes: Vec<u8>) -> u64 {
+    u64::from_le_bytes(bytes.try_into().expect("eight bytes were asked for"))
+}
+
+/// A bus that reaches its unit straight, and tells a test of each [`Moment`].
+#[derive(Clone)]
+pub struct Tapped {
+    unit: &'static SmmuUnit,
+    tap: Arc<dyn Fn(&'static SmmuUnit, Moment) + Send + Sync>,
+}
+
+impl Tapped {
+    /// A bus to `unit` that calls `tap`.
+    pub fn new(
+        unit: &'static SmmuUnit,
+        tap: impl Fn(&'static SmmuUnit, Moment) + Send + Sync + 'static,
+    ) -> Self {
+        Self { unit, tap: Arc::new(tap) }
+    }
+
+    fn tell(&self, moment: Moment) {
+        (self.tap)(self.unit, moment);
+    }
+}
+
+impl Bus for Tapped {
+    fn read32(&self, offset: usize) -> u32 {
+        self.tell(Moment::Access);
+        self.unit.read32(offset)
+    }
+
+    fn write32(&self, offset: usize, value: u32) {
+        self.tell(Moment::Access);
+        self.unit.write32(offset, value);
+        self.tell(Moment::Written { offset, value: value.into() });
+    }
+
+    fn read64(&self, offset: usize) -> u64 {
+        self.tell(Moment::Access);
+        self.unit.read64(offset)
+    }
+
+    fn write64(&self, offset: usize, value: u64) {
+        self.tell(Moment::Access);
+        self.unit.write64(offset, value);
+        self.tell(Moment::Written { offset, value });
+    }
+
+    fn publish(&self, range: Range<PhysAddr>) {
+        // Word by word: hardware may see some stores of a range before others.
+        for at in (range.start.0..range.end.0).step_by(8) {
+            self.unit.publish(PhysAddr(at)..PhysAddr(at + 8));
+            self.tell(Moment::Published);
+        }
+    }
+
+    fn observe(&self, range: Range<PhysAddr>) {
+        self.unit.observe(range);
+    }
+
+    fn now_us(&self) -> u64 {
+        self.unit.now_us()
+    }
+}
+
+impl fmt::Debug for Tapped {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Tapped {{ unit: {:?} }}", self.unit)
+    }
+}

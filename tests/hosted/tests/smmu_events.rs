@@ -1,0 +1,735 @@
+//! What the SMMUv3 driver is told by the modelled unit, and what it tells it: events, page requests, answers, commands.
+#![expect(clippy::expect_used, reason = "a test that is surprised has failed")]
+
+use hosted::{
+    Moment, Random,
+    smmu::{ANSWERS, COMMANDS, EVENTS, Machine, REQUESTS, Stage, Tapped, needs, unit},
+};
+use iommu::{
+    Access, Attachment, Bus, Commands, Completion, DomainId, Error, Event, Events, FaultReason, FaultRecord,
+    Features, GroupTag, Invalidation, Iova, Outcome, PAGE_SIZE, PageRequest, PageResponse, Pasid, Perms,
+    PhysAddr, StreamId,
+};
+use models::smmuv3::{Config, Refusal, Requested, SmmuUnit, Wire};
+use std::{
+    ops::Range,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering::SeqCst},
+    },
+};
+
+const DISK: StreamId = StreamId(0x108);
+const NIC: StreamId = StreamId(0x28);
+const ALL: Features = Features { device_tlb: true, page_requests: true, pasid: false };
+const NOTHING: Perms = Perms { read: false, write: false, execute: false, privileged: false };
+
+const GERROR: usize = 0x060;
+const GERRORN: usize = 0x064;
+const CMDQ_BASE: usize = 0x090;
+const CMDQ_PROD: usize = 0x098;
+const CMDQ_CONS: usize = 0x09C;
+/// Bits of GERROR.
+const CMDQ_ERR: u32 = 1 << 0;
+const EVENTQ_ABT_ERR: u32 = 1 << 2;
+const PRIQ_ABT_ERR: u32 = 1 << 3;
+const SFM_ERR: u32 = 1 << 8;
+
+fn pasid(value: u32) -> Option<Pasid> {
+    Some(Pasid::new(value).expect("20 bits"))
+}
+
+fn request(stream: StreamId, index: u16, last: bool) -> PageRequest {
+    let tag = GroupTag { pasid: None, index };
+    PageRequest { stream, tag, iova: Iova(0x7000), perms: Perms::READ_WRITE, last }
+}
+
+fn answer(request: PageRequest, outcome: Outcome) -> PageResponse {
+    PageResponse { stream: request.stream, tag: request.tag, outcome }
+}
+
+/// A stream table of 512 entries, so that the fact sheet's device has a place in it.
+fn machine_on<B: Bus + Clone>(unit: &'static SmmuUnit, memory: models::memory::Memory, bus: B) -> Machine<B> {
+    let mut parts = needs(&memory);
+    parts.stream_table = memory.take(4096, 4096);
+    let mut machine = Machine::enable(unit, memory, bus, parts).expect("it comes into service");
+    machine.smmu.events.enable_interrupts().expect("it is acknowledged");
+    machine.assign(DISK, ALL);
+    machine.assign(NIC, ALL);
+    machine
+}
+
+/// A machine with two devices that send page requests.
+fn machine() -> Machine {
+    let (unit, memory) = unit(Config::full());
+    machine_on(unit, memory, unit)
+}
+
+/// An access that is refused and recorded: a stream that nobody assigned.
+fn fault(unit: &SmmuUnit) {
+    assert_eq!(unit.dma_read(StreamId(5), None, Iova(0), 1), Err(Refusal::Fault(0x04)));
+}
+
+fn count(events: &[Event], is: fn(&Event) -> bool) -> usize {
+    events.iter().filter(|event| is(event)).count()
+}
+
+mod page_requests {
+    use super::*;
+
+    #[test]
+    fn they_arrive_as_they_were_sent() {
+        let mut machine = machine();
+        let requests = [
+            request(DISK, 0x1FF, false),
+            request(NIC, 3, true),
+            PageRequest { tag: GroupTag { pasid: pasid(5), index: 2 }, ..request(DISK, 0, true) },
+            PageRequest {
+                tag: GroupTag { pasid: pasid(0xF_FFFF), index: 4 },
+                perms: Perms { privileged: true, execute: true, ..Perms::READ },
+                ..request(DISK, 0, true)
+            },
+            PageRequest { iova: Iova(0x7FFF_FFFF_F000), ..request(DISK, 5, false) },
+            // Asks for nothing, as the last, without PASID: no stop marker.
+            PageRequest { perms: NOTHING, ..request(DISK, 6, true) },
+        ];
+        for request in requests {
+            assert_eq!(machine.unit.page_request(request), Requested::Queued);
+        }
+        assert_eq!(machine.unit.stop_marker(DISK, Pasid::new(7).expect("20 bits")), Requested::Queued);
+
+        let events = machine.pass();
+
+        assert_eq!(events[..6], requests.map(Event::PageRequest));
+        assert_eq!(events[6..], [Event::StopMarker { stream: DISK, pasid: pasid(7) }]);
+        assert_eq!(machine.unit.pulses(), [Wire::PageRequest], "one for all of them");
+        // Each last request waits for an answer, but for the stop marker.
+        for (at, outcome) in
+            [(1, Outcome::Success), (2, Outcome::Invalid), (3, Outcome::Success), (5, Outcome::Invalid)]
+        {
+            assert_eq!(machine.smmu.commands.respond(answer(requests[at], outcome)), Ok(()));
+        }
+        assert_eq!(machine.unit.waiting_groups(), []);
+        machine.assert_lawful();
+    }
+
+    #[test]
+    fn their_queue_wraps_many_times() {
+        let mut machine = machine();
+        let mut index = 0;
+        for round in 0..40 {
+            let count = [1, REQUESTS as u16, 60, 3][round % 4];
+            let sent: Vec<_> = (0..count).map(|n| request(DISK, (index + n) % 512, false)).collect();
+            index = (index + count) % 512;
+            for &request in &sent {
+                assert_eq!(machine.unit.page_request(request), Requested::Queued);
+            }
+
+            assert_eq!(machine.pass(), sent.into_iter().map(Event::PageRequest).collect::<Vec<_>>());
+        }
+        machine.assert_lawful();
+    }
+
+    #[test]
+    fn every_place_is_given_back_before_the_next_entry_is_looked_at() {
+        let mut machine = machine();
+        for index in 0..REQUESTS as u16 {
+            assert_eq!(machine.unit.page_request(request(DISK, index, false)), Requested::Queued);
+        }
+        // Full. Each entry that is taken makes room for one more, at once: nothing overflows.
+        for n in 0..600 {
+            assert!(matches!(machine.smmu.events.next_request(), Some(Event::PageRequest(_))));
+            let more = request(DISK, (REQUESTS as u16 + n) % 512, false);
+            assert_eq!(machine.unit.page_request(more), Requested::Queued, "the {n}th");
+        }
+        machine.assert_lawful();
+    }
+
+    #[test]
+    fn an_overflow_is_reported_after_all_that_was_queued_and_service_goes_on() {
+        let mut machine = machine();
+        // The flag of the overflow turns each time.
+        for round in 0..3 {
+            for index in 0..REQUESTS as u16 {
+                assert_eq!(machine.unit.page_request(request(DISK, index, false)), Requested::Queued);
+            }
+            assert_eq!(machine.unit.page_request(request(NIC, 1, true)), Requested::Lost);
+            let answered = machine.unit.auto_answered();
+            assert_eq!(
+                (answered.len(), answered[round].outcome),
+                (round + 1, Outcome::Success),
+                "by the unit"
+            );
+
+            let events = machine.pass();
+
+            assert_eq!(events.len(), REQUESTS + 1);
+            assert_eq!(events[REQUESTS], Event::RequestsLost);
+            assert_eq!(machine.pass(), [], "once");
+            assert_eq!(machine.unit.page_request(request(NIC, 2, false)), Requested::Queued);
+            assert_eq!(machine.pass(), [Event::PageRequest(request(NIC, 2, false))]);
+        }
+        machine.assert_lawful();
+    }
+
+    #[test]
+    fn what_an_aborted_write_lost_is_told_after_what_was_queued() {
+        let mut machine = machine();
+        for _ in 0..2 {
+            assert_eq!(machine.unit.page_request(request(DISK, 1, false)), Requested::Queued);
+            machine.unit.raise_errors(PRIQ_ABT_ERR);
+            assert_eq!(machine.unit.page_request(request(DISK, 2, false)), Requested::Refused);
+
+            assert_eq!(machine.pass(), [Event::PageRequest(request(DISK, 1, false)), Event::RequestsLost]);
+            assert_eq!(machine.unit.read32(GERROR) ^ machine.unit.read32(GERRORN), 0, "acknowledged");
+            assert_eq!(machine.unit.page_request(request(DISK, 3, false)), Requested::Queued);
+            assert_eq!(machine.pass(), [Event::PageRequest(request(DISK, 3, false))]);
+        }
+        machine.assert_lawful();
+    }
+
+    /// What is to happen at the access to a register that the number counts down to.
+    type Plan = Arc<Mutex<Option<usize>>>;
+
+    /// Runs a pass in which a burst of requests comes at each possible moment, then further passes only as long as the unit
+    /// pulses.
+    fn burst_at_every_moment(before: u16, burst: u16) {
+        for moment in 0.. {
+            let (unit, memory) = unit(Config::full());
+            let plan = Plan::default();
+            let queued = Arc::new(AtomicUsize::new(before.into()));
+            let (due, arrived) = (Arc::clone(&plan), Arc::clone(&queued));
+            let bus = Tapped::new(unit, move |unit, kind| {
+                let mut due = due.lock().expect("no test panics here");
+                match *due {
+                    Some(0) if kind == Moment::Access => {
+                        *due = None;
+                        for n in 0..burst {
+                            let taken = unit.page_request(request(DISK, (before + n) % 512, false));
+                            arrived.fetch_add(usize::from(taken == Requested::Queued), SeqCst);
+                        }
+                    }
+                    Some(left) if kind == Moment::Access => *due = Some(left - 1),
+                    _ => {}
+                }
+            });
+            let mut machine = machine_on(unit, memory, bus);
+            unit.pulses();
+            for index in 0..before {
+                assert_eq!(unit.page_request(request(DISK, index, false)), Requested::Queued);
+            }
+            unit.pulses();
+            *plan.lock().expect("no test panics here") = Some(moment);
+
+            let mut events = machine.pass();
+            if plan.lock().expect("no test panics here").take().is_some() {
+                assert!(moment > 3, "a pass has some accesses");
+                return;
+            }
+            let mut passes = 1;
+            while !unit.pulses().is_empty() {
+                events.extend(machine.pass());
+                passes += 1;
+                assert!(passes < 5, "interrupts without an end");
+            }
+
+            let sent = queued.load(SeqCst);
+            assert_eq!(
+                count(&events, |event| matches!(event, Event::PageRequest(_))),
+                sent,
+                "at access {moment}"
+            );
+            let lost = usize::from(sent < usize::from(before) + usize::from(burst));
+            let told = count(&events, |event| *event == Event::RequestsLost);
+            assert_eq!(told, lost, "at access {moment}");
+            assert!(
+                lost == 0 || events.last() == Some(&Event::RequestsLost),
+                "what was queued is told first"
+            );
+            assert_eq!(machine.pass(), [], "at access {moment}: left behind without an interrupt");
+            machine.assert_lawful();
+        }
+    }
+
+    #[test]
+    fn one_that_arrives_during_a_pass_is_reported_in_it_or_interrupts_again() {
+        burst_at_every_moment(0, 1);
+        burst_at_every_moment(3, 2);
+    }
+
+    #[test]
+    fn a_burst_that_overflows_during_a_pass_loses_nothing_that_was_queued() {
+        burst_at_every_moment(0, 300);
+        burst_at_every_moment(4, 300);
+    }
+}
+
+mod faults {
+    use super::*;
+
+    #[test]
+    fn they_are_reported_in_their_order_with_all_that_is_known() {
+        let mut machine = machine();
+        let tree = machine.tree(Stage::One);
+        machine.attach(DISK, Stage::One, &tree);
+        machine.unit.pulses();
+
+        assert!(machine.read(DISK, None, Iova(0x1234_5678)).is_err());
+        assert!(machine.unit.dma_write(DISK, None, Iova(0x9000), &[1]).is_err());
+        assert!(machine.read(NIC, pasid(3), Iova(0)).is_err());
+
+        let fault = |stream, access, iova, reason, code| {
+            let record = FaultRecord { stream, pasid: None, access, iova: Iova(iova), reason, code };
+            Event::Fault(record)
+        };
+        let events = machine.pass();
+        assert_eq!(
+            events[..2],
+            [
+                fault(DISK, Access::Read, 0x1234_5000, FaultReason::NotMapped, 0x10),
+                fault(DISK, Access::Write, 0x9000, FaultReason::NotMapped, 0x10)
+            ]
+        );
+        // C_BAD_STE tells the PASID (SSV), but neither access nor address.
+        let Event::Fault(last) = &events[2] else { panic!("{events:?}") };
+        assert_eq!((last.stream, last.pasid, last.access, last.code), (NIC, pasid(3), Access::Unknown, 0x04));
+        assert_eq!(machine.unit.pulses(), [Wire::Event], "one for all of them");
+        machine.assert_lawful();
+    }
+
+    #[test]
+    fn their_queue_wraps_many_times() {
+        let mut machine = machine();
+        for count in [1, EVENTS, 60, 3].into_iter().cycle().take(20) {
+            (0..count).for_each(|_| fault(machine.unit));
+
+            assert_eq!(machine.pass().len(), count);
+        }
+        machine.assert_lawful();
+    }
+
+    #[test]
+    fn lost_ones_are_told_after_the_recorded_and_recording_goes_on() {
+        let mut machine = machine();
+        for _ in 0..3 {
+            (0..EVENTS + 10).for_each(|_| fault(machine.unit));
+
+            let events = machine.pass();
+
+            assert_eq!(events.len(), EVENTS + 1);
+            assert_eq!(events[EVENTS], Event::FaultsLost);
+            assert_eq!(machine.pass(), [], "once");
+            fault(machine.unit);
+            assert_eq!(machine.pass().len(), 1);
+        }
+        machine.assert_lawful();
+    }
+
+    #[test]
+    fn an_aborted_write_is_told_and_acknowledged() {
+        let mut machine = machine();
+        for _ in 0..2 {
+            machine.unit.raise_errors(EVENTQ_ABT_ERR);
+            assert_eq!(machine.pass(), [Event::FaultsLost]);
+            assert_eq!(machine.pass(), [], "once");
+            fault(machine.unit);
+            assert_eq!(machine.pass().len(), 1);
+        }
+        machine.assert_lawful();
+    }
+
+    #[test]
+    fn each_error_is_told_by_itself() {
+        let mut machine = machine();
+        machine.unit.raise_errors(EVENTQ_ABT_ERR | PRIQ_ABT_ERR | SFM_ERR);
+
+        let events = machine.pass();
+
+        assert_eq!(events[..2], [Event::RequestsLost, Event::FaultsLost]);
+        assert_eq!(events[2..], [Event::CommandsFailed { status: SFM_ERR }]);
+        assert_eq!(machine.pass(), [], "once");
+        machine.assert_lawful();
+    }
+}
+
+mod answers {
+    use super::*;
+
+    #[test]
+    fn an_answer_ends_the_group_that_it_names_and_no_other() {
+        let mut machine = machine();
+        // The same number for different devices and PASIDs; the largest number; PASID 0; no PASID.
+        let groups = [
+            (DISK, pasid(5), 1, Outcome::Success),
+            (DISK, pasid(6), 1, Outcome::Invalid),
+            (NIC, pasid(5), 1, Outcome::Failure),
+            (DISK, None, 1, Outcome::Success),
+            (DISK, pasid(0), 1, Outcome::Invalid),
+            (DISK, pasid(0xF_FFFF), 0x1FF, Outcome::Invalid),
+        ];
+        for (stream, pasid, index, _) in groups {
+            let tag = GroupTag { pasid, index };
+            machine.unit.page_request(PageRequest { tag, ..request(stream, 0, true) });
+        }
+        assert_eq!(machine.pass().len(), groups.len());
+
+        for (stream, pasid, index, outcome) in groups {
+            let response = PageResponse { stream, tag: GroupTag { pasid, index }, outcome };
+            assert_eq!(machine.smmu.commands.respond(response), Ok(()));
+
+            let last = machine.unit.answers().pop().map(|a| (a.stream, a.tag.pasid, a.tag.index, a.outcome));
+            assert_eq!(last, Some((stream, pasid, index, outcome)));
+        }
+        assert_eq!(machine.unit.waiting_groups(), []);
+        machine.assert_lawful();
+    }
+
+    #[test]
+    fn a_full_queue_refuses_invalidations_and_still_takes_every_answer() {
+        let mut machine = machine();
+        let asked: Vec<_> = (0..=ANSWERS as u16).map(|index| request(DISK, index, true)).collect();
+        for &request in &asked {
+            assert_eq!(machine.unit.page_request(request), Requested::Queued);
+        }
+        machine.unit.pause();
+        let room = COMMANDS - ANSWERS;
+        let before = machine.unit.executed().len();
+        // Each but the last: CMD_CFGI_STE and CMD_SYNC.
+        let one = [Invalidation::Device { stream: NIC, device_tlb: false }];
+        let mut last = None;
+        for _ in 0..room / 2 - 1 {
+            last = Some(machine.smmu.commands.submit(&one).expect("there is room"));
+        }
+        let full = machine.smmu.commands.submit(&[one[0]; 2]).err();
+        assert_eq!(full, Some(Error::QueueFull { needed: 3, free: 2 }));
+        last = machine.smmu.commands.submit(&one).ok().or(last);
+        let full = machine.smmu.commands.submit(&[]).err();
+        assert_eq!(full, Some(Error::QueueFull { needed: 1, free: 0 }));
+
+        for &request in &asked[..ANSWERS] {
+            assert_eq!(machine.smmu.commands.respond(answer(request, Outcome::Success)), Ok(()));
+        }
+        // One more than was promised: it comes back.
+        let more = machine.smmu.commands.respond(answer(asked[ANSWERS], Outcome::Invalid));
+        let Err((back, Error::QueueFull { needed: 1, free: 0 })) = more else { panic!("{more:?}") };
+        assert_eq!(back, answer(asked[ANSWERS], Outcome::Invalid));
+
+        machine.unit.resume();
+        machine.wait(last.expect("there was room"));
+        assert_eq!(machine.unit.executed().len() - before, COMMANDS);
+        assert_eq!(machine.smmu.commands.respond(back), Ok(()));
+        assert_eq!((machine.unit.answers().len(), machine.unit.waiting_groups()), (ANSWERS + 1, vec![]));
+        machine.invalidate(&[Invalidation::All]);
+        machine.assert_lawful();
+    }
+}
+
+mod commands {
+    use super::*;
+
+    /// Returns the commands that `invalidation` becomes, without the CMD_SYNC that ends them.
+    fn encoded(config: Config, invalidation: Invalidation) -> Vec<[u64; 2]> {
+        let (unit, memory) = unit(config);
+        let mut machine =
+            Machine::enable(unit, memory.clone(), unit, needs(&memory)).expect("it comes into service");
+        unit.plug(DISK);
+        let before = unit.executed().len();
+        machine.invalidate(&[invalidation]);
+        machine.assert_lawful();
+        let mut words = unit.executed().split_off(before);
+        assert_eq!(words.pop(), Some([0x46, 0]), "K34");
+        words
+    }
+
+    #[test]
+    fn invalidations_become_the_commands_of_the_manual_in_its_order() {
+        let full = Config::full();
+        let at = |stage1, device_tlb| Attachment {
+            stream: DISK,
+            pasid: None,
+            domain: DomainId(0x2A),
+            stage1,
+            device_tlb,
+        };
+        let pages = |attachment, iova, pages| Invalidation::Pages { attachment, iova: Iova(iova), pages };
+        // K3, K34, K24, K9, K19; K11 with ASID 0x2A.
+        let (ste, sync, everything) = ([0x0000_0108_0000_0003, 1], [0x46, 0], [0x0000_0108_0000_0040, 0x34]);
+        let (nh_all, vmall) = ([0x0000_002A_0000_0010, 0], [0x0000_002A_0000_0028, 0]);
+        let nh_va = |iova: u64| [0x002A_002A_0000_0012, iova | 1];
+        for (invalidation, expected) in [
+            (Invalidation::Device { stream: DISK, device_tlb: false }, vec![ste]),
+            (Invalidation::Device { stream: DISK, device_tlb: true }, vec![ste, sync, everything]),
+            (Invalidation::Attachment(at(true, true)), vec![ste, sync, nh_all, sync, everything]),
+            (Invalidation::Attachment(at(false, true)), vec![ste, sync, vmall, sync, everything]),
+            (Invalidation::Attachment(at(true, false)), vec![ste, sync, nh_all]),
+            (pages(at(true, false), 0x4020_1000, 1), vec![nh_va(0x4020_1000)]),
+            // K13 without a level: TG 1<<10, NUM 4<<12. 512 pages are 32 times 2^4: NUM 31<<12 | SCALE 4<<20.
+            (pages(at(true, false), 0x4020_5000, 5), vec![[0x002A_002A_0000_4012, 0x4020_5401]]),
+            (pages(at(true, false), 0x4020_0000, 512), vec![[0x002A_002A_0041_F012, 0x4020_0401]]),
+            (pages(at(false, false), 0x8020_0000, 5), vec![[0x0000_002A_0000_402A, 0x8020_0401]]),
+            // K23: four pages; and K20.
+            (
+                pages(at(false, true), 0x1000_0000, 4),
+                vec![[0x0000_002A_0000_302A, 0x1000_0401], sync, [0x0000_0108_0000_0040, 0x1000_0002]],
+            ),
+            (Invalidation::PageRequestDrain, vec![]),
+        ] {
+            assert_eq!(encoded(full, invalidation), expected, "{invalidation:?}");
+        }
+        // Without ranges: page by page, up to a few; then everything.
+        let single = Config { idr3: full.idr3 & !(1 << 10), ..full };
+        assert_eq!(
+            encoded(single, pages(at(true, false), 0x4020_1000, 3)),
+            [nh_va(0x4020_1000), nh_va(0x4020_2000), nh_va(0x4020_3000)]
+        );
+        assert_eq!(encoded(single, pages(at(true, true), 0x4020_1000, 9)), [nh_all, sync, everything]);
+        assert_eq!(encoded(single, pages(at(false, false), 0x4020_1000, 9)), [vmall]);
+        // Without stage 2 there are no VMIDs: reserved.
+        let first = Config { idr0: full.idr0 & !1, ..full };
+        assert_eq!(encoded(first, Invalidation::Attachment(at(true, false))), [ste, sync, [0x10, 0]]);
+        assert_eq!(encoded(first, pages(at(true, false), 0x1000, 1)), [[0x002A_0000_0000_0012, 0x1001]]);
+    }
+
+    #[test]
+    fn a_batch_is_one_doorbell_and_one_sync_and_one_that_is_too_large_is_refused_whole() {
+        let (unit, memory) = unit(Config::full());
+        let bells = Arc::new(AtomicUsize::new(0));
+        let rung = Arc::clone(&bells);
+        let bus = Tapped::new(unit, move |_, moment| {
+            let bell = matches!(moment, Moment::Written { offset: CMDQ_PROD, .. });
+            rung.fetch_add(usize::from(bell), SeqCst);
+        });
+        let mut machine = machine_on(unit, memory, bus);
+        let (before, rung) = (unit.executed().len(), bells.load(SeqCst));
+        let one = Invalidation::Device { stream: NIC, device_tlb: false };
+
+        machine.invalidate(&[one; 10]);
+        assert_eq!((unit.executed().len() - before, bells.load(SeqCst) - rung), (11, 1));
+
+        // 31 and the CMD_SYNC fit; 32 do not.
+        machine.invalidate(&[one; 31]);
+        let refused = machine.smmu.commands.submit(&[one; 32]).err();
+        assert!(
+            matches!(refused, Some(Error::Exhausted { what }) if what.contains("commands")),
+            "{refused:?}"
+        );
+        let unknown = machine.smmu.commands.submit(&[one, Invalidation::Interrupts]).err();
+        assert!(matches!(unknown, Some(Error::Unsupported { .. })), "{unknown:?}");
+        assert_eq!((unit.executed().len() - before, bells.load(SeqCst) - rung), (43, 2));
+        machine.assert_lawful();
+    }
+
+    #[test]
+    fn a_ticket_is_done_exactly_when_its_sync_is_however_often_the_queue_wraps() {
+        let mut machine = machine();
+        machine.unit.pause();
+        let mut random = Random::new(3);
+        // Commands queued and consumed; where each open ticket's CMD_SYNC is.
+        let (mut queued, mut consumed, mut full) = (0, 0, 0);
+        let mut open = Vec::new();
+        let mut done = Vec::new();
+        while queued < 20 * COMMANDS {
+            let count = random.below(20) as usize;
+            let one = Invalidation::Device { stream: NIC, device_tlb: false };
+            match machine.smmu.commands.submit(&vec![one; count]) {
+                Ok(ticket) => {
+                    queued += count + 1;
+                    open.push((ticket, queued));
+                }
+                Err(error) => {
+                    assert!(
+                        matches!(error, Error::QueueFull { needed, .. } if needed == count + 1),
+                        "{error}"
+                    );
+                    full += 1;
+                    consumed += machine.unit.execute(random.below(COMMANDS as u64) as usize);
+                }
+            }
+            consumed += machine.unit.execute(random.below(10) as usize);
+            open.retain(|&(ticket, place)| {
+                let expected = if place <= consumed { Completion::Done } else { Completion::Pending };
+                assert_eq!(
+                    machine.smmu.commands.poll(ticket),
+                    expected,
+                    "{ticket:?} at {place} of {consumed}"
+                );
+                if expected == Completion::Done {
+                    done.push(ticket);
+                }
+                expected == Completion::Pending
+            });
+        }
+        assert!(full > 5 && done.len() > 200 && done.is_sorted_by(|a, b| a < b));
+        assert!(
+            done.iter().all(|&ticket| machine.smmu.commands.poll(ticket) == Completion::Done),
+            "for good"
+        );
+        machine.assert_lawful();
+    }
+
+    #[test]
+    fn a_command_that_the_unit_refuses_stops_the_queue_for_good() {
+        let mut machine = machine();
+        let queue = machine.unit.read64(CMDQ_BASE) & 0x00FF_FFFF_FFFF_FFE0;
+        machine.unit.pause();
+        let at = machine.unit.read32(CMDQ_PROD);
+        let first = machine.smmu.commands.submit(&[]).expect("there is room");
+        let ticket = machine.smmu.commands.submit(&[Invalidation::All]).expect("there is room");
+        // Memory went bad: an opcode that there is not, behind the first CMD_SYNC.
+        let bad = PhysAddr(queue + (u64::from(at) + 1) % COMMANDS as u64 * 16);
+        machine.memory.device_store(bad, 0xFF).expect("inside");
+        machine.unit.pulses();
+
+        machine.unit.resume();
+
+        assert_eq!(machine.unit.pulses(), [Wire::Error]);
+        // CERROR_ILL is 1, in [30:24].
+        assert_eq!(machine.unit.read32(CMDQ_CONS) >> 24, 1);
+        assert_eq!(machine.pass(), [Event::CommandsFailed { status: CMDQ_ERR }]);
+        assert_eq!(machine.pass(), [], "once");
+        assert_eq!(machine.smmu.commands.poll(first), Completion::Done, "it was before");
+        let later = machine.smmu.commands.submit(&[]).expect("there is room");
+        for _ in 0..3 {
+            machine.unit.advance(100_000);
+            let both = [ticket, later].map(|ticket| machine.smmu.commands.poll(ticket));
+            assert_eq!(both, [Completion::Pending; 2]);
+        }
+        // What the unit reports goes on, and its other errors are acknowledged.
+        fault(machine.unit);
+        machine.unit.raise_errors(EVENTQ_ABT_ERR);
+        let events = machine.pass();
+        assert!(matches!(events[..], [Event::Fault(_), Event::FaultsLost]), "{events:?}");
+        assert_eq!(machine.unit.read32(GERROR) ^ machine.unit.read32(GERRORN), CMDQ_ERR);
+        machine.assert_lawful();
+    }
+
+    #[test]
+    fn a_device_that_does_not_answer_is_reported_once_and_its_ticket_is_never_done() {
+        let mut machine = machine();
+        let tree = machine.tree(Stage::One);
+        machine.map(&tree, Iova(0x1000), 7, Perms::READ);
+        let attachment = machine.attach(DISK, Stage::One, &tree);
+        assert_eq!(machine.ats_read(DISK, Iova(0x1000)), Ok(7));
+        machine.unit.hold_device_tlb(DISK);
+        machine.unmap(&tree, Iova(0x1000), 1);
+
+        let pages = Invalidation::covering(attachment, Iova(0x1000), PAGE_SIZE);
+        let ticket = machine.smmu.commands.submit(&[pages]).expect("there is room");
+        assert_eq!(machine.smmu.commands.poll(ticket), Completion::Pending);
+        assert_eq!(machine.pass(), [], "it may still answer");
+        machine.unit.advance(60_000);
+        assert_eq!(machine.smmu.commands.poll(ticket), Completion::Pending);
+
+        assert_eq!(machine.pass(), [Event::CommandsFailed { status: CMDQ_ERR }]);
+        assert_eq!(machine.pass(), [], "once");
+        // Too late: which answers were missing is not known any more.
+        machine.unit.release_device_tlb(DISK);
+        for _ in 0..3 {
+            let _ = machine.smmu.commands.submit(&[Invalidation::Device { stream: NIC, device_tlb: false }]);
+            machine.unit.advance(60_000);
+            assert_eq!(machine.smmu.commands.poll(ticket), Completion::Pending);
+        }
+        machine.assert_lawful();
+    }
+
+    #[test]
+    fn a_slow_device_is_waited_for() {
+        let mut machine = machine();
+        machine.unit.hold_device_tlb(DISK);
+        let gone = [Invalidation::Device { stream: DISK, device_tlb: true }];
+        let ticket = machine.smmu.commands.submit(&gone).expect("there is room");
+        machine.unit.advance(40_000);
+        assert_eq!(machine.smmu.commands.poll(ticket), Completion::Pending);
+
+        machine.unit.release_device_tlb(DISK);
+
+        assert_eq!(machine.smmu.commands.poll(ticket), Completion::Done);
+        assert_eq!(machine.pass(), []);
+        machine.assert_lawful();
+    }
+
+    /// A bus on which the unit lies about its registers from some moment on.
+    #[derive(Clone)]
+    struct Lying {
+        unit: &'static SmmuUnit,
+        lie: Arc<Mutex<Option<u32>>>,
+    }
+
+    impl Bus for Lying {
+        fn read32(&self, offset: usize) -> u32 {
+            self.lie.lock().expect("no test panics here").unwrap_or_else(|| self.unit.read32(offset))
+        }
+        fn write32(&self, offset: usize, value: u32) {
+            self.unit.write32(offset, value);
+        }
+        fn read64(&self, offset: usize) -> u64 {
+            self.unit.read64(offset)
+        }
+        fn write64(&self, offset: usize, value: u64) {
+            self.unit.write64(offset, value);
+        }
+        fn publish(&self, range: Range<PhysAddr>) {
+            self.unit.publish(range);
+        }
+        fn observe(&self, range: Range<PhysAddr>) {
+            self.unit.observe(range);
+        }
+        fn now_us(&self) -> u64 {
+            self.unit.now_us()
+        }
+    }
+
+    #[test]
+    fn a_place_where_the_unit_cannot_be_changes_no_ticket() {
+        let (unit, memory) = unit(Config::full());
+        let bus = Lying { unit, lie: Arc::default() };
+        let mut machine = machine_on(unit, memory, bus.clone());
+        let lie = |value| *bus.lie.lock().expect("no test panics here") = value;
+        (0..3 * COMMANDS).for_each(|_| machine.invalidate(&[]));
+        let done = machine.smmu.commands.submit(&[]).expect("there is room");
+        machine.wait(done);
+        unit.pause();
+        let from = unit.read32(CMDQ_CONS);
+        let pending = [(); 3].map(|()| machine.smmu.commands.submit(&[]).expect("there is room"));
+        let to = unit.read32(CMDQ_PROD);
+        let bits = 2 * COMMANDS as u32 - 1;
+
+        // Everything but from..=to; and what a unit that fell off the bus says.
+        let outside = (to + 1..=from + bits).map(|place| place & bits);
+        for place in outside.filter(|place| *place != from).chain([u32::MAX]) {
+            lie(Some(place));
+            assert_eq!(machine.smmu.commands.poll(done), Completion::Done, "{place:#x}");
+            let open = pending.map(|ticket| machine.smmu.commands.poll(ticket));
+            assert_eq!(open, [Completion::Pending; 3], "{place:#x}");
+        }
+
+        lie(None);
+        unit.resume();
+        assert_eq!(machine.smmu.commands.poll(pending[2]), Completion::Done);
+        machine.assert_lawful();
+    }
+
+    #[test]
+    fn no_register_value_makes_the_driver_panic_or_run_for_ever() {
+        // All ones (the unit fell off the bus), indices outside a queue, flags alone, noise.
+        let mut random = Random::new(5);
+        let noise: Vec<u32> = (0..40).map(|_| random.number() as u32).collect();
+        for lie in [u32::MAX, 0, 0x1FF, 0x200, 0xF_FFFF, 1 << 31].into_iter().chain(noise) {
+            let (unit, memory) = unit(Config::full());
+            let bus = Lying { unit, lie: Arc::default() };
+            let mut machine = machine_on(unit, memory, bus.clone());
+
+            *bus.lie.lock().expect("no test panics here") = Some(lie);
+
+            for index in 0..COMMANDS as u16 * 2 {
+                let _ = machine.smmu.commands.submit(&[Invalidation::All]);
+                let _ = machine.smmu.commands.respond(answer(request(DISK, index, true), Outcome::Invalid));
+            }
+            let taken = (0..3 * REQUESTS).filter(|_| machine.smmu.events.next_event().is_some()).count();
+            assert!(
+                taken <= 2 * (REQUESTS + EVENTS) + 5,
+                "a unit that stands still reports for ever: {lie:#x}"
+            );
+        }
+    }
+}

@@ -1,7 +1,7 @@
 //! Driver for Arm SMMUv3, the IOMMU of Arm platforms.
 //!
-//! [`Found`] is a unit that was identified and left as it was. [`Found::enable`] takes it into service: from its first
-//! register write on every device that was not assigned is blocked. A unit in service is three halves ([`Smmu`]): what it
+//! [`Found`] is a unit that was identified and left as it was. [`Found::enable`] takes it into service: once the unit
+//! has taken its first register write (`GBPA`) every device that was not assigned is blocked. A unit in service is three halves ([`Smmu`]): what it
 //! reports ([`Events`]), what it is told ([`Commands`]), which device is translated how ([`Tables`]).
 //!
 //! The words are those of the SMMUv3 architecture specification (Arm IHI 0070), Non-secure programming interface.

@@ -31,6 +31,8 @@ mod task {
 
 /// How long a scene waits for a guest, in microseconds of the machine's time.
 const PATIENCE_US: u64 = 5_000_000;
+/// How long the neighbour watches its memory in [`isolation`]: longer than the tries take.
+const WATCH_MS: u64 = 1_000;
 
 /// What a scene has seen: the numbers that go into the report.
 struct Seen {
@@ -340,7 +342,7 @@ fn allow(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
 /// A fault that nobody can repair reaches the guest that owns the device, and no other.
 fn event(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
     let devices = requesters(hv);
-    guest::start(hv, 1, [task::WATCH, 0, 0], &[devices[1]]);
+    guest::start(hv, 1, [task::WATCH, 20, 0], &[devices[1]]);
     let told = perform(hv, 0, [task::EVENT, 0, 0], devices[0]);
     let watched = passes(hv, 1);
     told.and(watched)?;
@@ -476,14 +478,16 @@ fn departure(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
 fn isolation(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
     let devices = requesters(hv);
     let canary = Canary::new(hv)?;
-    guest::start(hv, 1, [task::WATCH, 0, 0], &[devices[1]]);
-    let there = wait_for(hv, PATIENCE_US, || hv.homes[1].ram.load(Relaxed) != 0);
-    let neighbour = hv.homes[1].ram.load(Relaxed);
+    guest::start(hv, 1, [task::WATCH, WATCH_MS, 0], &[devices[1]]);
+    let there = wait_for(hv, PATIENCE_US, || report(hv, 1, 3) != 0);
+    let neighbour = hv.homes[1].ram.load(Relaxed) + report(hv, 1, 3);
     let tried = perform(hv, 0, [task::ISOLATION, canary.phys(), neighbour], devices[0]);
+    let still_there = hv.homes[1].ending.with(|ending| ending.is_none());
     let watched = passes(hv, 1);
     let unchanged = canary.is_unchanged();
     canary.release(hv);
-    expect(there, "the other guest has no memory")?;
+    expect(there, "the other guest told no page of its memory")?;
+    expect(still_there, "the other guest went before the tries were over")?;
     tried.and(watched)?;
     seen.count("tries", report(hv, 0, 0));
     seen.count("refused", report(hv, 0, 1));

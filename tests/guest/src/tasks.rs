@@ -49,7 +49,7 @@ pub fn run() -> Result<(), Failed> {
     let [task, first, second] = demand(Call::Task, [0; 4])?;
     match task {
         EVENT => event::run(),
-        WATCH => watch::run(),
+        WATCH => watch::run(first),
         REPAIR => repair::run(first),
         SILENCE => silence::run(),
         FORGERY => forgery::run(first),

@@ -156,8 +156,6 @@ impl<B: Bus + Clone> Found<B> {
         let events_log2 = entries_log2("the event queue", &event_queue, EVENT_WORDS, limit(IDR1::EVENTQS))?;
         let requests_log2 = if capabilities.page_requests {
             let limit = limit(IDR1::PRIQS);
-            // PRIQ_BASE.ADDR begins at bit 5, so a queue is two entries at least.
-            aligned("the page request queue", &page_requests, 2 * REQUEST_WORDS)?;
             Some(entries_log2("the page request queue", &page_requests, REQUEST_WORDS, limit)?)
         } else {
             None
@@ -292,14 +290,19 @@ fn aligned(purpose: &'static str, buffer: &DmaBuf, needed: usize) -> Result<(), 
     }
 }
 
-/// Returns log2 of the entries, of `entry_words` each, that `buffer` holds; they are at most 2^`limit`.
+/// Words below which a base register cannot name a place: the address fields of `STRTAB_BASE` and of the queues begin at
+/// bit 5 or above.
+const BASE_WORDS: usize = 4;
+
+/// Returns log2 of the entries, of `entry_words` each, that `buffer` holds; they are at most 2^`limit`, and take
+/// [`BASE_WORDS`] at least.
 fn entries_log2(
     purpose: &'static str,
     buffer: &DmaBuf,
     entry_words: usize,
     limit: u32,
 ) -> Result<u32, Error> {
-    aligned(purpose, buffer, entry_words)?;
+    aligned(purpose, buffer, entry_words.max(BASE_WORDS))?;
     let log2 = (buffer.words() / entry_words).ilog2();
     if log2 > limit {
         return Err(Error::Memory { purpose, words: buffer.words(), needed: entry_words << limit });

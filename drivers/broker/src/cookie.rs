@@ -9,17 +9,19 @@
 pub struct Cookie(pub u64);
 
 /// Bits of the slot, below the generation.
-const SLOT_BITS: u32 = 8;
-/// Generations wrap at 2^56: at a group each microsecond that is two thousand years.
+const SLOT_BITS: u32 = 12;
+/// Slots of a queue, at most.
+pub(crate) const SLOTS: usize = 1 << SLOT_BITS;
+/// Generations wrap at 2^52: at a group each microsecond that is 142 years.
 pub(crate) const GENERATION: u64 = u64::MAX >> SLOT_BITS;
 
 impl Cookie {
-    pub(crate) fn new(slot: u8, generation: u64) -> Self {
+    pub(crate) fn new(slot: u16, generation: u64) -> Self {
         Self(generation << SLOT_BITS | u64::from(slot))
     }
 
-    pub(crate) fn slot(self) -> u8 {
-        self.0 as u8
+    pub(crate) fn slot(self) -> u16 {
+        (self.0 & (SLOTS as u64 - 1)) as u16
     }
 
     pub(crate) fn generation(self) -> u64 {

@@ -2,30 +2,33 @@
 //!
 //! Three parts, by who may touch them:
 //!
-//! - [`Attachments`]: which device's requests go where. Written by the control path, read by the interrupt handler, one
-//!   atomic word at a time.
-//! - [`Queue`]: the groups that one guest may have outstanding, in slots of atomic words. Any core may answer; whoever
-//!   wins the one compare-and-swap mints the [`Answer`], and nobody else can.
+//! - [`Ledger`]: what all cores share: the queues, each with the groups that its owner may have outstanding, in slots of
+//!   atomic words; the devices with their budgets and counts; which device's requests go where. Any core may answer;
+//!   whoever wins the one compare-and-swap mints the [`Answer`], and nobody else can.
 //! - [`Broker`]: what the interrupt handler owns by `&mut`: groups that are not yet whole, and deadlines.
+//! - [`Inbox`]: what the core of a queue's owner receives, through a ring that the handler never waits for.
 //!
-//! A group travels: [`Broker::admit`] puts its requests together and says where the whole group waits;
-//! [`Queue::deliver`] reads it for the guest; [`Queue::settle`] (the guest answered), [`Broker::expire`] (it did not) or
-//! [`Queue::evict`] (the guest is gone) ends it.
+//! A group travels: [`Broker::admit`] puts its requests together and announces the whole group; [`Inbox::next`] reads it
+//! for its owner; [`Ledger::settle`] (the owner answered), [`Broker::expire`] (it did not) or [`Ledger::evict`] (what it
+//! belongs to is gone) ends it.
 //!
-//! It never allocates, waits or takes a lock. With S slots in a queue, Q queues and A attachments, `admit` looks at no
-//! more than A attachments and S slots, `settle` at one slot, `evict` at S, `expire` at Q * S deadlines.
+//! It never allocates, waits or takes a lock, and each method says what it looks at: nothing in the interrupt handler grows
+//! with the number of devices, attachments or groups. What a device is promised: its answer leaves at the latest when
+//! interrupt latency, its deadline, one tick ([`TICK_US`]) and the entries before it in the same pass have gone by.
 //!
-//! What it assumes of the hardware: a device does not reuse a group index before that group was answered. A device that
-//! does has the second group dropped, and counted.
+//! What it assumes of the hardware: a device does not reuse a group index before that group was answered. One that does gets
+//! one answer for both, is counted, and is [warned](Restraint::Warned).
 //!
 //! ```
 //! # use broker::*;
 //! # use iommu::*;
 //! # fn send(_: PageResponse) -> Result<(), (PageResponse, Error)> { Ok(()) }
-//! fn interrupt(broker: &mut Broker<'_, 2, 32, 16>, request: PageRequest, now_us: u64) {
+//! # type Hv = Ledger<2, 32, 8, 16>;
+//! fn interrupt(broker: &mut Broker<'_, 2, 32, 8, 16, 96>, request: PageRequest, now_us: u64) {
 //!     match broker.admit(request, now_us) {
-//!         Verdict::Forward { queue, slot } => { /* tell the guest's core that `slot` waits */ }
-//!         Verdict::Answer(response) => { let _ = send(response); }
+//!         Verdict::Forward { queue } => { /* kick the core of the queue's owner */ }
+//!         Verdict::Refuse(response) => { let _ = send(response); }
+//!         Verdict::End(answer) => { let _ = answer.send(send); }
 //!         Verdict::Nothing => {}
 //!     }
 //! }
@@ -34,22 +37,37 @@
 //! | feature | supported | note |
 //! |---|---|---|
 //! | groups of several pages | yes | up to [`PAGES`]; longer ones are refused |
-//! | deadlines for each attachment | yes | 0 refuses at once |
-//! | budget for each attachment | yes | outstanding groups |
+//! | deadlines for each device | yes | 0 refuses at once; up to [`DEADLINE_MAX_US`] |
+//! | budget and rate for each device | yes | outstanding requests; requests each second |
+//! | escalation | yes | [`Restraint`]: told, throttled, requests off, blocked; the last two are the hypervisor's to carry out |
+//! | success without repair | yes | the device's answers are held back, for longer each time |
 //! | stale, repeated, forged, foreign cookies | refused | and counted by kind |
+//! | response failure by a guest | virtual | hardware hears that the pages are invalid |
 //! | overflow of the hardware queue | yes | half-seen groups are discarded |
-//! | rates, escalation, histograms | no | |
+//! | a guest that owns its PASIDs | yes | [`Requests::Any`] |
 #![cfg_attr(not(test), no_std)]
 #![forbid(unsafe_code)]
 
 mod attachments;
 mod cookie;
 mod counters;
+mod deadlines;
+mod devices;
+mod directory;
+mod events;
+mod groups;
+mod inbox;
+mod ledger;
 mod queue;
 mod service;
 
-pub use attachments::{AttachmentId, Attachments, Policy};
+pub use attachments::{AttachmentId, Policy, Requests};
 pub use cookie::Cookie;
-pub use counters::{Counters, Tally};
-pub use queue::{Answer, Group, PAGES, Page, Queue, Refusal};
-pub use service::{ASSEMBLY_LIMIT_US, Broker, Verdict};
+pub use counters::{BUCKETS, Missed, Tally};
+pub use deadlines::{Deadlines, Due, TICK_US};
+pub use devices::{DEADLINE_MAX_US, DeviceId, Escalation, Latencies, Limits, Restraint};
+pub use events::{EventReceiver, EventSender, Lost, events};
+pub use inbox::Inbox;
+pub use ledger::{Error, Ledger, Owner, QueueId, Settled, Whose};
+pub use queue::{Answer, Group, PAGES, Page, Refusal};
+pub use service::{ASSEMBLY_LIMIT_US, Broker, Expiry, POISONED, RingError, Verdict};

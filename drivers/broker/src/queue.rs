@@ -1,6 +1,11 @@
-//! The groups that one guest may have outstanding.
+//! The groups that one owner may have outstanding.
 
-use crate::{Cookie, Counters, Policy, cookie::GENERATION, counters::count};
+use crate::{
+    Cookie, Missed,
+    attachments::Target,
+    cookie::{GENERATION, SLOTS},
+    counters::{Misses, count},
+};
 use core::sync::atomic::{
     AtomicU64,
     Ordering::{AcqRel, Acquire, Relaxed, Release},
@@ -15,30 +20,45 @@ pub const PAGES: usize = 16;
 /// What a slot's word says; the generation is above it.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 #[repr(u8)]
-enum State {
+pub(crate) enum State {
     /// Nothing here.
     Free = 0,
     /// The interrupt handler is putting a group together.
     Assembling = 1,
-    /// A whole group waits for its guest's core.
+    /// A whole group waits for its owner's core.
     Waiting = 2,
-    /// The guest knows.
+    /// The owner knows.
     Delivered = 3,
+    /// It will be answered with success, later.
+    HeldSuccess = 4,
+    /// It will be answered as invalid, later.
+    HeldInvalid = 5,
     /// Someone won the right to answer, and is doing so.
-    Answering = 4,
+    Answering = 6,
 }
 
 impl State {
     const BITS: u32 = 8;
 
-    fn of(word: u64) -> Option<Self> {
-        [Self::Free, Self::Assembling, Self::Waiting, Self::Delivered, Self::Answering]
-            .into_iter()
-            .find(|&state| state as u64 == word & 0xFF)
+    fn of(word: u64) -> Self {
+        match word as u8 {
+            1 => Self::Assembling,
+            2 => Self::Waiting,
+            3 => Self::Delivered,
+            4 => Self::HeldSuccess,
+            5 => Self::HeldInvalid,
+            6 => Self::Answering,
+            _ => Self::Free,
+        }
     }
 
     fn with(self, generation: u64) -> u64 {
         (generation & GENERATION) << Self::BITS | self as u64
+    }
+
+    /// Returns whether a group is whole, and not yet being answered.
+    fn is_outstanding(self) -> bool {
+        matches!(self, Self::Waiting | Self::Delivered | Self::HeldSuccess | Self::HeldInvalid)
     }
 }
 
@@ -54,13 +74,50 @@ fn generation(word: u64) -> u64 {
 #[derive(Debug)]
 struct Slot {
     word: AtomicU64,
+    /// 1: the slot is on its way to its owner's core, which will look at it once more.
+    announced: AtomicU64,
     /// Stream in 31:0, group index in 47:32, number of pages in 55:48.
     group: AtomicU64,
-    /// PASID, all ones if there is none, in 31:0; the guest's name for the device in 63:32.
-    pasid_device: AtomicU64,
+    /// PASID, all ones if there is none, in 31:0; the owner's name for the device in 63:32.
+    pasid_name: AtomicU64,
     opaque: AtomicU64,
+    /// The place of its device in 31:0, that of its attachment in 63:32.
+    device_attachment: AtomicU64,
+    reported_us: AtomicU64,
+    /// An answer is held back until this long after the report, in microseconds.
+    hold_us: AtomicU64,
     /// The address of each page, with what is wanted there in its low bits.
     pages: [AtomicU64; PAGES],
+}
+
+impl Slot {
+    const fn new() -> Self {
+        Self {
+            word: AtomicU64::new(0),
+            announced: AtomicU64::new(0),
+            group: AtomicU64::new(0),
+            pasid_name: AtomicU64::new(0),
+            opaque: AtomicU64::new(0),
+            device_attachment: AtomicU64::new(0),
+            reported_us: AtomicU64::new(0),
+            hold_us: AtomicU64::new(0),
+            pages: [const { AtomicU64::new(0) }; PAGES],
+        }
+    }
+
+    fn count(&self) -> usize {
+        (self.group.load(Relaxed) >> 48 & 0xFF) as usize
+    }
+
+    fn pages(&self) -> impl Iterator<Item = Page> {
+        self.pages.iter().take(self.count()).map(|page| Page::unpack(page.load(Relaxed)))
+    }
+
+    fn name(&self) -> (StreamId, GroupTag) {
+        let (group, pasid_name) = (self.group.load(Relaxed), self.pasid_name.load(Relaxed));
+        let tag = GroupTag { pasid: Pasid::new(pasid_name as u32), index: (group >> 32) as u16 };
+        (StreamId(group as u32), tag)
+    }
 }
 
 const READ: u64 = 1 << 0;
@@ -100,17 +157,19 @@ impl Page {
     }
 }
 
-/// A whole group, as its guest is to see it.
+/// A whole group, as its owner is to see it.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Group {
-    /// What the guest answers with.
+    /// What the owner answers with.
     pub cookie: Cookie,
-    /// The guest's own name for the device.
-    pub device: u32,
+    /// The owner's own name for the device.
+    pub name: u32,
     /// The value that the attachment was made with.
     pub opaque: u64,
     /// The PASID, and the device's number for the group.
     pub tag: GroupTag,
+    /// When the first of its requests was reported, in microseconds.
+    pub reported_us: u64,
     /// The pages, in the order of their requests.
     pub pages: Vec<Page, PAGES>,
 }
@@ -119,23 +178,14 @@ pub struct Group {
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 #[cfg_attr(feature = "defmt", derive(defmt::Format))]
 pub enum Refusal {
-    /// There is no such slot.
+    /// There is no such slot, or no such queue.
     OutOfRange,
     /// The slot holds a later group.
     Stale,
-    /// The group was answered already: by the guest, or for it.
+    /// The group was answered already: by its owner, or for it.
     Late,
     /// No group ever had this cookie.
     Unknown,
-}
-
-/// The groups that one guest may have outstanding: `S` slots, at most 64.
-#[derive(Debug)]
-pub struct Queue<const S: usize> {
-    slots: [Slot; S],
-    /// Bit n set: slot n is free.
-    free: AtomicU64,
-    counters: Counters,
 }
 
 /// The right to answer one group, won once.
@@ -143,11 +193,19 @@ pub struct Queue<const S: usize> {
 /// Its slot is free again when the answer was sent, and not before.
 #[derive(Debug)]
 #[must_use = "the device waits until the answer is sent"]
-pub struct Answer<'q, const S: usize> {
-    queue: &'q Queue<S>,
-    slot: u8,
+pub struct Answer<'l, const S: usize> {
+    queue: &'l Queue<S>,
+    slot: u16,
     response: PageResponse,
 }
+
+impl<const S: usize> PartialEq for Answer<'_, S> {
+    fn eq(&self, other: &Self) -> bool {
+        core::ptr::eq(self.queue, other.queue) && self.slot == other.slot && self.response == other.response
+    }
+}
+
+impl<const S: usize> Eq for Answer<'_, S> {}
 
 impl<const S: usize> Answer<'_, S> {
     /// Returns the response, to look at.
@@ -156,7 +214,7 @@ impl<const S: usize> Answer<'_, S> {
     }
 
     /// Returns the slot where the group waited.
-    pub fn slot(&self) -> u8 {
+    pub fn slot(&self) -> u16 {
         self.slot
     }
 
@@ -176,66 +234,135 @@ impl<const S: usize> Answer<'_, S> {
     }
 }
 
+/// What a group that was just won was about, for the books of its device.
+pub(crate) struct Won<'l, const S: usize> {
+    pub answer: Answer<'l, S>,
+    pub device: u32,
+    pub reported_us: u64,
+}
+
+/// Words of free slots, and slots of one word.
+const WORDS: usize = SLOTS / WORD;
+const WORD: usize = 64;
+
+/// What became of a settlement.
+pub(crate) enum Settlement<'l, const S: usize> {
+    Won(Won<'l, S>),
+    /// The answer is held back; the place of the device.
+    Held(u32),
+}
+
+/// The groups that one owner may have outstanding: `S` slots, at most 4096.
+#[derive(Debug)]
+pub(crate) struct Queue<const S: usize> {
+    slots: [Slot; S],
+    /// Bit n of word w set: slot w * 64 + n is free. Whoever answers sets, the interrupt handler alone clears.
+    free: [AtomicU64; WORDS],
+    /// Bit w clear: word w of `free` is 0.
+    summary: AtomicU64,
+    /// What is added to a slot's generation to make a cookie, so that no two queues make the same one.
+    first: AtomicU64,
+    misses: Misses,
+}
+
 impl<const S: usize> Queue<S> {
-    /// An empty queue. Its cookies count from `first_generation`, of which 56 bits are used.
-    ///
-    /// Queues that start far apart never make the same cookie, so that one guest's cookie means nothing to another.
-    pub const fn new(first_generation: u64) -> Self {
-        assert!(S > 0 && S <= 64, "a queue has 1 to 64 slots");
-        let word = (first_generation & GENERATION) << State::BITS;
-        let mut queue = Self {
-            slots: [const {
-                Slot {
-                    word: AtomicU64::new(0),
-                    group: AtomicU64::new(0),
-                    pasid_device: AtomicU64::new(0),
-                    opaque: AtomicU64::new(0),
-                    pages: [const { AtomicU64::new(0) }; PAGES],
-                }
-            }; S],
-            free: AtomicU64::new(u64::MAX >> (64 - S)),
-            counters: Counters::new(),
-        };
-        let mut at = 0;
-        while at < S {
-            queue.slots[at].word = AtomicU64::new(word);
-            at += 1;
+    /// A queue without free slots. All of it is zero.
+    pub const fn new() -> Self {
+        const { assert!(S > 0 && S <= SLOTS, "a queue has 1 to 4096 slots") };
+        Self {
+            slots: [const { Slot::new() }; S],
+            free: [const { AtomicU64::new(0) }; WORDS],
+            summary: AtomicU64::new(0),
+            first: AtomicU64::new(0),
+            misses: Misses::new(),
         }
-        queue
     }
 
-    /// Returns what happened so far.
-    pub fn counters(&self) -> &Counters {
-        &self.counters
+    /// Frees all slots. Nobody uses the queue yet.
+    pub fn open(&self, first_generation: u64) {
+        self.first.store(first_generation & GENERATION, Relaxed);
+        self.misses.reset();
+        (0..S as u16).for_each(|slot| self.free(slot));
+    }
+
+    /// Takes all slots away again; `false`, and nothing changed, if one is in use.
+    pub fn close(&self) -> bool {
+        if self.outstanding() != 0 {
+            return false;
+        }
+        for word in &self.free {
+            word.store(0, Relaxed);
+        }
+        self.summary.store(0, Relaxed);
+        true
+    }
+
+    pub fn missed(&self) -> Missed {
+        self.misses.tally()
     }
 
     /// Returns the groups that were begun and are not yet answered.
     pub fn outstanding(&self) -> usize {
-        S - self.free.load(Relaxed).count_ones() as usize
+        let free: u32 = self.free.iter().map(|word| word.load(Acquire).count_ones()).sum();
+        S - free as usize
+    }
+
+    fn free(&self, slot: u16) {
+        let (word, bit) = (usize::from(slot) / WORD, usize::from(slot) % WORD);
+        self.free[word % WORDS].fetch_or(1 << bit, AcqRel);
+        // ORDER: the slot is free before its word is said to have some.
+        self.summary.fetch_or(1 << word, AcqRel);
+    }
+
+    /// Takes out a free slot. The interrupt handler alone calls it.
+    fn take(&self) -> Option<u16> {
+        let summary = self.summary.load(Acquire);
+        if summary == 0 {
+            return None;
+        }
+        let word = summary.trailing_zeros() as usize;
+        let free = self.free[word].load(Acquire);
+        let bit = free.trailing_zeros() as usize;
+        // The word is not 0: this side alone takes from it, and clears its bit of the summary when it took the last.
+        if bit == WORD {
+            return None;
+        }
+        if self.free[word].fetch_and(!(1 << bit), AcqRel) == 1 << bit {
+            self.summary.fetch_and(!(1 << word), AcqRel);
+            // ORDER: whoever freed one meanwhile set the bit before it was cleared, and is seen here, or sets it after.
+            if self.free[word].load(Acquire) != 0 {
+                self.summary.fetch_or(1 << word, AcqRel);
+            }
+        }
+        Some((word * WORD + bit) as u16)
     }
 
     /// Takes a free slot for a new group. The interrupt handler alone calls it.
-    pub(crate) fn open(&self, policy: &Policy, tag: GroupTag) -> Option<u8> {
-        let free = self.free.load(Acquire);
-        if free == 0 {
-            return None;
-        }
-        let at = free.trailing_zeros() as u8;
-        self.free.fetch_and(!(1 << at), Relaxed);
+    pub fn begin(
+        &self,
+        target: &Target,
+        attachment: u32,
+        stream: StreamId,
+        tag: GroupTag,
+        now_us: u64,
+    ) -> Option<u16> {
+        let at = self.take()?;
         let slot = self.slots.get(usize::from(at))?;
         let next = generation(slot.word.load(Relaxed)).wrapping_add(1);
         slot.word.store(State::Assembling.with(next), Relaxed);
         // ORDER: whoever still reads the payload for the group before sees the new word if it sees any new payload.
         fence(Release);
-        slot.group.store(u64::from(policy.stream.0) | u64::from(tag.index) << 32, Relaxed);
+        slot.group.store(u64::from(stream.0) | u64::from(tag.index) << 32, Relaxed);
         let pasid = tag.pasid.map_or(u32::MAX, Pasid::value);
-        slot.pasid_device.store(u64::from(pasid) | u64::from(policy.device) << 32, Relaxed);
-        slot.opaque.store(policy.opaque, Relaxed);
+        slot.pasid_name.store(u64::from(pasid) | u64::from(target.name) << 32, Relaxed);
+        slot.opaque.store(target.opaque, Relaxed);
+        slot.device_attachment.store(u64::from(target.device) | u64::from(attachment) << 32, Relaxed);
+        slot.reported_us.store(now_us, Relaxed);
         Some(at)
     }
 
     /// Adds a page to a group that is being put together; `false` if it has as many as it can.
-    pub(crate) fn add(&self, slot: u8, request: &PageRequest) -> bool {
+    pub fn add(&self, slot: u16, request: &PageRequest) -> bool {
         let Some(slot) = self.slots.get(usize::from(slot)) else { return false };
         let group = slot.group.load(Relaxed);
         let Some(page) = slot.pages.get((group >> 48) as usize) else { return false };
@@ -244,148 +371,185 @@ impl<const S: usize> Queue<S> {
         true
     }
 
-    /// Declares a group whole.
-    pub(crate) fn complete(&self, slot: u8) {
-        if let Some(slot) = self.slots.get(usize::from(slot)) {
-            let generation = generation(slot.word.load(Relaxed));
-            // ORDER: whoever sees the group waiting sees its payload.
-            slot.word.store(State::Waiting.with(generation), Release);
-        }
+    /// Declares a group whole, with an answer held back so long. Returns whether its owner's core has to be told of the
+    /// slot; else it will look anyway.
+    pub fn complete(&self, slot: u16, hold_us: u64) -> bool {
+        let Some(slot) = self.slots.get(usize::from(slot)) else { return false };
+        slot.hold_us.store(hold_us, Relaxed);
+        let generation = generation(slot.word.load(Relaxed));
+        // ORDER: whoever sees the group waiting sees its payload.
+        slot.word.store(State::Waiting.with(generation), Release);
+        // ORDER: the group waits before the slot is announced; whoever takes the announcement back sees it wait.
+        slot.announced.swap(1, AcqRel) == 0
     }
 
-    /// Gives back the slot of a group that is not answered: it was being put together, and nobody else knows of it.
-    pub(crate) fn discard(&self, slot: u8) {
-        self.release(slot);
+    /// Returns the pages of a group that is being put together.
+    pub fn pages(&self, slot: u16) -> usize {
+        self.slots.get(usize::from(slot)).map_or(0, Slot::count)
     }
 
-    fn release(&self, at: u8) {
+    /// Gives a slot back. The group in it was answered, or is half-seen, and then only the interrupt handler knows of it.
+    pub fn release(&self, at: u16) {
         if let Some(slot) = self.slots.get(usize::from(at)) {
             // The generation stays, so that an answer that comes late is known as such.
             let generation = generation(slot.word.load(Relaxed));
             slot.word.store(State::Free.with(generation), Release);
-            self.free.fetch_or(1 << at, Release);
+            self.free(at);
         }
     }
 
-    /// Reads a group that waits in `slot`, for its guest; `None` if it was answered meanwhile.
+    /// Returns whether a whole group in `slot` has no answer yet.
+    pub fn is_outstanding(&self, slot: u16) -> bool {
+        let slot = self.slots.get(usize::from(slot));
+        slot.is_some_and(|slot| State::of(slot.word.load(Acquire)).is_outstanding())
+    }
+
+    /// Reads the group that waits in a `slot` that was announced; `None` if it was answered meanwhile.
     ///
-    /// Only the guest's home core calls it, once for each slot that the interrupt handler announced.
-    pub fn deliver(&self, slot: u8) -> Option<Group> {
+    /// Only the owner's core calls it, once for each announcement.
+    pub fn deliver(&self, slot: u16) -> Option<(Group, u32)> {
         let at = slot;
         let slot = self.slots.get(usize::from(at))?;
+        // ORDER: from here on the slot is announced anew, so its word is read after this.
+        slot.announced.swap(0, AcqRel);
         let word = slot.word.load(Acquire);
-        if State::of(word) != Some(State::Waiting) {
+        if State::of(word) != State::Waiting {
             return None;
         }
         let generation = generation(word);
         let delivered = State::Delivered.with(generation);
         slot.word.compare_exchange(word, delivered, AcqRel, Relaxed).ok()?;
-        let group = slot.group.load(Relaxed);
-        let pasid_device = slot.pasid_device.load(Relaxed);
-        let count = (group >> 48 & 0xFF) as usize;
+        let (_, tag) = slot.name();
+        let device = slot.device_attachment.load(Relaxed) as u32;
         let group = Group {
-            cookie: Cookie::new(at, generation),
-            device: (pasid_device >> 32) as u32,
+            cookie: Cookie::new(at, generation.wrapping_add(self.first.load(Relaxed)) & GENERATION),
+            name: (slot.pasid_name.load(Relaxed) >> 32) as u32,
             opaque: slot.opaque.load(Relaxed),
-            tag: GroupTag { pasid: Pasid::new(pasid_device as u32), index: (group >> 32) as u16 },
-            pages: slot.pages.iter().take(count).map(|page| Page::unpack(page.load(Relaxed))).collect(),
+            tag,
+            reported_us: slot.reported_us.load(Relaxed),
+            pages: slot.pages().collect(),
         };
         // ORDER: the payload was read before the word is read again. If someone answered meanwhile, the slot may
         // hold another group already, and what was read is a mixture.
         fence(Acquire);
-        (slot.word.load(Relaxed) == delivered).then_some(group)
+        // What another device is told to have delivered may be wrong then, so nothing is.
+        (slot.word.load(Relaxed) == delivered).then_some((group, device))
     }
 
-    /// Ends the group that `cookie` names as its guest asked. Whoever gets the [`Answer`] sends it; no one else can.
-    ///
-    /// `Outcome::Failure` would stop every function that shares the device's page request interface, so a guest that
-    /// asks for it gets `Invalid` sent.
-    pub fn settle(&self, cookie: Cookie, outcome: Outcome) -> Result<Answer<'_, S>, Refusal> {
-        let outcome = if outcome == Outcome::Success { Outcome::Success } else { Outcome::Invalid };
-        let counter =
-            if outcome == Outcome::Success { &self.counters.succeeded } else { &self.counters.declined };
-        let answer = self.answer(cookie, outcome);
-        count(match &answer {
-            Ok(_) => counter,
-            Err(Refusal::OutOfRange) => &self.counters.out_of_range,
-            Err(Refusal::Stale) => &self.counters.stale,
-            Err(Refusal::Late) => &self.counters.late,
-            Err(Refusal::Unknown) => &self.counters.unknown,
-        });
-        answer
-    }
-
-    /// Ends some whole group of a device and PASID that is going away; `None` when there is none left.
-    pub fn evict(&self, stream: StreamId, pasid: Option<Pasid>) -> Option<Answer<'_, S>> {
-        (0..S as u8).find_map(|at| {
-            let (cookie, of, tag) = self.live(at)?;
-            if of != stream || tag.pasid != pasid {
-                return None;
-            }
-            let answer = self.answer(cookie, Outcome::Invalid).ok()?;
-            count(&self.counters.evicted);
-            Some(answer)
-        })
-    }
-
-    /// Ends the group in `slot`, if it still is the one of `cookie`, because nobody answered.
-    pub(crate) fn expire(&self, cookie: Cookie) -> Option<Answer<'_, S>> {
-        let answer = self.answer(cookie, Outcome::Invalid).ok()?;
-        count(&self.counters.expired);
-        Some(answer)
-    }
-
-    /// Returns the cookie that names the group in `slot` now.
-    pub(crate) fn cookie(&self, slot: u8) -> Option<Cookie> {
-        let word = self.slots.get(usize::from(slot))?.word.load(Acquire);
-        Some(Cookie::new(slot, generation(word)))
-    }
-
-    /// Returns whose group waits for an answer in `slot`, if one does.
-    pub(crate) fn live(&self, at: u8) -> Option<(Cookie, StreamId, GroupTag)> {
-        let slot = self.slots.get(usize::from(at))?;
-        let word = slot.word.load(Acquire);
-        if !matches!(State::of(word), Some(State::Waiting | State::Delivered)) {
-            return None;
+    /// Ends the group that `cookie` names as its owner asked, or holds the answer back.
+    pub fn settle(
+        &self,
+        cookie: Cookie,
+        outcome: Outcome,
+        now_us: u64,
+    ) -> Result<Settlement<'_, S>, Refusal> {
+        let settled = self.try_settle(cookie, outcome, now_us);
+        if let Err(refusal) = &settled {
+            count(match refusal {
+                Refusal::OutOfRange => &self.misses.out_of_range,
+                Refusal::Stale => &self.misses.stale,
+                Refusal::Late => &self.misses.late,
+                Refusal::Unknown => &self.misses.unknown,
+            });
         }
-        let (group, pasid_device) = (slot.group.load(Relaxed), slot.pasid_device.load(Relaxed));
-        // ORDER: as in `deliver`. A change from waiting to delivered leaves the payload as it was.
-        fence(Acquire);
-        if generation(slot.word.load(Relaxed)) != generation(word) {
-            return None;
-        }
-        let tag = GroupTag { pasid: Pasid::new(pasid_device as u32), index: (group >> 32) as u16 };
-        Some((Cookie::new(at, generation(word)), StreamId(group as u32), tag))
+        settled
     }
 
-    /// The one place where the right to answer is won.
-    fn answer(&self, cookie: Cookie, outcome: Outcome) -> Result<Answer<'_, S>, Refusal> {
+    fn try_settle(
+        &self,
+        cookie: Cookie,
+        outcome: Outcome,
+        now_us: u64,
+    ) -> Result<Settlement<'_, S>, Refusal> {
         let at = cookie.slot();
         let slot = self.slots.get(usize::from(at)).ok_or(Refusal::OutOfRange)?;
-        let wanted = cookie.generation();
+        let wanted = cookie.generation().wrapping_sub(self.first.load(Relaxed)) & GENERATION;
         let mut word = slot.word.load(Acquire);
-        // A group changes at most twice more (delivered, answering), so this ends in the third round.
+        // A group changes at most three times more before it is answered, so this ends in the fourth round.
         loop {
             let current = generation(word);
             if current != wanted {
-                // Generations count up, in 56 bits: what is behind was here once, what is ahead never was.
+                // Generations count up, in 52 bits: what is behind was here once, what is ahead never was.
                 let behind = current.wrapping_sub(wanted) & GENERATION;
-                return Err(if behind <= GENERATION / 2 { Refusal::Stale } else { Refusal::Unknown });
+                let was_here = behind <= GENERATION / 2 && wanted != 0;
+                return Err(if was_here { Refusal::Stale } else { Refusal::Unknown });
             }
             match State::of(word) {
-                Some(State::Waiting | State::Delivered) => {}
-                Some(State::Free | State::Answering) => return Err(Refusal::Late),
-                Some(State::Assembling) | None => return Err(Refusal::Unknown),
+                State::Waiting | State::Delivered => {}
+                State::Free if current == 0 => return Err(Refusal::Unknown),
+                State::Free | State::Answering | State::HeldSuccess | State::HeldInvalid => {
+                    return Err(Refusal::Late);
+                }
+                State::Assembling => return Err(Refusal::Unknown),
             }
-            match slot.word.compare_exchange(word, State::Answering.with(current), AcqRel, Acquire) {
-                Ok(_) => break,
+            let age_us = now_us.wrapping_sub(slot.reported_us.load(Relaxed));
+            let is_held = outcome == Outcome::Success && age_us < slot.hold_us.load(Relaxed);
+            let next = if is_held { State::HeldSuccess } else { State::Answering };
+            let device = slot.device_attachment.load(Relaxed) as u32;
+            match slot.word.compare_exchange(word, next.with(current), AcqRel, Acquire) {
+                Ok(_) if is_held => return Ok(Settlement::Held(device)),
+                Ok(_) => return Ok(Settlement::Won(self.won(at, slot, outcome))),
                 Err(changed) => word = changed,
             }
         }
-        // From here on the slot is ours: nobody writes the payload until it is released.
-        let (group, pasid_device) = (slot.group.load(Relaxed), slot.pasid_device.load(Relaxed));
-        let tag = GroupTag { pasid: Pasid::new(pasid_device as u32), index: (group >> 32) as u16 };
-        let response = PageResponse { stream: StreamId(group as u32), tag, outcome };
-        Ok(Answer { queue: self, slot: at, response })
+    }
+
+    /// Ends the whole group in slot `at` with the outcome that `pick` has for its state, the place of its device and that
+    /// of its attachment; leaves it alone if there is none.
+    pub fn end(
+        &self,
+        at: u16,
+        pick: impl Fn(State, u32, u32) -> Option<Outcome>,
+    ) -> Option<(Won<'_, S>, State)> {
+        let slot = self.slots.get(usize::from(at))?;
+        let mut word = slot.word.load(Acquire);
+        // As in `try_settle`, this ends in the fourth round.
+        loop {
+            let state = State::of(word);
+            if !state.is_outstanding() {
+                return None;
+            }
+            let device_attachment = slot.device_attachment.load(Relaxed);
+            let outcome = pick(state, device_attachment as u32, (device_attachment >> 32) as u32)?;
+            let answering = State::Answering.with(generation(word));
+            match slot.word.compare_exchange(word, answering, AcqRel, Acquire) {
+                Ok(_) => return Some((self.won(at, slot, outcome), state)),
+                Err(changed) => word = changed,
+            }
+        }
+    }
+
+    /// Decides that the whole group in `slot` will be answered as invalid, later; `false` if it is being answered.
+    pub fn poison(&self, slot: u16) -> bool {
+        let Some(slot) = self.slots.get(usize::from(slot)) else { return false };
+        let mut word = slot.word.load(Acquire);
+        while State::of(word).is_outstanding() {
+            let held = State::HeldInvalid.with(generation(word));
+            match slot.word.compare_exchange(word, held, AcqRel, Acquire) {
+                Ok(_) => return true,
+                Err(changed) => word = changed,
+            }
+        }
+        false
+    }
+
+    /// The caller's change of the word made the slot its own: nobody writes the payload until it is released.
+    fn won<'l>(&'l self, at: u16, slot: &Slot, outcome: Outcome) -> Won<'l, S> {
+        // Hardware never hears of a response failure: it would stop every function that shares the interface.
+        let outcome = if outcome == Outcome::Failure { Outcome::Invalid } else { outcome };
+        let (stream, tag) = slot.name();
+        let response = PageResponse { stream, tag, outcome };
+        Won {
+            answer: Answer { queue: self, slot: at, response },
+            device: slot.device_attachment.load(Relaxed) as u32,
+            reported_us: slot.reported_us.load(Relaxed),
+        }
+    }
+
+    /// Does `f` for each page of a group that was won.
+    pub fn for_each_page(&self, slot: u16, f: impl FnMut(Page)) {
+        if let Some(slot) = self.slots.get(usize::from(slot)) {
+            slot.pages().for_each(f);
+        }
     }
 }

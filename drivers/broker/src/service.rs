@@ -1,13 +1,20 @@
 //! What the interrupt handler owns: groups that are not yet whole, and deadlines.
 
-use crate::{Answer, AttachmentId, Attachments, Cookie, Queue, counters::count};
-use heapless::Vec;
+use crate::{
+    Answer, AttachmentId, Deadlines, Due, Ledger, Restraint,
+    attachments::Target,
+    counters::count,
+    devices::Device,
+    directory::Id,
+    groups::Groups,
+    queue::{Queue, State, Won},
+};
+use core::sync::atomic::Ordering::Relaxed;
+use heapless::{Vec, spsc::Producer};
 use iommu::{GroupTag, Outcome, PageRequest, PageResponse, StreamId};
 
-/// Groups that may be half-seen at one time, over all queues.
-const ASSEMBLING: usize = 32;
-/// Groups that are remembered as spoilt, until their last request comes, over all queues.
-const SPOILT: usize = 32;
+/// Groups of one queue that are remembered as poisoned, until their last request comes.
+pub const POISONED: usize = 16;
 
 /// How long a group may take to be whole, in microseconds. After that it is discarded, without an answer: none is owed
 /// before the last request.
@@ -15,304 +22,574 @@ pub const ASSEMBLY_LIMIT_US: u64 = 1_000_000;
 
 /// What to do about a request that was just reported.
 #[derive(Debug, Eq, PartialEq)]
-#[cfg_attr(feature = "defmt", derive(defmt::Format))]
 #[must_use = "a verdict may hold the answer that a device waits for"]
-pub enum Verdict {
-    /// A whole group waits: tell the core that serves `queue` of `slot`.
+pub enum Verdict<'l, const S: usize> {
+    /// A whole group waits: kick the core of the queue's owner.
     Forward {
-        /// The queue.
-        queue: u8,
-        /// The slot in it.
-        slot: u8,
+        /// Which of the ledger's queues.
+        queue: usize,
     },
-    /// Send this answer.
-    Answer(PageResponse),
+    /// Send this answer to a group that waits nowhere.
+    Refuse(PageResponse),
+    /// Send this answer to a group that waited.
+    End(Answer<'l, S>),
     /// Nothing now.
     Nothing,
 }
 
-/// A group that is not yet whole.
-#[derive(Clone, Copy, Debug)]
-struct Assembling {
-    stream: StreamId,
-    tag: GroupTag,
-    queue: u8,
-    slot: u8,
-    attachment: AttachmentId,
-    opened_us: u64,
+/// What became of the next thing that had a deadline.
+#[derive(Debug, Eq, PartialEq)]
+#[must_use = "it may hold the answer that a device waits for"]
+pub enum Expiry<'l, const S: usize> {
+    /// Nobody answered in time: send this.
+    Expired {
+        /// The answer, which is invalid.
+        answer: Answer<'l, S>,
+        /// How long after its deadline, in microseconds.
+        late_us: u64,
+        /// What the device is held to from now on, if that is harder than before.
+        restraint: Option<Restraint>,
+    },
+    /// An answer was held back until now: send it.
+    Held(Answer<'l, S>),
+    /// Something that needs no answer: a group that was settled, or half-seen. There may be more.
+    Nothing,
+    /// There is nothing that is due.
+    Done,
 }
 
-/// A group whose last request will be answered as `outcome`, whatever comes before it.
+/// Why the ring of a queue cannot be used.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
+pub enum RingError {
+    /// There is no such queue.
+    NoQueue,
+    /// The ring must hold every slot of the queue at once.
+    TooSmall {
+        /// What it holds.
+        capacity: usize,
+        /// What it must hold.
+        needed: usize,
+    },
+}
+
+/// What is in a place.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[repr(u8)]
+enum Stage {
+    /// Nothing that this side knows of.
+    Idle = 0,
+    /// A group that is being put together; the slot is the handler's.
+    HalfSeen = 1,
+    /// A whole group, whose answer may come at any time; the deadline is that of a held answer.
+    Holding = 2,
+    /// A whole group; the deadline is the guest's.
+    Waiting = 3,
+    /// No group: the last request of this name is to be refused.
+    Poisoned = 4,
+    /// The same, for a group that an overflow discarded: the device shall ask for all of it again.
+    Discarded = 5,
+}
+
+/// What is known of a group besides what its slot says. The places of a queue's slots come first, those of poisoned groups
+/// after them.
 #[derive(Clone, Copy, Debug)]
-struct Spoilt {
-    stream: StreamId,
-    tag: GroupTag,
-    queue: u8,
-    attachment: AttachmentId,
+struct Place {
+    stage: Stage,
+    device: u32,
+    attachment: Id,
+    /// Where it is in the list of half-seen groups, while it is one.
+    half_seen: u32,
+    /// When the first request was reported.
     since_us: u64,
-    outcome: Outcome,
-    /// Whether the group is counted as discarded already, so that the answer does not close it a second time.
-    counted: bool,
+    deadline_us: u64,
 }
 
-/// When a group's guest must have answered.
-#[derive(Clone, Copy, Debug)]
-struct Deadline {
-    cookie: Cookie,
-    at_us: u64,
+/// The interrupt handler's part. It has places for `N` groups: `Q` times (`S` + [`POISONED`]).
+///
+/// It is zero when it is made, so a static one costs no image.
+pub struct Broker<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N: usize> {
+    ledger: &'l Ledger<Q, S, D, A>,
+    rings: [Option<Producer<'l, u16>>; Q],
+    places: [Place; N],
+    groups: Groups<N>,
+    deadlines: Deadlines<N>,
+    /// Places of groups that are half-seen, poisoned or discarded.
+    half_seen: Vec<u32, N>,
 }
 
-/// The interrupt handler's part, over `Q` queues of `S` slots and `A` attachments.
-#[derive(Debug)]
-pub struct Broker<'q, const Q: usize, const S: usize, const A: usize> {
-    queues: [&'q Queue<S>; Q],
-    attachments: &'q Attachments<A>,
-    assembling: Vec<Assembling, ASSEMBLING>,
-    /// In the order in which they were spoilt.
-    spoilt: Vec<Spoilt, SPOILT>,
-    /// Of each slot that was forwarded and not yet seen settled.
-    deadlines: [[Option<Deadline>; S]; Q],
-}
+impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N: usize>
+    Broker<'l, Q, S, D, A, N>
+{
+    /// Places of a queue.
+    const EACH: usize = S + POISONED;
 
-impl<'q, const Q: usize, const S: usize, const A: usize> Broker<'q, Q, S, A> {
-    /// Half-seen groups that one queue may have, so that none can take the places of another.
-    const ASSEMBLING_SHARE: usize = ASSEMBLING / Q;
-    /// Spoilt groups that one queue may have.
-    const SPOILT_SHARE: usize = SPOILT / Q;
+    /// A broker for the groups of `ledger`. There is one for each.
+    pub const fn new(ledger: &'l Ledger<Q, S, D, A>) -> Self {
+        const { assert!(N == Q * (S + POISONED), "N is Q * (S + POISONED)") };
+        let nowhere = Place {
+            stage: Stage::Idle,
+            device: 0,
+            attachment: Id::NONE,
+            half_seen: 0,
+            since_us: 0,
+            deadline_us: 0,
+        };
+        Self {
+            ledger,
+            rings: [const { None }; Q],
+            places: [nowhere; N],
+            groups: Groups::new(),
+            deadlines: Deadlines::new(),
+            half_seen: Vec::new(),
+        }
+    }
 
-    /// A broker over `queues`, with the requests of `attachments`.
-    pub const fn new(queues: [&'q Queue<S>; Q], attachments: &'q Attachments<A>) -> Self {
-        Self { queues, attachments, assembling: Vec::new(), spoilt: Vec::new(), deadlines: [[None; S]; Q] }
+    /// Connects queue number `queue` with the core of its owner, which has an [`Inbox`](crate::Inbox) for the other end.
+    pub fn connect(&mut self, queue: usize, ring: Producer<'l, u16>) -> Result<(), RingError> {
+        let place = self.rings.get_mut(queue).ok_or(RingError::NoQueue)?;
+        if ring.capacity() < S {
+            return Err(RingError::TooSmall { capacity: ring.capacity(), needed: S });
+        }
+        *place = Some(ring);
+        Ok(())
+    }
+
+    fn place_of(queue: u32, slot: u16) -> u32 {
+        queue * Self::EACH as u32 + u32::from(slot)
+    }
+
+    /// Returns the queue of a place, and the slot if it is one of a slot.
+    fn slot_of(place: u32) -> (u32, u16) {
+        (place / Self::EACH as u32, (place % Self::EACH as u32) as u16)
     }
 
     /// Takes in one request that hardware reported.
-    pub fn admit(&mut self, request: PageRequest, now_us: u64) -> Verdict {
-        if let Some(verdict) = self.admit_spoilt(&request) {
-            return verdict;
+    ///
+    /// The work is bounded: a search for the group among those that share its bucket, one for the attachment in 32 places,
+    /// and a handful of loads and stores, however many devices, attachments and groups there are.
+    pub fn admit(&mut self, request: PageRequest, now_us: u64) -> Verdict<'l, S> {
+        if let Some(place) = self.groups.find(request.stream, request.tag) {
+            match self.places[place as usize].stage {
+                Stage::HalfSeen => return self.admit_part(place, &request, now_us),
+                Stage::Poisoned | Stage::Discarded => return self.admit_poisoned(place, &request),
+                Stage::Holding | Stage::Waiting => {
+                    if let Some(verdict) = self.admit_duplicate(place, &request, now_us) {
+                        return verdict;
+                    }
+                }
+                Stage::Idle => {}
+            }
+            // It was answered, so its number is free for a new group.
+            self.groups.remove(place);
         }
-        if let Some(at) =
-            self.assembling.iter().position(|g| g.stream == request.stream && g.tag == request.tag)
-        {
-            return self.admit_part(at, &request, now_us);
-        }
-        let Some((attachment, policy)) = self.attachments.find(request.stream, request.tag.pasid) else {
+        self.admit_first(&request, now_us)
+    }
+
+    /// The first request of a group.
+    fn admit_first(&mut self, request: &PageRequest, now_us: u64) -> Verdict<'l, S> {
+        let ledger = self.ledger;
+        let Some((attachment, target)) = ledger.attachments.find(request.stream, request.tag.pasid) else {
             // Nobody to ask. Parts that are not the last want no answer.
-            return refusal(&request, Outcome::Invalid);
+            count(&ledger.strays);
+            if let Some(device) = ledger.devices.find(request.stream) {
+                count(&device.counters.requests);
+                if request.last {
+                    count(&device.counters.opened);
+                    count(&device.counters.refused);
+                }
+            }
+            return refusal(request, Outcome::Invalid);
         };
-        let Some(&queue) = self.queues.get(usize::from(policy.queue)) else {
-            return refusal(&request, Outcome::Invalid);
+        let Some(device) = ledger.devices.at(target.device) else {
+            return refusal(request, Outcome::Invalid);
         };
-        let (outstanding, same_group) = Self::outstanding(queue, &request);
-        if same_group {
-            // Its answer, which is one, is still to come.
-            count(&queue.counters().duplicates);
-            return Verdict::Nothing;
+        count(&device.counters.opened);
+        let queue = ledger.open_queue(target.queue).filter(|_| ledger.devices.is_live(target.device));
+        let deadline_us = device.deadline_us.load(Relaxed);
+        if !device.charge(now_us, true) {
+            return self.refuse(device, &target, attachment, request, now_us);
         }
-        count(&queue.counters().opened);
-        let assembling = self.assembling.iter().filter(|g| g.attachment == attachment).count();
-        let over_budget = outstanding + assembling >= usize::from(policy.budget);
-        if over_budget || policy.deadline_us == 0 {
-            return self.refuse(queue, policy.queue, attachment, &request, now_us);
-        }
-        let Some(slot) = queue.open(&policy, request.tag) else {
-            return self.refuse(queue, policy.queue, attachment, &request, now_us);
+        let (Some(queue), true) = (queue, deadline_us > 0) else {
+            device.discharge(1);
+            return self.refuse(device, &target, attachment, request, now_us);
+        };
+        let is_full = device.half_seen.load(Relaxed) >= device.half_seen_limit.load(Relaxed);
+        let slot = if !request.last && is_full {
+            None
+        } else {
+            queue.begin(&target, attachment.0.place, request.stream, request.tag, now_us)
+        };
+        let Some(slot) = slot else {
+            device.discharge(1);
+            return self.refuse(device, &target, attachment, request, now_us);
         };
         // A new slot has room for one page.
-        let _ = queue.add(slot, &request);
-        if request.last {
-            return self.forward(policy.queue, slot, policy.deadline_us, now_us);
-        }
-        let begun = self.assembling.iter().filter(|g| g.queue == policy.queue).count();
-        let group = Assembling {
-            stream: request.stream,
-            tag: request.tag,
-            queue: policy.queue,
-            slot,
+        let _ = queue.add(slot, request);
+        let place = Self::place_of(target.queue, slot);
+        self.groups.insert(place, request.stream, request.tag);
+        let attachment = attachment.0;
+        self.places[place as usize] = Place {
+            stage: Stage::HalfSeen,
+            device: target.device,
             attachment,
-            opened_us: now_us,
+            half_seen: 0,
+            since_us: now_us,
+            deadline_us,
         };
-        if begun >= Self::ASSEMBLING_SHARE || self.assembling.push(group).is_err() {
-            queue.discard(slot);
-            return self.refuse(queue, policy.queue, attachment, &request, now_us);
+        if request.last {
+            return self.forward(queue, device, place, request, now_us);
         }
+        self.list(place, device, now_us);
         Verdict::Nothing
     }
 
     /// A further request of a group that is being put together.
-    fn admit_part(&mut self, at: usize, request: &PageRequest, now_us: u64) -> Verdict {
-        let group = self.assembling[at];
-        let Some(&queue) = self.queues.get(usize::from(group.queue)) else { return Verdict::Nothing };
-        let policy =
-            self.attachments.find(group.stream, group.tag.pasid).filter(|(id, _)| *id == group.attachment);
-        let (Some((_, policy)), true) = (policy, queue.add(group.slot, request)) else {
-            // Too many pages, or its attachment is leaving.
-            self.assembling.swap_remove(at);
-            queue.discard(group.slot);
-            return self.refuse(queue, group.queue, group.attachment, request, now_us);
+    fn admit_part(&mut self, place: u32, request: &PageRequest, now_us: u64) -> Verdict<'l, S> {
+        let Place { device: device_place, attachment, .. } = self.places[place as usize];
+        let (queue_index, slot) = Self::slot_of(place);
+        let ledger = self.ledger;
+        let (Some(queue), Some(device)) =
+            (ledger.any_queue(queue_index as usize), ledger.devices.at(device_place))
+        else {
+            return Verdict::Nothing;
         };
+        let attachment = AttachmentId(attachment);
+        let is_wanted = ledger.attachments.is_live(attachment)
+            && ledger.devices.is_live(device_place)
+            && ledger.open_queue(queue_index).is_some();
+        let is_charged = device.charge(now_us, false);
+        if is_wanted && is_charged && queue.add(slot, request) {
+            if !request.last {
+                return Verdict::Nothing;
+            }
+            self.unlist(place, device);
+            return self.forward(queue, device, place, request, now_us);
+        }
+        // Too many pages, over budget, or its attachment is leaving.
+        if is_charged {
+            device.discharge(1);
+        }
+        self.forget_half_seen(place, queue, device);
+        let target = Target { device: device_place, queue: queue_index, name: 0, opaque: 0 };
+        self.refuse(device, &target, attachment, request, now_us)
+    }
+
+    /// A request of a group that was poisoned, or discarded, earlier.
+    fn admit_poisoned(&mut self, place: u32, request: &PageRequest) -> Verdict<'l, S> {
+        let Place { stage, device, .. } = self.places[place as usize];
+        let device = self.ledger.devices.at(device);
+        if let Some(device) = device {
+            count(&device.counters.requests);
+        }
         if !request.last {
             return Verdict::Nothing;
         }
-        self.assembling.swap_remove(at);
-        self.forward(group.queue, group.slot, policy.deadline_us, now_us)
+        if let Some(device) = device {
+            self.unlist(place, device);
+        }
+        self.groups.remove(place);
+        if stage == Stage::Discarded {
+            // It counts as discarded already.
+            return refusal(request, Outcome::Success);
+        }
+        if let Some(device) = device {
+            count(&device.counters.refused);
+        }
+        refusal(request, Outcome::Invalid)
     }
 
-    /// A request of a group that was spoilt earlier.
-    fn admit_spoilt(&mut self, request: &PageRequest) -> Option<Verdict> {
-        let at = self.spoilt.iter().position(|g| g.stream == request.stream && g.tag == request.tag)?;
+    /// A request with the name of a group that is whole. If that has no answer yet, the device used one number twice, and
+    /// gets one answer: when the last request of the second group comes, or at the deadline of the first.
+    fn admit_duplicate(&mut self, place: u32, request: &PageRequest, now_us: u64) -> Option<Verdict<'l, S>> {
+        let (queue, slot) = Self::slot_of(place);
+        let (queue, device) = (
+            self.ledger.any_queue(queue as usize)?,
+            self.ledger.devices.at(self.places[place as usize].device)?,
+        );
+        // A group that someone is answering right now is answered: the device may have the answer already.
+        if !queue.poison(slot) {
+            return None;
+        }
+        self.places[place as usize].stage = Stage::Waiting;
+        count(&device.counters.requests);
+        if device.counters.duplicates.fetch_add(1, Relaxed) == 0 {
+            device.restrain(Restraint::Warned);
+        }
         if !request.last {
             return Some(Verdict::Nothing);
         }
-        let Spoilt { queue, outcome, counted, .. } = self.spoilt.remove(at);
-        if !counted && let Some(queue) = self.queues.get(usize::from(queue)) {
-            count(&queue.counters().refused);
-        }
-        Some(refusal(request, outcome))
+        let (won, _) = queue.end(slot, |_, _, _| Some(Outcome::Invalid))?;
+        Some(Verdict::End(self.end_poisoned(queue, device, won, now_us)))
     }
 
-    fn forward(&mut self, queue: u8, slot: u8, deadline_us: u64, now_us: u64) -> Verdict {
-        let Some(of) = self.queues.get(usize::from(queue)) else { return Verdict::Nothing };
-        let Some(cookie) = of.cookie(slot) else { return Verdict::Nothing };
-        let at_us = now_us.saturating_add(deadline_us);
-        self.deadlines[usize::from(queue)][usize::from(slot)] = Some(Deadline { cookie, at_us });
-        of.complete(slot);
-        Verdict::Forward { queue, slot }
+    fn end_poisoned(&self, queue: &Queue<S>, device: &Device, won: Won<'l, S>, now_us: u64) -> Answer<'l, S> {
+        self.ledger.book(queue, &won, now_us);
+        count(&device.counters.poisoned);
+        count(&device.counters.refused);
+        won.answer
+    }
+
+    /// A group is whole: its owner is to know, and has a deadline.
+    fn forward(
+        &mut self,
+        queue: &Queue<S>,
+        device: &Device,
+        place: u32,
+        request: &PageRequest,
+        now_us: u64,
+    ) -> Verdict<'l, S> {
+        let (index, slot) = Self::slot_of(place);
+        device.asked(request.tag.pasid, request.iova);
+        let hold_us = device.hold_us();
+        let entry = &mut self.places[place as usize];
+        entry.stage = if hold_us > 0 { Stage::Holding } else { Stage::Waiting };
+        let passed_us = now_us.wrapping_sub(entry.since_us);
+        let first_us = if hold_us > 0 { hold_us } else { entry.deadline_us };
+        self.deadlines.arm(place, now_us, first_us.saturating_sub(passed_us));
+        if queue.complete(slot, hold_us)
+            && let Some(Some(ring)) = self.rings.get_mut(index as usize)
+        {
+            // There is room: it holds every slot, and each is announced once at a time.
+            let _ = ring.enqueue(slot);
+        }
+        Verdict::Forward { queue: index as usize }
     }
 
     /// Refuses a group: now if this is its last request, else when that comes.
     fn refuse(
         &mut self,
-        queue: &Queue<S>,
-        number: u8,
+        device: &Device,
+        target: &Target,
         attachment: AttachmentId,
         request: &PageRequest,
         now_us: u64,
-    ) -> Verdict {
+    ) -> Verdict<'l, S> {
         if request.last {
-            count(&queue.counters().refused);
+            count(&device.counters.refused);
         } else {
-            let PageRequest { stream, tag, .. } = *request;
-            let outcome = Outcome::Invalid;
-            let since_us = now_us;
-            self.spoil(Spoilt { stream, tag, queue: number, attachment, since_us, outcome, counted: false });
+            count(&device.counters.poisoned);
+            self.remember(
+                Stage::Poisoned,
+                device,
+                target,
+                attachment.0,
+                (request.stream, request.tag),
+                now_us,
+            );
         }
         refusal(request, Outcome::Invalid)
     }
 
-    /// Remembers a group as spoilt. If its queue has too many, the oldest of them is forgotten: its last request will look like a
-    /// group of one page, the guest repairs that page, and the device asks again for the others.
-    fn spoil(&mut self, group: Spoilt) {
-        let of_queue = |g: &Spoilt| g.queue == group.queue;
-        if self.spoilt.iter().filter(|g| of_queue(g)).count() >= Self::SPOILT_SHARE
-            && let Some(oldest) = self.spoilt.iter().position(of_queue)
-        {
-            let oldest = self.spoilt.remove(oldest);
-            self.forget(oldest);
-        }
-        // There is room: one was taken out if there was none.
-        let _ = self.spoilt.push(group);
+    /// Remembers a group that has no slot, until its last request comes. If its queue has too many, the oldest is
+    /// forgotten: its last request will look like a group of one page, the guest repairs that page, and the device asks
+    /// again for the others.
+    fn remember(
+        &mut self,
+        stage: Stage,
+        device: &Device,
+        target: &Target,
+        attachment: Id,
+        (stream, tag): (StreamId, GroupTag),
+        now_us: u64,
+    ) {
+        let first = Self::place_of(target.queue, S as u16) as usize;
+        let Some(own) = self.places.get(first..first + POISONED) else { return };
+        let place = own.iter().position(|place| place.stage == Stage::Idle).unwrap_or_else(|| {
+            let age = |&(_, place): &(usize, &Place)| now_us.wrapping_sub(place.since_us);
+            own.iter().enumerate().max_by_key(age).map_or(0, |(at, _)| at)
+        });
+        let place = (first + place) as u32;
+        self.forget_poisoned(place);
+        self.groups.insert(place, stream, tag);
+        let device_place = target.device;
+        self.places[place as usize] =
+            Place { stage, device: device_place, attachment, half_seen: 0, since_us: now_us, deadline_us: 0 };
+        self.list(place, device, now_us);
     }
 
-    /// Takes note that the last request of a spoilt group will not come, or will not be known for what it is.
-    fn forget(&self, group: Spoilt) {
-        if !group.counted
-            && let Some(queue) = self.queues.get(usize::from(group.queue))
-        {
-            count(&queue.counters().discarded);
+    /// Takes note that the last request of a poisoned group will not come, or will not be known for what it is.
+    fn forget_poisoned(&mut self, place: u32) {
+        let Place { stage, device, .. } = self.places[place as usize];
+        if !matches!(stage, Stage::Poisoned | Stage::Discarded) {
+            return;
         }
+        if let Some(device) = self.ledger.devices.at(device) {
+            if stage == Stage::Poisoned {
+                count(&device.counters.discarded);
+            }
+            self.unlist(place, device);
+        }
+        self.groups.remove(place);
     }
 
-    /// Forgets spoilt groups, so that a later group with the same number is not taken for them.
-    fn forget_where(&mut self, gone: impl Fn(&Spoilt) -> bool) {
-        while let Some(at) = self.spoilt.iter().position(&gone) {
-            let group = self.spoilt.remove(at);
-            self.forget(group);
-        }
+    /// Gives the slot of a half-seen group back. It gets no answer from here.
+    fn forget_half_seen(&mut self, place: u32, queue: &Queue<S>, device: &Device) {
+        let (_, slot) = Self::slot_of(place);
+        device.discharge(queue.pages(slot) as u64);
+        self.unlist(place, device);
+        self.groups.remove(place);
+        queue.release(slot);
     }
 
-    /// Counts the groups of the request's attachment that wait in `queue`, and tells whether its own group is one of them.
-    fn outstanding(queue: &Queue<S>, request: &PageRequest) -> (usize, bool) {
-        let live = (0..S as u8).filter_map(|slot| queue.live(slot));
-        live.filter(|(_, stream, tag)| *stream == request.stream && tag.pasid == request.tag.pasid)
-            .fold((0, false), |(groups, same), (_, _, tag)| (groups + 1, same || tag == request.tag))
+    /// Discards a half-seen group; returns its name.
+    fn discard(&mut self, place: u32) -> Option<(&'l Device, StreamId, GroupTag)> {
+        let (queue, _) = Self::slot_of(place);
+        let queue = self.ledger.any_queue(queue as usize)?;
+        let device = self.ledger.devices.at(self.places[place as usize].device)?;
+        let (stream, tag) = self.groups.name(place);
+        self.forget_half_seen(place, queue, device);
+        count(&device.counters.discarded);
+        Some((device, stream, tag))
+    }
+
+    /// Puts a place on the list of those that wait for a last request, and limits how long.
+    fn list(&mut self, place: u32, device: &Device, now_us: u64) {
+        self.places[place as usize].half_seen = self.half_seen.len() as u32;
+        // There is room for all places.
+        let _ = self.half_seen.push(place);
+        device.half_seen.store(device.half_seen.load(Relaxed) + 1, Relaxed);
+        self.deadlines.arm(place, now_us, ASSEMBLY_LIMIT_US);
+    }
+
+    /// Takes a place off that list.
+    fn unlist(&mut self, place: u32, device: &Device) {
+        let at = self.places[place as usize].half_seen as usize;
+        if self.half_seen.get(at) == Some(&place) {
+            self.half_seen.swap_remove(at);
+            if let Some(&moved) = self.half_seen.get(at) {
+                self.places[moved as usize].half_seen = at as u32;
+            }
+            device.half_seen.store(device.half_seen.load(Relaxed).saturating_sub(1), Relaxed);
+        }
+        self.places[place as usize].stage = Stage::Idle;
+        self.deadlines.disarm(place);
     }
 
     /// Hardware lost requests, and the queue is empty: whatever is half-seen is gone, and hardware has answered it.
     ///
     /// If the last request of such a group was not lost but comes later, it is answered with success, so that the device
-    /// asks again for all of it.
+    /// asks again for all of it. Looks at each half-seen group once.
     pub fn overflowed(&mut self, now_us: u64) {
-        // The last requests of groups that were spoilt before may be lost as well, and their numbers in use again.
-        for group in &mut self.spoilt {
-            group.outcome = Outcome::Success;
-        }
-        while let Some(group) = self.assembling.pop() {
-            self.discard(group);
-            let Assembling { stream, tag, queue, attachment, .. } = group;
-            let outcome = Outcome::Success;
-            self.spoil(Spoilt { stream, tag, queue, attachment, since_us: now_us, outcome, counted: true });
-        }
-    }
-
-    /// Discards half-seen groups whose attachment is leaving; part of a drain.
-    pub fn discard_leaving(&mut self) {
-        let attachments = self.attachments;
-        self.discard_where(|group| !attachments.is_live(group.attachment));
-        self.forget_where(|group| !attachments.is_live(group.attachment));
-    }
-
-    fn discard_where(&mut self, gone: impl Fn(&Assembling) -> bool) {
-        while let Some(at) = self.assembling.iter().position(&gone) {
-            let group = self.assembling.swap_remove(at);
-            self.discard(group);
-        }
-    }
-
-    fn discard(&self, group: Assembling) {
-        if let Some(queue) = self.queues.get(usize::from(group.queue)) {
-            queue.discard(group.slot);
-            count(&queue.counters().discarded);
-        }
-    }
-
-    /// Ends one group whose guest ran out of time; call it until it returns `None`.
-    ///
-    /// Half-seen groups that are too old are discarded on the way.
-    pub fn expire(&mut self, now_us: u64) -> Option<Answer<'q, S>> {
-        self.discard_where(|group| now_us.saturating_sub(group.opened_us) >= ASSEMBLY_LIMIT_US);
-        self.forget_where(|group| now_us.saturating_sub(group.since_us) >= ASSEMBLY_LIMIT_US);
-        for (queue, deadlines) in self.queues.iter().zip(&mut self.deadlines) {
-            for deadline in deadlines {
-                let Some(Deadline { cookie, at_us }) = *deadline else { continue };
-                if at_us > now_us {
-                    continue;
+        count(&self.ledger.overflows);
+        // What is added on the way comes after what is still to be looked at.
+        for at in (0..self.half_seen.len()).rev() {
+            let Some(&place) = self.half_seen.get(at) else { continue };
+            let entry = self.places[place as usize];
+            if entry.stage == Stage::HalfSeen {
+                let (queue, _) = Self::slot_of(place);
+                if let Some((device, stream, tag)) = self.discard(place) {
+                    let target = Target { device: entry.device, queue, name: 0, opaque: 0 };
+                    self.remember(Stage::Discarded, device, &target, entry.attachment, (stream, tag), now_us);
                 }
-                *deadline = None;
-                // A group that was settled in time is not there any more.
-                if let Some(answer) = queue.expire(cookie) {
-                    return Some(answer);
+            } else if entry.stage == Stage::Poisoned {
+                // Its last request may be lost as well, and its number in use again.
+                if let Some(device) = self.ledger.devices.at(entry.device) {
+                    count(&device.counters.discarded);
                 }
+                self.places[place as usize].stage = Stage::Discarded;
             }
         }
-        None
     }
 
-    /// Returns when the next group runs out of time, if any is outstanding; in microseconds, on the clock of `admit`.
+    /// Discards what is half-seen of attachments, devices and queues that are leaving; part of a drain. Looks at each
+    /// half-seen group once.
+    pub fn discard_leaving(&mut self) {
+        for at in (0..self.half_seen.len()).rev() {
+            let Some(&place) = self.half_seen.get(at) else { continue };
+            let Place { stage, device, attachment, .. } = self.places[place as usize];
+            let (queue, _) = Self::slot_of(place);
+            if self.ledger.attachments.is_live(AttachmentId(attachment))
+                && self.ledger.devices.is_live(device)
+                && self.ledger.open_queue(queue).is_some()
+            {
+                continue;
+            }
+            if stage == Stage::HalfSeen {
+                let _ = self.discard(place);
+            } else {
+                self.forget_poisoned(place);
+            }
+        }
+    }
+
+    /// Ends the next thing whose time has come; to be called until it is [`Expiry::Done`], or as often as a pass allows.
+    ///
+    /// Looks at one entry, however many there are.
+    pub fn expire(&mut self, now_us: u64) -> Expiry<'l, S> {
+        let place = match self.deadlines.pop(now_us) {
+            Due::Entry(place) => place,
+            Due::Later => return Expiry::Nothing,
+            Due::Nothing => return Expiry::Done,
+        };
+        let entry = self.places[place as usize];
+        match entry.stage {
+            Stage::Idle => Expiry::Nothing,
+            Stage::HalfSeen => {
+                let _ = self.discard(place);
+                Expiry::Nothing
+            }
+            Stage::Poisoned | Stage::Discarded => {
+                self.forget_poisoned(place);
+                Expiry::Nothing
+            }
+            Stage::Holding | Stage::Waiting => {
+                self.expire_whole(place, entry, now_us).unwrap_or(Expiry::Nothing)
+            }
+        }
+    }
+
+    /// The time of a whole group has come: that of an answer that was held back, or that of its guest.
+    fn expire_whole(&mut self, place: u32, entry: Place, now_us: u64) -> Option<Expiry<'l, S>> {
+        let (queue, slot) = Self::slot_of(place);
+        let ledger = self.ledger;
+        let (queue, device) = (ledger.any_queue(queue as usize)?, ledger.devices.at(entry.device)?);
+        let is_holding = entry.stage == Stage::Holding;
+        let pick = |state: State, _: u32, _: u32| match state {
+            State::HeldSuccess => Some(Outcome::Success),
+            // The guest still has time.
+            State::Waiting | State::Delivered if is_holding => None,
+            _ => Some(Outcome::Invalid),
+        };
+        let Some((won, state)) = queue.end(slot, pick) else {
+            if is_holding && queue.is_outstanding(slot) {
+                let passed_us = now_us.wrapping_sub(entry.since_us);
+                self.places[place as usize].stage = Stage::Waiting;
+                self.deadlines.arm(place, now_us, entry.deadline_us.saturating_sub(passed_us));
+            } else {
+                // It was settled. Its name goes when the number or the slot is used again.
+                self.places[place as usize].stage = Stage::Idle;
+            }
+            return None;
+        };
+        self.places[place as usize].stage = Stage::Idle;
+        self.groups.remove(place);
+        Some(match state {
+            State::HeldSuccess => {
+                ledger.book_held(queue, &won, now_us);
+                Expiry::Held(won.answer)
+            }
+            State::HeldInvalid => Expiry::Held(self.end_poisoned(queue, device, won, now_us)),
+            _ => {
+                ledger.book(queue, &won, now_us);
+                let late_us = now_us.wrapping_sub(entry.since_us).saturating_sub(entry.deadline_us);
+                Expiry::Expired { answer: won.answer, late_us, restraint: device.expired() }
+            }
+        })
+    }
+
+    /// Returns when something may be due next, in microseconds, on the clock of `admit`; `None` if nothing is.
+    ///
+    /// It may be a group that was settled meanwhile.
     pub fn next_deadline_us(&self) -> Option<u64> {
-        let waiting = self.queues.iter().zip(&self.deadlines).flat_map(|(queue, deadlines)| {
-            let live =
-                |d: &&Deadline| queue.live(d.cookie.slot()).is_some_and(|(cookie, ..)| cookie == d.cookie);
-            deadlines.iter().flatten().filter(live).map(|d| d.at_us)
-        });
-        let began = self.assembling.iter().map(|g| g.opened_us).chain(self.spoilt.iter().map(|g| g.since_us));
-        waiting.chain(began.map(|us| us.saturating_add(ASSEMBLY_LIMIT_US))).min()
+        self.deadlines.next_us()
     }
 }
 
 /// The answer of a request that ends its group; nothing for one that does not.
-fn refusal(request: &PageRequest, outcome: Outcome) -> Verdict {
+fn refusal<'l, const S: usize>(request: &PageRequest, outcome: Outcome) -> Verdict<'l, S> {
     if request.last {
-        Verdict::Answer(PageResponse { stream: request.stream, tag: request.tag, outcome })
+        Verdict::Refuse(PageResponse { stream: request.stream, tag: request.tag, outcome })
     } else {
         Verdict::Nothing
     }

@@ -1,0 +1,200 @@
+//! Finds an entry by its key, in a fixed number of places, while others add and remove.
+
+use core::sync::atomic::{
+    AtomicU64,
+    Ordering::{Acquire, Relaxed, Release},
+    fence,
+};
+
+/// Places of a bucket: their keys are one cache line.
+const WAYS: usize = 8;
+
+/// Low bits of a place's word; its generation is above them.
+const FREE: u64 = 0;
+const LIVE: u64 = 1;
+const LEAVING: u64 = 2;
+/// Someone is filling the place; nobody else uses it.
+const CLAIMED: u64 = 3;
+const STATE: u64 = 0xFF;
+const GENERATION_ONE: u64 = STATE + 1;
+
+/// Names what lies in a place until it is removed.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
+pub(crate) struct Id {
+    pub place: u32,
+    word: u64,
+}
+
+impl Id {
+    /// Names nothing: no place is live in this word.
+    pub const NONE: Self = Self { place: 0, word: FREE };
+}
+
+/// `N` places. A key lies in one of two buckets of eight places, so it is found, or known to be absent, after 16 looks.
+///
+/// What belongs to a place is kept by the owner of the directory, and is written only while the place is claimed.
+#[derive(Debug)]
+pub(crate) struct Directory<const N: usize> {
+    keys: [AtomicU64; N],
+    words: [AtomicU64; N],
+}
+
+impl<const N: usize> Directory<N> {
+    pub const fn new() -> Self {
+        const { assert!(N.is_power_of_two() && N >= WAYS, "a directory has 8 places, or 16, or 32 and so on") };
+        Self { keys: [const { AtomicU64::new(0) }; N], words: [const { AtomicU64::new(FREE) }; N] }
+    }
+
+    /// Returns the places where `key` may lie.
+    fn places(key: u64) -> impl Iterator<Item = usize> {
+        let mixed = (key ^ key >> 32).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        let mixed = (mixed ^ mixed >> 29).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        let bucket = |bits: u64| (bits as usize & (N / WAYS - 1)) * WAYS;
+        let (first, second) = (bucket(mixed >> 24), bucket(mixed >> 44));
+        (first..first + WAYS).chain(second..second + WAYS)
+    }
+
+    /// Puts `key` into a free place, where `fill` writes what belongs to it. `None` if the key is there, or if all its
+    /// places are taken.
+    ///
+    /// Any core may call it. One key has one owner, who does not add it twice at the same time.
+    pub fn add(&self, key: u64, fill: impl FnOnce(usize)) -> Option<Id> {
+        let is_there = |&place: &usize| {
+            matches!(self.words[place].load(Acquire) & STATE, LIVE | LEAVING)
+                && self.keys[place].load(Relaxed) == key
+        };
+        if Self::places(key).any(|place| is_there(&place)) {
+            return None;
+        }
+        let (place, before) = Self::places(key).find_map(|place| {
+            let word = self.words[place].load(Relaxed);
+            let claimed = word & !STATE | CLAIMED;
+            let claim = || self.words[place].compare_exchange(word, claimed, Acquire, Relaxed).is_ok();
+            (word & STATE == FREE && claim()).then_some((place, word))
+        })?;
+        // ORDER: a reader that still holds the word from before sees that it changed if it sees any of what follows.
+        fence(Release);
+        self.keys[place].store(key, Relaxed);
+        fill(place);
+        let word = (before & !STATE).wrapping_add(GENERATION_ONE) | LIVE;
+        // ORDER: whoever sees the word sees what it stands for.
+        self.words[place].store(word, Release);
+        Some(Id { place: place as u32, word })
+    }
+
+    /// Returns what `read` makes of the live place of `key`.
+    pub fn find<R>(&self, key: u64, read: impl Fn(usize) -> R) -> Option<(Id, R)> {
+        Self::places(key).filter(|&place| self.keys[place].load(Relaxed) == key).find_map(|place| {
+            let word = self.words[place].load(Acquire);
+            if word & STATE != LIVE {
+                return None;
+            }
+            // The key was perhaps another's when it was looked at first.
+            let key_now = self.keys[place].load(Relaxed);
+            let found = read(place);
+            // ORDER: all was read before the word is read again; if it is the same, what was read belongs to it.
+            fence(Acquire);
+            let same = self.words[place].load(Relaxed) == word && key_now == key;
+            same.then_some((Id { place: place as u32, word }, found))
+        })
+    }
+
+    /// Stops finding `id`, whose place stays taken.
+    pub fn leave(&self, id: Id) {
+        self.change(id, id.word, LEAVING);
+    }
+
+    /// Finds an `id` again that had left.
+    pub fn return_to(&self, id: Id) {
+        self.change(id, id.word & !STATE | LEAVING, LIVE);
+    }
+
+    /// Frees the place of an `id` that left.
+    pub fn remove(&self, id: Id) {
+        self.change(id, id.word & !STATE | LEAVING, FREE);
+    }
+
+    fn change(&self, id: Id, from: u64, state: u64) {
+        if let Some(word) = self.words.get(id.place as usize) {
+            // Lost only against an earlier change, and then `id` is an old name: there is nothing to do.
+            let _ = word.compare_exchange(from, from & !STATE | state, Release, Relaxed);
+        }
+    }
+
+    /// Returns whether `id` is live.
+    pub fn is_live(&self, id: Id) -> bool {
+        self.words.get(id.place as usize).is_some_and(|word| word.load(Acquire) == id.word)
+    }
+
+    /// Returns whether whatever lies in `place` is live.
+    pub fn is_live_place(&self, place: u32) -> bool {
+        self.words.get(place as usize).is_some_and(|word| word.load(Acquire) & STATE == LIVE)
+    }
+
+    /// Returns whether `id` is live or leaving.
+    pub fn is_there(&self, id: Id) -> bool {
+        let there = |word: u64| word == id.word || word == id.word & !STATE | LEAVING;
+        id != Id::NONE && self.words.get(id.place as usize).is_some_and(|word| there(word.load(Acquire)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashMap;
+
+    #[test]
+    fn a_key_is_found_until_it_leaves_and_its_place_is_free_once_it_is_removed() {
+        let directory = Directory::<8>::new();
+        let id = directory.add(7, |_| ()).expect("there is room");
+
+        assert_eq!(directory.find(7, |place| place), Some((id, id.place as usize)));
+        assert_eq!(directory.add(7, |_| ()), None, "a key is there once");
+        directory.leave(id);
+        assert_eq!(directory.find(7, |_| ()), None);
+        assert!(!directory.is_live(id) && directory.is_there(id));
+        assert_eq!(directory.add(7, |_| ()), None, "its place is not free yet");
+        directory.return_to(id);
+        assert_eq!(directory.find(7, |_| ()), Some((id, ())));
+        directory.leave(id);
+        directory.remove(id);
+        let again = directory.add(7, |_| ()).expect("its place is free");
+        assert_ne!(again, id);
+        directory.leave(id);
+        assert!(directory.is_live(again) && !directory.is_there(id), "an old name does nothing");
+    }
+
+    #[test]
+    fn four_places_of_five_can_be_filled_with_keys_of_every_kind() {
+        let patterns: [fn(u64) -> u64; 4] = [|n| n, |n| n << 32 | 5, |n| n << 35, |n| 0x20 << 32 | n];
+        for pattern in patterns {
+            let directory = Box::new(Directory::<4096>::new());
+            let keys = (0..4096 * 4 / 5).map(pattern);
+            let ids: HashMap<u64, Id> =
+                keys.map(|key| (key, directory.add(key, |_| ()).expect("there is room"))).collect();
+
+            for (&key, &id) in &ids {
+                assert_eq!(directory.find(key, |_| ()), Some((id, ())));
+            }
+        }
+    }
+
+    #[test]
+    fn two_cores_that_add_at_once_get_two_places() {
+        let directory = Directory::<8>::new();
+        let add = |key| directory.add(key, |_| ()).expect("there is room");
+        for _ in 0..2_000 {
+            let (first, second) = std::thread::scope(|scope| {
+                let other = scope.spawn(|| add(0x28));
+                (add(0x20), other.join().expect("it does not panic"))
+            });
+            assert_ne!(first.place, second.place);
+            for (id, key) in [(first, 0x20), (second, 0x28)] {
+                assert_eq!(directory.find(key, |_| ()), Some((id, ())));
+                directory.leave(id);
+                directory.remove(id);
+            }
+        }
+    }
+}

@@ -3,11 +3,14 @@
 
 use crate::{
     guest::Guest,
-    hypervisor::{ATTACHMENTS, DEVICES_PER_GUEST, GUESTS, Hypervisor},
+    hypervisor::{DEVICES_PER_GUEST, GUESTS, Hypervisor},
     memory::{self, Share},
 };
-use arch::unit::{self, DEVICE_TABLES};
-use broker::{AttachmentId, Policy};
+use arch::{
+    cpu,
+    unit::{self, DEVICE_TABLES},
+};
+use broker::{AttachmentId, DeviceId, Limits, Policy, QueueId, Restraint, Whose};
 use core::sync::atomic::Ordering::Relaxed;
 use heapless::Vec;
 use iommu::{
@@ -17,13 +20,14 @@ use pgtable::Tree;
 
 /// Page requests that one device may have outstanding. All devices together stay below what the unit's queue holds.
 pub const ALLOCATION: u32 = 15;
-/// Groups that one attachment may have outstanding: as many as requests, since a group has one at least.
-pub const BUDGET: u8 = ALLOCATION as u8;
 const _: () = assert!(
     ALLOCATION as usize * 2 * DEVICES_PER_GUEST * GUESTS <= unit::OUTSTANDING,
     "the devices' requests, with as many stop markers, fit the unit's queue"
 );
-const _: () = assert!(ATTACHMENTS >= GUESTS * crate::guest::ATTACHMENTS);
+const _: () = assert!(
+    ALLOCATION as usize * DEVICES_PER_GUEST < crate::hypervisor::SLOTS,
+    "a guest's queue holds the groups of its devices, and some that are just being answered"
+);
 
 /// Why a device could not be given, attached or mapped for.
 #[derive(Clone, Copy, Debug, defmt::Format)]
@@ -38,6 +42,20 @@ pub enum Error {
     Registers,
     /// It is attached already, or there are too many attachments.
     Attached,
+    /// The broker says so.
+    Broker(broker::Error),
+}
+
+/// A device that a guest owns.
+pub struct Given {
+    /// Its place in [`Hypervisor::devices`].
+    pub number: usize,
+    /// Its name in the broker.
+    pub id: DeviceId,
+    /// What it was held to so far.
+    restraint: Restraint,
+    /// What its tables left behind when it was blocked for good.
+    blocked: Option<Leaving>,
 }
 
 /// A device, or a PASID of it, that is translated by tables of its own.
@@ -67,20 +85,25 @@ impl Guest {
         let requests = device.function.has_page_requests() && self.hv.capabilities.page_requests;
         let pasids = requests && self.hv.capabilities.pasid_bits > 0;
         let features = Features { device_tlb: requests, page_requests: requests, pasid: pasids };
+        // Without page requests the broker has nothing to admit.
+        let limits = Limits::with_requests(if requests { ALLOCATION } else { 0 });
+        let stream = device.function.id;
+        let id = self.hv.ledger.add_device(stream, &limits).map_err(Error::Broker)?;
         // Whatever fails from here on, the device is the guest's to give back.
-        let _ = self.devices.push(number);
-        self.stuck_if_late(assign(self.hv, device.function.id, features))?;
+        let _ = self.devices.push(Given { number, id, restraint: Restraint::None, blocked: None });
+        self.hv.give(number, Some((self.index, self.devices.len() as u32)));
+        self.stuck_if_late(assign(self.hv, stream, features))?;
         if pasids {
             // Accesses without PASID reach an empty space. It also has to be there: QEMU's unit refuses every PASID of a
             // device whose entry for accesses without one is not present.
-            let blank = self.stuck_if_late(Space::new(self.hv, &self.share, device.function.id, None))?;
+            let blank = self.stuck_if_late(Space::new(self.hv, &self.share, stream, None))?;
             let _ = self.blanks.push(blank);
         }
         if requests {
             let config = &self.hv.config;
             let enabled =
                 device.function.enable_page_requests(config, ALLOCATION, pasids).map_err(Error::Device)?;
-            defmt::debug!("{} of guest {=usize}: {}", device.function.id, self.index, enabled);
+            defmt::debug!("{} of guest {=usize}: {}", stream, self.index, enabled);
         }
         device.function.enable_bus_master(&self.hv.config);
         Ok(())
@@ -94,13 +117,20 @@ impl Guest {
         opaque: u64,
         deadline_us: u64,
     ) -> Result<u64, Error> {
-        let number = (device as usize).checked_sub(1).and_then(|at| self.devices.get(at));
-        let device_of = number.and_then(|&number| self.hv.devices.get(number)).ok_or(Error::Attached)?;
+        let given = (device as usize).checked_sub(1).and_then(|at| self.devices.get(at));
+        let given = given.ok_or(Error::Attached)?;
+        let device_of = self.hv.devices.get(given.number).ok_or(Error::Attached)?;
         let place = self.attachments.iter().position(Option::is_none).ok_or(Error::Attached)?;
-        let stream = device_of.function.id;
-        let queue = self.index as u8;
-        let policy = Policy { stream, pasid, queue, budget: BUDGET, device, opaque, deadline_us };
-        let attached = attach(self.hv, &self.share, &policy);
+        self.hv.ledger.set_deadline(given.id, deadline_us);
+        let policy = Policy {
+            stream: device_of.function.id,
+            requests: pasid.into(),
+            device: given.id,
+            queue: self.queue,
+            name: device,
+            opaque,
+        };
+        let attached = attach(self.hv, &self.share, &policy, pasid);
         self.attachments[place] = Some(self.stuck_if_late(attached)?);
         Ok(place as u64 + 1)
     }
@@ -109,7 +139,7 @@ impl Guest {
     pub fn detach(&mut self, name: u64) -> Option<Result<(), Error>> {
         let at = usize::try_from(name.checked_sub(1)?).ok()?;
         let owned = self.attachments.get_mut(at)?.take()?;
-        let detached = detach(self.hv, &self.share, self.index, owned);
+        let detached = detach(self.hv, &self.share, self.queue, owned);
         Some(self.stuck_if_late(detached))
     }
 
@@ -127,12 +157,12 @@ impl Guest {
 
     /// Maps `grant` for an attachment.
     pub fn map(&self, owned: &Owned, iova: Iova, grant: &Grant, perms: Perms) -> Result<(), Error> {
-        map(self.hv, &self.share, owned, iova, grant, perms)
+        owned.space.map(self.hv, &self.share, iova, grant, perms)
     }
 
     /// Unmaps, and returns when nothing reaches the memory any more.
     pub fn unmap(&self, owned: &Owned, iova: Iova, bytes: u64) -> Result<(), Error> {
-        unmap(self.hv, &self.share, owned, iova, bytes)?;
+        owned.space.unmap(self.hv, &self.share, iova, bytes)?;
         self.home().unmapped.fetch_add(1, Relaxed);
         Ok(())
     }
@@ -140,24 +170,24 @@ impl Guest {
     /// Takes all devices back, with requests outstanding or not; `false` if one did not let go of memory.
     pub fn release_devices(&mut self) -> bool {
         let mut released = !self.stuck;
-        for number in core::mem::take(&mut self.devices) {
+        for Given { number, id, blocked, .. } in core::mem::take(&mut self.devices) {
             let Some(device) = self.hv.devices.get(number) else { continue };
             let stream = device.function.id;
             // No new requests are admitted, and then the hardware lets none through.
             for owned in
                 self.attachments.iter().flatten().filter(|owned| owned.space.attachment.stream == stream)
             {
-                self.hv.attachments.leave(owned.id);
+                self.hv.ledger.leave(owned.id);
             }
             // A device that issues nothing cannot flood the unit with faults while it is taken away.
             device.function.disable_bus_master(&self.hv.config);
-            let blocked = block(self.hv, stream);
+            let blocked = blocked.map_or_else(|| block(self.hv, stream), Ok);
             let is_its = |space: &Space| space.attachment.stream == stream;
             let of_it =
                 self.attachments.iter_mut().filter_map(|place| place.take_if(|owned| is_its(&owned.space)));
             let mut detached: Result<(), Error> = Ok(());
             for owned in of_it {
-                detached = detached.and(detach(self.hv, &self.share, self.index, owned));
+                detached = detached.and(detach(self.hv, &self.share, self.queue, owned));
             }
             while let Some(at) = self.blanks.iter().position(is_its) {
                 detached = detached.and(self.blanks.swap_remove(at).end(self.hv, &self.share));
@@ -168,6 +198,13 @@ impl Guest {
             }
             // Every group of the device was answered; now it may be told that there is nobody to ask.
             device.function.disable_page_requests(&self.hv.config);
+            if let (Some(tally), Some(latencies)) = (self.hv.ledger.tally(id), self.hv.ledger.latencies(id)) {
+                self.home().tally.with(|sum| *sum += tally);
+                let add = |(sum, count): (&mut u64, u64)| *sum += count;
+                self.home().answer_times.with(|sums| sums.iter_mut().zip(latencies.answer).for_each(add));
+            }
+            self.hv.ledger.remove_device(id);
+            self.hv.give(number, None);
             match blocked {
                 Ok(leaving) if released => self.hv.tables.with(|tables| tables.finish(leaving)),
                 Ok(_) => {}
@@ -179,6 +216,39 @@ impl Guest {
         }
         released
     }
+
+    /// Does to the guest's devices what the broker holds them to: the part that is neither refusing nor waiting.
+    pub fn restrain_devices(&mut self) {
+        for given in &mut self.devices {
+            let restraint = self.hv.ledger.restraint(given.id);
+            let Some(device) = self.hv.devices.get(given.number) else { continue };
+            if restraint == given.restraint {
+                continue;
+            }
+            let before = core::mem::replace(&mut given.restraint, restraint);
+            if restraint >= Restraint::RequestsOff && before < Restraint::RequestsOff {
+                // The broker admits nothing more, so what is outstanding ends here.
+                while let Some(answer) =
+                    self.hv.ledger.evict(self.queue, Whose::Device(given.id), cpu::now_us())
+                {
+                    self.hv.answer(answer);
+                }
+                device.function.disable_page_requests_alone(&self.hv.config);
+                defmt::warn!("{} may ask for no more pages", device.function.id);
+            }
+            if restraint == Restraint::Blocked {
+                device.function.disable_bus_master(&self.hv.config);
+                match block(self.hv, device.function.id) {
+                    Ok(leaving) => given.blocked = Some(leaving),
+                    // It is blocked, but the unit did not confirm it.
+                    Err(error) => {
+                        defmt::error!("{} could not be blocked: {}", device.function.id, error);
+                        self.stuck = true;
+                    }
+                }
+            }
+        }
+    }
 }
 
 /// Gives `stream` tables of its own, in which everything is blocked.
@@ -189,7 +259,12 @@ pub fn assign(hv: &Hypervisor, stream: StreamId, features: Features) -> Result<(
 
 impl Space {
     /// Lets accesses of `stream` that carry `pasid` (or none) through empty tables of their own.
-    fn new(hv: &Hypervisor, share: &Share, stream: StreamId, pasid: Option<Pasid>) -> Result<Self, Error> {
+    pub fn new(
+        hv: &Hypervisor,
+        share: &Share,
+        stream: StreamId,
+        pasid: Option<Pasid>,
+    ) -> Result<Self, Error> {
         let tree = share.with(hv.pool, |frames| Tree::new(frames, DEVICE_TABLES)).map_err(Error::Tables)?;
         let translation = unit::translation(memory::root(&tree));
         match hv.tables.with(|tables| tables.attach(stream, pasid, translation)) {
@@ -203,6 +278,40 @@ impl Space {
                 Err(Error::Unit(error))
             }
         }
+    }
+
+    /// Maps `grant` at `iova`.
+    pub fn map(
+        &self,
+        hv: &Hypervisor,
+        share: &Share,
+        iova: Iova,
+        grant: &Grant,
+        perms: Perms,
+    ) -> Result<(), Error> {
+        share.with(hv.pool, |frames| self.tree.map(frames, iova.0, grant, perms)).map_err(Error::Tables)?;
+        if hv.capabilities.caches_absence {
+            let invalidation = Invalidation::covering(self.attachment, iova, grant.bytes());
+            hv.invalidate(&[invalidation]).map_err(Error::Unit)?;
+        }
+        Ok(())
+    }
+
+    /// Unmaps `bytes` from `iova`, and returns when nothing reaches the memory any more. On an error of the unit the device
+    /// may still reach it, until it is detached.
+    pub fn unmap(&self, hv: &Hypervisor, share: &Share, iova: Iova, bytes: u64) -> Result<(), Error> {
+        share.with(hv.pool, |frames| self.tree.unmap(frames, iova.0, bytes)).map_err(Error::Tables)?;
+        let Attachment { stream, pasid, domain, .. } = self.attachment;
+        hv.invalidate(&[Invalidation::covering(self.attachment, iova, bytes)]).map_err(Error::Unit)?;
+        defmt::debug!(
+            "unmap stream={=u32:#x} pasid={=u32:#x} domain={=u16:#x} iova={=u64:#x} pages={=u64}",
+            stream.0,
+            pasid.map_or(0, Pasid::value),
+            domain.0,
+            iova.0,
+            bytes / PAGE_SIZE
+        );
+        Ok(())
     }
 
     /// Blocks the space in hardware; returns when the unit and the device have forgotten it, and every page request sent
@@ -226,7 +335,7 @@ impl Space {
     }
 
     /// Ends a space whose page requests went to nobody.
-    fn end(self, hv: &Hypervisor, share: &Share) -> Result<(), Error> {
+    pub fn end(self, hv: &Hypervisor, share: &Share) -> Result<(), Error> {
         let leaving = self.block(hv)?;
         self.free(hv, share, leaving);
         Ok(())
@@ -234,50 +343,17 @@ impl Space {
 }
 
 /// Attaches a device, or a PASID of it, to empty tables of its own.
-pub fn attach(hv: &Hypervisor, share: &Share, policy: &Policy) -> Result<Owned, Error> {
+fn attach(hv: &Hypervisor, share: &Share, policy: &Policy, pasid: Option<Pasid>) -> Result<Owned, Error> {
     // The broker first: a request that comes as soon as the unit lets it must find its owner.
-    let id = hv.attachments.add(*policy).ok_or(Error::Attached)?;
-    let space = Space::new(hv, share, policy.stream, policy.pasid).inspect_err(|_| {
-        hv.attachments.leave(id);
-        hv.attachments.remove(id);
+    let id = hv.ledger.attach(policy).map_err(|error| match error {
+        broker::Error::NoRoomForAttachment => Error::Attached,
+        error => Error::Broker(error),
+    })?;
+    let space = Space::new(hv, share, policy.stream, pasid).inspect_err(|_| {
+        hv.ledger.leave(id);
+        hv.ledger.detach(id);
     })?;
     Ok(Owned { id, space })
-}
-
-/// Maps `grant` at `iova`.
-pub fn map(
-    hv: &Hypervisor,
-    share: &Share,
-    owned: &Owned,
-    iova: Iova,
-    grant: &Grant,
-    perms: Perms,
-) -> Result<(), Error> {
-    share
-        .with(hv.pool, |frames| owned.space.tree.map(frames, iova.0, grant, perms))
-        .map_err(Error::Tables)?;
-    if hv.capabilities.caches_absence {
-        let invalidation = Invalidation::covering(owned.space.attachment, iova, grant.bytes());
-        hv.invalidate(&[invalidation]).map_err(Error::Unit)?;
-    }
-    Ok(())
-}
-
-/// Unmaps `bytes` from `iova`, and returns when nothing reaches the memory any more. On an error of the unit the device may
-/// still reach it, until it is detached.
-pub fn unmap(hv: &Hypervisor, share: &Share, owned: &Owned, iova: Iova, bytes: u64) -> Result<(), Error> {
-    share.with(hv.pool, |frames| owned.space.tree.unmap(frames, iova.0, bytes)).map_err(Error::Tables)?;
-    let Attachment { stream, pasid, domain, .. } = owned.space.attachment;
-    hv.invalidate(&[Invalidation::covering(owned.space.attachment, iova, bytes)]).map_err(Error::Unit)?;
-    defmt::debug!(
-        "unmap stream={=u32:#x} pasid={=u32:#x} domain={=u16:#x} iova={=u64:#x} pages={=u64}",
-        stream.0,
-        pasid.map_or(0, Pasid::value),
-        domain.0,
-        iova.0,
-        bytes / PAGE_SIZE
-    );
-    Ok(())
 }
 
 /// Blocks all of a device, and returns when the unit knows.
@@ -289,18 +365,24 @@ pub fn block(hv: &Hypervisor, stream: StreamId) -> Result<Leaving, Error> {
 
 /// Detaches: mark as leaving; block in hardware, invalidate, wait; let the service core pass; answer what is outstanding;
 /// wait until the answers are out; and only then let go of the tables.
-pub fn detach(hv: &Hypervisor, share: &Share, queue: usize, owned: Owned) -> Result<(), Error> {
+fn detach(hv: &Hypervisor, share: &Share, queue: QueueId, owned: Owned) -> Result<(), Error> {
     let Owned { id, space } = owned;
-    let Attachment { stream, pasid, .. } = space.attachment;
-    hv.attachments.leave(id);
+    hv.ledger.leave(id);
     let leaving = space.block(hv)?;
     // The drain is also the grace period: no handler that saw the attachment alive is still at work.
     hv.drain().map_err(Error::Unit)?;
-    while let Some(answer) = hv.queues[queue].evict(stream, pasid) {
+    while let Some(answer) = hv.ledger.evict(queue, Whose::Attachment(id), cpu::now_us()) {
         hv.answer(answer);
     }
     hv.invalidate(&[]).map_err(Error::Unit)?;
-    hv.attachments.remove(id);
+    hv.ledger.detach(id);
+    let Attachment { stream, pasid, domain, .. } = space.attachment;
     space.free(hv, share, leaving);
+    defmt::debug!(
+        "detach stream={=u32:#x} pasid={=u32:#x} domain={=u16:#x}",
+        stream.0,
+        pasid.map_or(u32::MAX, Pasid::value),
+        domain.0
+    );
     Ok(())
 }

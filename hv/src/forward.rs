@@ -4,13 +4,14 @@ use crate::{
     guest::Guest,
     hypervisor::{Inbox, Notice},
 };
+use arch::cpu;
 use broker::Group;
 use channel::{
     Record,
     host::{Broken, Pushed},
     record::{Event, Reason, Request},
 };
-use core::sync::atomic::Ordering::{AcqRel, Relaxed};
+use core::sync::atomic::Ordering::Relaxed;
 use iommu::{Access, Perms};
 
 impl Guest {
@@ -19,45 +20,28 @@ impl Guest {
     /// A group that finds no room waits here, and runs into its deadline if the guest does not make room. Without a
     /// channel everything waits.
     pub fn forward(&mut self, inbox: &mut Inbox) -> Result<(), Broken> {
-        while let Some(slot) = inbox.slots.dequeue() {
-            // There is room: each slot is announced once at a time, and the first one perhaps once more.
-            let _ = self.announced.push(slot);
-        }
         let mut news = false;
-        while let Some(&slot) = self.announced.first() {
-            if self.channel.is_none() {
-                break;
-            }
-            let group = match self.undelivered.take() {
-                Some(group) => Some(group),
-                None => {
-                    // ORDER: from here on the slot is announced anew, so it is read after this.
-                    self.home().announced.fetch_and(!(1 << slot), AcqRel);
-                    self.hv.queues[self.index].deliver(slot)
-                }
-            };
+        while self.channel.is_some() {
+            let next = self.undelivered.take().or_else(|| inbox.groups.next(cpu::now_us()));
             // Whatever was answered before it came here is not shown.
-            if let Some(group) = group {
-                match self.push(&group)? {
-                    Pushed::Yes => news = true,
-                    Pushed::Full => {
-                        self.undelivered = Some(group);
-                        break;
-                    }
+            let Some(group) = next else { break };
+            match self.push(&group)? {
+                Pushed::Yes => news = true,
+                Pushed::Full => {
+                    self.undelivered = Some(group);
+                    break;
                 }
-                let home = self.home();
-                home.longest_to_record_us.fetch_max(home.age_us(slot), Relaxed);
             }
-            self.announced.remove(0);
+            let taken_us = cpu::now_us().saturating_sub(group.reported_us);
+            self.home().longest_to_record_us.fetch_max(taken_us, Relaxed);
         }
-        let home = self.home();
         if let Some(channel) = &mut self.channel {
-            channel.count_lost_events(home.notices_lost.swap(0, Relaxed));
-            while let Some(notice) = inbox.notices.dequeue() {
+            while let Some(notice) = inbox.notices.receive() {
                 if channel.push_event(&event(&notice))? == Pushed::Yes {
                     news = true;
                 }
             }
+            channel.count_lost_events(inbox.notices.take_lost());
         }
         if news {
             self.vcpu.inject(arch::guest::FAULT_CHANNEL);
@@ -71,7 +55,7 @@ impl Guest {
         let record = |(index, page): (usize, &broker::Page)| {
             Record::request(&Request {
                 cookie: group.cookie.0,
-                device: group.device,
+                device: group.name,
                 pasid: group.tag.pasid,
                 opaque: group.opaque,
                 group: group.tag.index,

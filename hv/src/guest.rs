@@ -1,10 +1,8 @@
 //! A guest: its memory, its virtual CPU, the devices that it owns; and the core that is its home.
 
 use crate::{
-    control::{Owned, Space},
-    hypervisor::{
-        self, DEVICES_PER_GUEST, Ending, GUESTS, Home, Hypervisor, Inbox, Order, SERVICE_CORE, SLOTS,
-    },
+    control::{Given, Owned, Space},
+    hypervisor::{self, DEVICES_PER_GUEST, Ending, GUESTS, Home, Hypervisor, Inbox, Order, SERVICE_CORE},
     memory::{self, GuestRam, Share},
 };
 use arch::{
@@ -13,7 +11,7 @@ use arch::{
     interrupts::{self, Source},
     unit::GUEST_TABLES,
 };
-use broker::Group;
+use broker::{Group, Missed, Owner, QueueId, Tally, Whose};
 use channel::{host::Host, ring};
 use core::sync::atomic::Ordering::{Relaxed, SeqCst};
 use heapless::Vec;
@@ -49,8 +47,10 @@ pub struct Guest {
     pub nested: Tree,
     /// Its virtual CPU.
     pub vcpu: Vcpu,
-    /// Its devices, by their place in [`Hypervisor::devices`]; the guest counts them from 1.
-    pub devices: Vec<usize, DEVICES_PER_GUEST>,
+    /// The queue of its page requests.
+    pub queue: QueueId,
+    /// Its devices; the guest counts them from 1.
+    pub devices: Vec<Given, DEVICES_PER_GUEST>,
     /// The empty spaces of its devices, for accesses without PASID.
     pub blanks: Vec<Space, DEVICES_PER_GUEST>,
     /// What it may take for the tables of its devices.
@@ -61,9 +61,7 @@ pub struct Guest {
     pub attachments: [Option<Owned>; ATTACHMENTS],
     /// Its fault channel, once it is open.
     pub channel: Option<Host>,
-    /// Slots that were announced and are not in the channel yet, oldest first.
-    pub announced: Vec<u8, { SLOTS + 1 }>,
-    /// The first of them, if it was read already and found no room.
+    /// A group that was taken from the inbox and found no room in the channel.
     pub undelivered: Option<Group>,
 }
 
@@ -75,6 +73,7 @@ enum NotMade {
     Processor(arch::machine::Error),
     Image { bytes: usize },
     Device(crate::control::Error),
+    Queue(broker::Error),
 }
 
 /// What a home core does for ever: it makes the guests that it is asked for, and runs each to its end.
@@ -117,6 +116,7 @@ fn live(hv: &'static Hypervisor, index: usize, order: &Order, inbox: &mut Inbox)
             return Ending::NotStarted;
         }
     };
+    hv.homes[index].queue.with(|queue| *queue = Some(guest.queue));
     let ending = match guest.own(order) {
         Ok(()) => guest.run(inbox),
         Err(error) => {
@@ -126,10 +126,9 @@ fn live(hv: &'static Hypervisor, index: usize, order: &Order, inbox: &mut Inbox)
     };
     guest.depart();
     // What was announced for the guest that left was answered when it left.
-    while inbox.slots.dequeue().is_some() {}
-    hv.homes[index].announced.store(0, SeqCst);
-    while inbox.notices.dequeue().is_some() {}
-    hv.homes[index].notices_lost.store(0, SeqCst);
+    while inbox.groups.next(cpu::now_us()).is_some() {}
+    while inbox.notices.receive().is_some() {}
+    let _ = inbox.notices.take_lost();
     ending
 }
 
@@ -137,6 +136,17 @@ impl Guest {
     /// Makes a guest with its program in its memory, and no devices.
     #[inline(never)]
     fn new(hv: &'static Hypervisor, index: usize) -> Result<Self, NotMade> {
+        // First what everything else refers to: the queue exists before any attachment.
+        let queue = hv.ledger.open_at(index, Owner::Guest(index as u16)).map_err(NotMade::Queue)?;
+        let made = Self::with_queue(hv, index, queue);
+        if made.is_err() {
+            close(hv, index, queue);
+        }
+        made
+    }
+
+    #[inline(never)]
+    fn with_queue(hv: &'static Hypervisor, index: usize, queue: QueueId) -> Result<Self, NotMade> {
         let mut ram = GuestRam::new(hv.pool, RAM_FRAMES).ok_or(NotMade::Memory)?;
         let nested = match hv.pool.with(|pool| Tree::new(pool, GUEST_TABLES)) {
             Ok(nested) => nested,
@@ -152,13 +162,13 @@ impl Guest {
                 ram,
                 nested,
                 vcpu,
+                queue,
                 devices: Vec::new(),
                 blanks: Vec::new(),
                 share: Share::new(TABLE_FRAMES),
                 stuck: false,
                 attachments: [const { None }; ATTACHMENTS],
                 channel: None,
-                announced: Vec::new(),
                 undelivered: None,
             }),
             Err(error) => {
@@ -221,6 +231,7 @@ impl Guest {
                 }
                 self.vcpu.run()
             };
+            self.restrain_devices();
             match exit {
                 Exit::Interrupted => {}
                 Exit::Halt => self.sleep(inbox, u64::MAX),
@@ -297,7 +308,8 @@ impl Guest {
     /// Takes everything back from a guest that runs no more: first its devices, then its memory.
     #[inline(never)]
     fn depart(mut self) {
-        let released = self.release_devices();
+        let mut released = self.release_devices();
+        released &= close(self.hv, self.index, self.queue);
         // The virtual CPU goes here, so nobody walks its tables any more.
         let Self { hv, index, ram, nested, channel, .. } = self;
         hv.homes[index].ram.store(0, Relaxed);
@@ -316,6 +328,32 @@ impl Guest {
     }
 }
 
+/// Closes the queue of a guest that is gone; `false` if a group has no answer.
+fn close(hv: &Hypervisor, index: usize, queue: QueueId) -> bool {
+    hv.ledger.shut(queue);
+    // Its devices were drained one by one; this is for a handler that had found the queue open before.
+    let drained = hv.drain();
+    while let Some(answer) = hv.ledger.evict(queue, Whose::All, cpu::now_us()) {
+        hv.answer(answer);
+    }
+    let home = &hv.homes[index];
+    home.missed.with(|missed| *missed = hv.ledger.missed(queue));
+    home.queue.with(|shown| *shown = None);
+    match drained.map_err(drop).and_then(|()| hv.ledger.close(queue).map_err(drop)) {
+        Ok(()) => true,
+        Err(()) => {
+            let groups = hv.ledger.outstanding(queue);
+            home.left.store(groups as u64, Relaxed);
+            defmt::error!(
+                "the queue of guest {=usize} cannot be closed: {=usize} groups left",
+                index,
+                groups
+            );
+            false
+        }
+    }
+}
+
 /// Asks the home core of guest `index` for a guest with `devices`, which will be told `task`.
 pub fn start(hv: &Hypervisor, index: usize, task: [u64; 3], devices: &[usize]) {
     let home = &hv.homes[index % GUESTS];
@@ -329,10 +367,13 @@ pub fn start(hv: &Hypervisor, index: usize, task: [u64; 3], devices: &[usize]) {
         &home.refused_calls,
         &home.unmapped,
         &home.longest_to_record_us,
-        &home.longest_to_answer_us,
+        &home.left,
     ]) {
         counter.store(0, Relaxed);
     }
+    home.tally.with(|tally| *tally = Tally::ZERO);
+    home.missed.with(|missed| *missed = Missed::ZERO);
+    home.answer_times.with(|times| times.fill(0));
     let devices = devices.iter().copied().take(DEVICES_PER_GUEST).collect();
     home.order.with(|order| *order = Some(Order { devices }));
     interrupts::kick(hypervisor::home_of(index % GUESTS), Source::Kick);

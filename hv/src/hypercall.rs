@@ -10,7 +10,7 @@ use arch::{
     cpu,
     interrupts::{self, Source},
 };
-use broker::Cookie;
+use broker::{Cookie, Settled};
 use channel::call::{
     ARRAY, Call, Code, DEADLINE_MAX_US, DEADLINE_US, NONE, REPORTS, Status, VERSION, WRITABLE,
 };
@@ -140,9 +140,9 @@ impl Guest {
             let first_pasid = if self.hv.capabilities.pasid_bits > 0 { 1 } else { NONE };
             return Ok([VERSION, self.devices.len() as u64, first_pasid]);
         };
-        let number =
+        let given =
             usize::try_from(at).ok().and_then(|at| self.devices.get(at)).ok_or(Refused(Status::NotYours))?;
-        let device = self.hv.devices.get(*number).ok_or(Refused(Status::NotYours))?;
+        let device = self.hv.devices.get(given.number).ok_or(Refused(Status::NotYours))?;
         let bytes = device.registers.end.0 - device.registers.start.0;
         let identity = u64::from(device.function.vendor) | u64::from(device.function.device) << 16;
         Ok([REGISTERS.0 + at * WINDOW, bytes, identity])
@@ -202,12 +202,10 @@ impl Guest {
                     continue;
                 }
             };
-            match self.hv.queues[self.index].settle(Cookie(cookie), outcome) {
-                Ok(answer) => {
-                    let home = self.home();
-                    home.longest_to_answer_us.fetch_max(home.age_us(answer.slot()), Relaxed);
-                    self.hv.answer(answer);
-                }
+            let now_us = cpu::now_us();
+            match self.hv.ledger.settle(self.queue, Cookie(cookie), outcome, now_us) {
+                Ok(Settled::Now(answer)) => self.hv.answer(answer),
+                Ok(Settled::Held) => {}
                 Err(refusal) => {
                     defmt::debug!("guest {=usize}: {} refused: {}", self.index, Cookie(cookie), refusal);
                     refused += 1;

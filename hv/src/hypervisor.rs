@@ -5,9 +5,9 @@ use arch::{
     cpu::{self, Locked},
     interrupts::{self, Source},
     machine::{Boot, Ecam},
-    unit::{Commands, Tables},
+    unit::{self, Commands, Tables},
 };
-use broker::{Answer, Attachments, Queue};
+use broker::{BUCKETS, EventReceiver, EventSender, Inbox as Groups, Lost, Missed, POISONED, QueueId, Tally};
 use channel::call::REPORTS;
 use core::{
     ops::Range,
@@ -18,7 +18,8 @@ use core::{
 };
 use heapless::{Vec, spsc};
 use iommu::{
-    Capabilities, Commands as _, Completion, Error, FaultRecord, Invalidation, PageResponse, PhysAddr, Ticket,
+    Capabilities, Commands as _, Completion, Error, FaultRecord, Invalidation, PageResponse, PhysAddr,
+    StreamId, Ticket,
 };
 use pcie::Function;
 use spin::Once;
@@ -31,8 +32,18 @@ pub const GUESTS: usize = 2;
 pub const DEVICES_PER_GUEST: usize = 2;
 /// Groups that a guest may have outstanding.
 pub const SLOTS: usize = 32;
-/// Attachments at one time.
-pub const ATTACHMENTS: usize = 16;
+/// Places for devices in the ledger, and for attachments: more than there can be, so that a place is found quickly.
+const LEDGER_DEVICES: usize = 16;
+const LEDGER_ATTACHMENTS: usize = 32;
+/// Groups that the service core knows of.
+const GROUPS: usize = GUESTS * (SLOTS + POISONED);
+
+/// What all cores share of the page requests: one queue for each home core.
+pub type Ledger = broker::Ledger<GUESTS, SLOTS, LEDGER_DEVICES, LEDGER_ATTACHMENTS>;
+/// What the service core owns of them.
+pub type Broker = broker::Broker<'static, GUESTS, SLOTS, LEDGER_DEVICES, LEDGER_ATTACHMENTS, GROUPS>;
+/// The right to answer a group.
+pub type Answer = broker::Answer<'static, SLOTS>;
 /// Events on their way to a guest's core; more are lost, and counted.
 const NOTICES: usize = 32;
 /// Devices that are looked at.
@@ -69,26 +80,21 @@ pub struct Notice {
     pub opaque: u64,
 }
 
-/// What a guest's home core receives: slots that wait, and events. The service core is the only producer of both.
+/// What a guest's home core receives. The service core is the only producer of both.
 pub struct Inbox {
-    /// Slots of groups that are whole. It has room for all slots at once.
-    pub slots: spsc::Consumer<'static, u8>,
+    /// Groups that are whole.
+    pub groups: Groups<'static, GUESTS, SLOTS, LEDGER_DEVICES, LEDGER_ATTACHMENTS>,
     /// Events.
-    pub notices: spsc::Consumer<'static, Notice>,
+    pub notices: EventReceiver<'static, Notice>,
 }
 
-/// What the service core sends to a guest's home core.
-pub struct Outbox {
-    /// Slots of groups that are whole.
-    pub slots: spsc::Producer<'static, u8>,
-    /// Events.
-    pub notices: spsc::Producer<'static, Notice>,
-}
+/// Where the service core puts the events for a guest's home core.
+pub type Notices = EventSender<'static, Notice>;
 
 /// An answer that the unit did not take.
 pub enum Unsent {
     /// To a group that waits in a slot.
-    Group(Answer<'static, SLOTS>),
+    Group(Answer),
     /// To a group that waits nowhere.
     Refusal(PageResponse),
 }
@@ -138,17 +144,18 @@ pub struct Home {
     pub ram: AtomicU64,
     /// The home core's ends of its rings; taken once.
     pub inbox: Locked<Option<Inbox>>,
-    /// Bit n set: slot n is on its way to the home core, which will look at it once more. So no slot is in the ring twice,
-    /// and the ring always has room.
-    pub announced: AtomicU64,
-    /// Events that found the ring to the home core full.
-    pub notices_lost: AtomicU64,
-    /// When the group in each slot was reported by hardware, in microseconds.
-    pub reported_us: [AtomicU64; SLOTS],
-    /// The longest times seen, in microseconds: from report to record, and from report to answer.
+    /// The queue of the guest that runs.
+    pub queue: Locked<Option<QueueId>>,
+    /// What happened to the page requests of the last guest's devices; complete once it ended.
+    pub tally: Locked<Tally>,
+    /// Which of the last guest's answers were refused; complete once it ended.
+    pub missed: Locked<Missed>,
+    /// Groups that have no answer although the guest is gone.
+    pub left: AtomicU64,
+    /// The longest time seen from report to record, in microseconds.
     pub longest_to_record_us: AtomicU64,
-    /// From report to answer.
-    pub longest_to_answer_us: AtomicU64,
+    /// The times from report to answer of the last guest's devices, by powers of two of a microsecond; complete once it ended.
+    pub answer_times: Locked<[u64; BUCKETS]>,
 }
 
 impl Home {
@@ -164,18 +171,18 @@ impl Home {
             unmapped: AtomicU64::new(0),
             ram: AtomicU64::new(0),
             inbox: Locked::new(None),
-            announced: AtomicU64::new(0),
-            notices_lost: AtomicU64::new(0),
-            reported_us: [const { AtomicU64::new(0) }; SLOTS],
+            queue: Locked::new(None),
+            tally: Locked::new(Tally::ZERO),
+            missed: Locked::new(Missed::ZERO),
+            left: AtomicU64::new(0),
             longest_to_record_us: AtomicU64::new(0),
-            longest_to_answer_us: AtomicU64::new(0),
+            answer_times: Locked::new([0; BUCKETS]),
         }
     }
 
-    /// Returns how long ago the group in `slot` was reported, in microseconds.
-    pub fn age_us(&self, slot: u8) -> u64 {
-        let reported = self.reported_us.get(usize::from(slot)).map_or(u64::MAX, |at| at.load(Relaxed));
-        arch::cpu::now_us().saturating_sub(reported)
+    /// Returns how many groups the guest that runs has outstanding.
+    pub fn outstanding(&self, ledger: &Ledger) -> usize {
+        self.queue.with(|queue| queue.map_or(0, |queue| ledger.outstanding(queue)))
     }
 }
 
@@ -193,10 +200,8 @@ pub struct Hypervisor {
     pub commands: Locked<Commands>,
     /// The table side of the unit. Its changes are published one by one; waiting for their invalidation comes after.
     pub tables: Locked<Tables>,
-    /// Which device's requests go where.
-    pub attachments: &'static Attachments<ATTACHMENTS>,
-    /// The groups that each guest has outstanding.
-    pub queues: &'static [Queue<SLOTS>; GUESTS],
+    /// Which device's requests go where, and the groups that each guest has outstanding.
+    pub ledger: &'static Ledger,
     /// The home cores.
     pub homes: &'static [Home; GUESTS],
     /// What passes of the service routine were asked for, and are done.
@@ -213,6 +218,8 @@ pub struct Hypervisor {
     pub control_wakes_us: AtomicU64,
     /// Devices of bus 0 with registers.
     pub devices: Vec<Device, DEVICES>,
+    /// Whose each device is: the guest plus one in 31:0, its name for the device in 63:32; 0 if it is nobody's.
+    given: [AtomicU64; DEVICES],
     /// The guests' program.
     pub image: &'static [u8],
 }
@@ -221,10 +228,10 @@ static HYPERVISOR: Once<Hypervisor> = Once::new();
 // What can be made at compile time lies beside it, and never passes over a stack.
 /// Frames of RAM; none until bring-up has found some.
 pub static POOL: Locked<Pool> = Locked::new(Pool::empty());
-static ATTACHED: Attachments<ATTACHMENTS> = Attachments::new();
+/// The page requests of all guests; no queues and no devices until there are guests.
+pub static LEDGER: Ledger = Ledger::new(unit::OUTSTANDING as u32);
 static HOMES: [Home; GUESTS] = [const { Home::new() }; GUESTS];
-/// Their cookies count from far apart, so that no guest's cookie is another's.
-static QUEUES: [Queue<SLOTS>; GUESTS] = [Queue::new(0x01 << 40), Queue::new(0x02 << 40)];
+static NOTICES_LOST: [Lost; GUESTS] = [const { Lost::new() }; GUESTS];
 
 /// Returns the hypervisor, once it is published: for interrupt handlers, and for cores that start.
 pub fn get() -> Option<&'static Hypervisor> {
@@ -267,8 +274,7 @@ impl Hypervisor {
             capabilities,
             commands: Locked::new(commands),
             tables: Locked::new(tables),
-            attachments: &ATTACHED,
-            queues: &QUEUES,
+            ledger: &LEDGER,
             homes: &HOMES,
             drains: Drains::new(),
             unowned: Locked::new((0, None)),
@@ -277,28 +283,47 @@ impl Hypervisor {
             control_waits: AtomicBool::new(false),
             control_wakes_us: AtomicU64::new(u64::MAX),
             devices,
+            given: [const { AtomicU64::new(0) }; DEVICES],
             image,
         })
     }
 
+    /// Notes that device `number` belongs to a guest, which has a name for it; or to nobody.
+    pub fn give(&self, number: usize, owner: Option<(usize, u32)>) {
+        if let Some(given) = self.given.get(number) {
+            let word = owner.map_or(0, |(guest, name)| (guest as u64 + 1) | u64::from(name) << 32);
+            given.store(word, Relaxed);
+        }
+    }
+
+    /// Returns the guest that owns a device, and its name for the device. Looks at all devices.
+    pub fn owner_of(&self, stream: StreamId) -> Option<(usize, u32)> {
+        let number = self.devices.iter().position(|device| device.function.id == stream)?;
+        let word = self.given.get(number)?.load(Relaxed);
+        let guest = (word as u32).checked_sub(1)?;
+        Some((guest as usize, (word >> 32) as u32))
+    }
+
     /// Makes the rings between the service core and the home cores. Called once.
-    pub fn connect(&self) -> Option<[Outbox; GUESTS]> {
-        let connect = |home: &Home| {
+    pub fn connect(&self, broker: &mut Broker) -> Option<[Notices; GUESTS]> {
+        let mut connect = |index: usize| {
             let (slots, notices) = self.pool.with(|pool| {
                 // A ring of n holds n - 1, and must hold every slot of the queue.
-                let slots = pool.keep(spsc::Queue::<u8, { SLOTS + 1 }>::new())?;
+                let slots = pool.keep(spsc::Queue::<u16, { SLOTS + 1 }>::new())?;
                 Some((slots, pool.keep(spsc::Queue::<Notice, { NOTICES + 1 }>::new())?))
             })?;
             let ((slots_in, slots_out), (notices_in, notices_out)) = (slots.split(), notices.split());
-            home.inbox.with(|inbox| *inbox = Some(Inbox { slots: slots_out, notices: notices_out }));
-            Some(Outbox { slots: slots_in, notices: notices_in })
+            broker.connect(index, slots_in).ok()?;
+            let (sender, notices) = broker::events(notices_in, notices_out, &NOTICES_LOST[index]);
+            let groups = Groups::new(self.ledger, index, slots_out);
+            self.homes[index].inbox.with(|inbox| *inbox = Some(Inbox { groups, notices }));
+            Some(sender)
         };
-        let [first, second] = self.homes;
-        Some([connect(first)?, connect(second)?])
+        Some([connect(0)?, connect(1)?])
     }
 
     /// Sends the answer to a group that waited, and frees its slot.
-    pub fn answer(&self, answer: Answer<'static, SLOTS>) {
+    pub fn answer(&self, answer: Answer) {
         let sent = self.commands.with(|commands| answer.send(|response| commands.respond(response)));
         if let Err((answer, error)) = sent {
             self.keep(Unsent::Group(answer), error);
@@ -399,6 +424,11 @@ impl Drains {
     /// Returns what was asked for until now; the service routine reads it before it begins.
     pub fn asked(&self) -> u64 {
         self.asked.load(Acquire)
+    }
+
+    /// Returns whether someone waits for a pass that begins after `asked` was read.
+    pub fn are_waited_for(&self, asked: u64) -> bool {
+        self.done.load(Relaxed) != asked
     }
 
     /// Says that a pass which began after `asked` was read has found the queues empty.

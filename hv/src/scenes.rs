@@ -11,7 +11,7 @@ use crate::{
     service,
 };
 use arch::cpu;
-use broker::{Policy, Tally};
+use broker::{Missed, Tally};
 use core::sync::atomic::Ordering::{Relaxed, SeqCst};
 use heapless::Vec;
 use iommu::{Bus, Features, Gpa, Iova, PAGE_SIZE, Perms};
@@ -161,29 +161,16 @@ fn report(hv: &Hypervisor, index: usize, number: usize) -> u64 {
     hv.homes[index].reports[number].load(Relaxed)
 }
 
-/// What a guest's queue counted since `before`, and that its groups add up.
-fn tally_since(hv: &Hypervisor, index: usize, before: &Tally) -> Result<Tally, Unexpected> {
-    let now = hv.queues[index].counters().tally();
-    let since = Tally {
-        opened: now.opened - before.opened,
-        succeeded: now.succeeded - before.succeeded,
-        declined: now.declined - before.declined,
-        expired: now.expired - before.expired,
-        evicted: now.evicted - before.evicted,
-        refused: now.refused - before.refused,
-        discarded: now.discarded - before.discarded,
-        duplicates: now.duplicates - before.duplicates,
-        late: now.late - before.late,
-        stale: now.stale - before.stale,
-        unknown: now.unknown - before.unknown,
-        out_of_range: now.out_of_range - before.out_of_range,
-    };
-    expect(hv.queues[index].outstanding() == 0, "a slot is still taken")?;
+/// What was counted of a guest that ended, and that its groups add up.
+fn tally_of(hv: &Hypervisor, index: usize) -> Result<(Tally, Missed), Unexpected> {
+    let home = &hv.homes[index];
+    let (tally, missed) = (home.tally.with(|tally| *tally), home.missed.with(|missed| *missed));
+    expect(home.left.load(Relaxed) == 0, "a group has no answer although its guest is gone")?;
     expect(
-        since.opened == since.answered() + since.discarded,
+        tally.opened == tally.answered() + tally.discarded,
         "groups opened are not the sum of groups answered and discarded",
     )?;
-    Ok(since)
+    Ok((tally, missed))
 }
 
 /// QEMU's `iommu-testdev`: writes one word through the IOMMU, and reads it back where it should have arrived.
@@ -305,18 +292,16 @@ fn allow(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
     let target = Canary::new(hv)?;
     let no = |_| "the unit refused";
     control::assign(hv, stream, Features::default()).map_err(no)?;
-    let policy =
-        Policy { stream, pasid: None, queue: u8::MAX, budget: 0, device: 0, opaque: 0, deadline_us: 0 };
     let share = Share::new(8);
-    let owned = control::attach(hv, &share, &policy).map_err(no)?;
+    let space = control::Space::new(hv, &share, stream, None).map_err(no)?;
     let grant = target.0.grant(Gpa(0), PAGE_SIZE).ok_or("a frame cannot be granted")?;
-    control::map(hv, &share, &owned, AT, &grant, Perms::READ_WRITE).map_err(no)?;
+    space.map(hv, &share, AT, &grant, Perms::READ_WRITE).map_err(no)?;
     writer.device.function.enable_bus_master(&hv.config);
 
     let at = 0x128;
     let verdict = writer.write(Iova(AT.0 + at), target.phys() + at);
     let arrived = target.0.load(Gpa(at)).unwrap_or(0) as u32;
-    control::unmap(hv, &share, &owned, AT, PAGE_SIZE).map_err(no)?;
+    space.unmap(hv, &share, AT, PAGE_SIZE).map_err(no)?;
     let before = hv.unowned.with(|(count, _)| *count);
     let refused = writer.write(Iova(AT.0 + at + 8), target.phys() + at + 8);
     let beside = target.0.load(Gpa(at + 8));
@@ -324,7 +309,7 @@ fn allow(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
 
     writer.device.function.disable_bus_master(&hv.config);
     let leaving = control::block(hv, stream).map_err(no)?;
-    control::detach(hv, &share, 0, owned).map_err(no)?;
+    space.end(hv, &share).map_err(no)?;
     hv.tables.with(|tables| iommu::Tables::finish(tables, leaving));
     target.release(hv);
     expect(verdict == Writer::DONE, "the device was refused although its page is mapped")?;
@@ -360,7 +345,6 @@ fn event(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
 /// Both guests repair the faults of their own devices at once.
 fn repair(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
     let devices = requesters(hv);
-    let before = [0, 1].map(|index: usize| hv.queues[index].counters().tally());
     for index in 0..GUESTS {
         guest::start(hv, index, [task::REPAIR, 0xA0 + index as u64, 0], &[devices[index]]);
     }
@@ -368,7 +352,7 @@ fn repair(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
     let mut total = Tally::default();
     for (index, result) in results.into_iter().enumerate() {
         result?;
-        let tally = tally_since(hv, index, &before[index])?;
+        let (tally, _) = tally_of(hv, index)?;
         expect(tally.succeeded > 0 && tally.expired == 0, "a group was not answered by its guest")?;
         expect(report(hv, index, 2) == report(hv, index, 3), "the device misses an answer")?;
         expect(report(hv, index, 4) == 0, "the device got an answer that it did not ask for")?;
@@ -385,7 +369,9 @@ fn repair(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
     seen.count("unmaps", unmapped);
     let longest = |of: fn(&crate::hypervisor::Home) -> u64| hv.homes.iter().map(of).max().unwrap_or(0);
     seen.count("longest_to_record_us", longest(|home| home.longest_to_record_us.load(Relaxed)));
-    seen.count("longest_to_answer_us", longest(|home| home.longest_to_answer_us.load(Relaxed)));
+    let times = hv.homes.iter().map(|home| home.answer_times.with(|times| *times));
+    let bucket = times.filter_map(|times| times.iter().rposition(|&count| count > 0)).max().unwrap_or(0);
+    seen.count("longest_to_answer_less_than_us", 1 << bucket);
     Ok(
         "both guests at once: request, interrupt, ring, map, answer by cookie; the data is right, each group has one answer",
     )
@@ -394,16 +380,15 @@ fn repair(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
 /// A guest that does not answer is answered for, at the deadline of its device.
 fn silence(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
     let devices = requesters(hv);
-    let before = hv.queues[0].counters().tally();
     hv.latest_expiry_us.store(0, Relaxed);
     perform(hv, 0, [task::SILENCE, 0, 0], devices[0])?;
-    let tally = tally_since(hv, 0, &before)?;
+    let (tally, missed) = tally_of(hv, 0)?;
     seen.count("expired", tally.expired);
-    seen.count("late_answers_refused", tally.late);
+    seen.count("late_answers_refused", missed.late);
     seen.count("latest_us_after_its_deadline", hv.latest_expiry_us.load(Relaxed));
     seen.count("stray_answers_at_the_device", report(hv, 0, 3));
     expect(tally.expired == 2 && report(hv, 0, 2) == 2, "a silent group was not answered at its deadline")?;
-    expect(tally.late == 2 && report(hv, 0, 1) == 2, "a late answer was not refused")?;
+    expect(missed.late == 2 && report(hv, 0, 1) == 2, "a late answer was not refused")?;
     expect(report(hv, 0, 3) == 0, "the device got a second answer")?;
     Ok(
         "100 ms and 20 ms deadlines: the hypervisor answered, the device failed cleanly, the late answers were refused",
@@ -413,7 +398,6 @@ fn silence(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
 /// Cookies that were made up, are stale, were used, or are another guest's change nothing.
 fn forgery(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
     let devices = requesters(hv);
-    let before = [0, 1].map(|index: usize| hv.queues[index].counters().tally());
     guest::start(hv, 1, [task::HOLD, 0, 0], &[devices[1]]);
     let holds = wait_for(hv, PATIENCE_US, || report(hv, 1, 0) != 0);
     let foreign = report(hv, 1, 0);
@@ -422,21 +406,21 @@ fn forgery(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
     } else {
         Err("the other guest has no request outstanding")
     };
-    let still_held = hv.queues[1].outstanding() == 1;
+    let still_held = hv.homes[1].outstanding(hv.ledger) == 1;
     hv.homes[1].task[0].store(task::RELEASE, SeqCst);
     let released = passes(hv, 1);
     forged.and(released)?;
-    let tally = tally_since(hv, 0, &before[0])?;
-    let others = tally_since(hv, 1, &before[1])?;
+    let (_, missed) = tally_of(hv, 0)?;
+    let (others, _) = tally_of(hv, 1)?;
     seen.count("forged", report(hv, 0, 0));
     seen.count("refused", report(hv, 0, 1));
-    seen.count("unknown_cookies", tally.unknown);
-    seen.count("stale_cookies", tally.stale);
-    seen.count("repeated_cookies", tally.late);
-    seen.count("out_of_range", tally.out_of_range);
+    seen.count("unknown_cookies", missed.unknown);
+    seen.count("stale_cookies", missed.stale);
+    seen.count("repeated_cookies", missed.late);
+    seen.count("out_of_range", missed.out_of_range);
     expect(report(hv, 0, 0) > 0 && report(hv, 0, 0) == report(hv, 0, 1), "a forged answer was taken")?;
     expect(
-        tally.unknown > 0 && tally.stale > 0 && tally.late > 0 && tally.out_of_range > 0,
+        missed.unknown > 0 && missed.stale > 0 && missed.late > 0 && missed.out_of_range > 0,
         "a kind was not counted",
     )?;
     expect(still_held && others.succeeded == 1, "the other guest's request was touched")?;
@@ -449,24 +433,22 @@ fn forgery(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
 /// A guest goes with requests outstanding; a new one takes its device over.
 fn departure(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
     let devices = requesters(hv);
-    let before = hv.queues[0].counters().tally();
     guest::start(hv, 0, [task::LEAVE, 0, 0], &[devices[0]]);
     let ready = wait_for(hv, PATIENCE_US, || report(hv, 0, 1) == 1);
-    let outstanding = hv.queues[0].outstanding();
+    let outstanding = hv.homes[0].outstanding(hv.ledger);
     guest::stop(hv, 0);
     let ending = ending_of(hv, 0)?;
     expect(ready, "the guest has no requests outstanding")?;
     expect(ending == Ending::Stopped, "the guest ended by itself")?;
-    let left = tally_since(hv, 0, &before)?;
+    let (left, _) = tally_of(hv, 0)?;
     seen.count("outstanding_when_it_was_stopped", outstanding as u64);
     seen.count("evicted", left.evicted);
     seen.count("half_seen_groups_discarded", left.discarded);
     expect(report(hv, 0, 0) == 4 && left.evicted == 4, "not every request was answered when the guest went")?;
     expect(left.discarded == 1, "the half-seen group was not discarded")?;
 
-    let before = hv.queues[0].counters().tally();
     perform(hv, 0, [task::REPAIR, 0xDE, 0], devices[0])?;
-    let tally = tally_since(hv, 0, &before)?;
+    let (tally, _) = tally_of(hv, 0)?;
     seen.count("groups_of_the_next_owner", tally.opened);
     expect(tally.succeeded > 0 && report(hv, 0, 4) == 0, "the next owner's requests were not served")?;
     Ok(

@@ -1,21 +1,21 @@
 //! The service core's routine: drain the unit, admit what it reports, expire what nobody answered.
 //!
 //! It runs in the interrupt handler of the service core alone, never waits, and does a bounded amount of work: at most
-//! [`PASS`] requests, [`FAULTS`] faults and [`PASS`] expiries a pass. Each costs a search over the attachments and one
-//! guest's slots, and, if it ends in an answer, one hold of the command lock, for which the other cores' short holds may
-//! have to end; what it prints is bounded by [`LOG_LINES`]. What is left makes it interrupt itself, since the unit will not
-//! interrupt for it again.
+//! [`PASS`] requests, [`FAULTS`] faults and [`PASS`] deadlines a pass. Each costs the same however many there are, and, if
+//! it ends in an answer, one hold of the command lock, for which the other cores' short holds may have to end; what it
+//! prints is bounded by [`LOG_LINES`]. What is left makes it interrupt itself, since the unit will not interrupt for it
+//! again.
 //!
 //! A group whose guest is silent is therefore answered at its deadline, plus interrupt latency, plus the passes before.
 
-use crate::hypervisor::{ATTACHMENTS, GUESTS, Hypervisor, Notice, Outbox, SERVICE_CORE, SLOTS, home_of};
+use crate::hypervisor::{self, Broker, GUESTS, Hypervisor, Notice, Notices, SERVICE_CORE, home_of};
 use arch::{
     cpu::{self, Locked},
     interrupts::{self, Source},
     unit,
 };
-use broker::{Broker, Verdict};
-use core::sync::atomic::Ordering::{AcqRel, Relaxed};
+use broker::{Expiry, Verdict};
+use core::sync::atomic::Ordering::Relaxed;
 use iommu::{Event, Events as _, FaultRecord, PageRequest};
 
 /// Page requests that one pass takes, at most, and expiries.
@@ -31,12 +31,13 @@ const LOG_PERIOD_US: u64 = 100_000;
 
 /// What the routine owns. The lock is never contended: the service core alone takes it, with interrupts masked.
 static SERVICE: Locked<Option<Service>> = Locked::new(None);
+/// What it owns of the page requests. It lies beside the rest so that it never passes over a stack.
+static BROKER: Locked<Broker> = Locked::new(Broker::new(&hypervisor::LEDGER));
 
 struct Service {
     hv: &'static Hypervisor,
     events: unit::Events,
-    broker: Broker<'static, GUESTS, SLOTS, ATTACHMENTS>,
-    outboxes: [Outbox; GUESTS],
+    notices: [Notices; GUESTS],
     log: LogBudget,
 }
 
@@ -56,11 +57,9 @@ pub fn start(hv: &'static Hypervisor, mut events: unit::Events) -> Result<(), Fa
     interrupts::on(Source::Timer, run);
     // A kick ends a sleep, or brings a guest out; what it is about is looked up by whoever was interrupted.
     interrupts::on(Source::Kick, || {});
-    let outboxes = hv.connect().ok_or(Failure::NoMemory)?;
-    let [first, second] = hv.queues;
-    let broker = Broker::new([first, second], hv.attachments);
+    let notices = BROKER.with(|broker| hv.connect(broker)).ok_or(Failure::NoMemory)?;
     unit::enable_interrupts(&mut events, SERVICE_CORE).map_err(Failure::Unit)?;
-    SERVICE.with(|service| *service = Some(Service { hv, events, broker, outboxes, log: LogBudget::new() }));
+    SERVICE.with(|service| *service = Some(Service { hv, events, notices, log: LogBudget::new() }));
     // The first pass takes what was reported before anybody listened.
     interrupts::kick(SERVICE_CORE, Source::PageRequest);
     Ok(())
@@ -81,51 +80,56 @@ fn run() {
     }
     SERVICE.with(|service| {
         if let Some(service) = service {
-            service.pass();
+            BROKER.with(|broker| service.pass(broker));
         }
     });
 }
 
 impl Service {
-    fn pass(&mut self) {
+    fn pass(&mut self, broker: &mut Broker) {
         let asked = self.hv.drains.asked();
         let all_sent = self.hv.send_unsent();
         self.events.acknowledge();
-        let no_requests = self.take_up_to(PASS, |events| events.next_request());
-        let no_faults = self.take_up_to(FAULTS, |events| events.next_fault());
-        let none_due = self.expire();
-        if no_requests {
+        let no_requests = self.take_up_to(PASS, broker, |events| events.next_request());
+        let no_faults = self.take_up_to(FAULTS, broker, |events| events.next_fault());
+        let none_due = self.expire(broker);
+        if no_requests && self.hv.drains.are_waited_for(asked) {
             // Faults do not hold up a drain: nobody waits for an answer to one.
-            self.broker.discard_leaving();
+            broker.discard_leaving();
             self.hv.drains.done(asked);
         }
         if no_requests && no_faults && none_due {
-            self.arm_timer(all_sent);
+            self.arm_timer(broker, all_sent);
         } else {
             interrupts::kick(SERVICE_CORE, Source::PageRequest);
         }
     }
 
     /// Takes up to `limit` reports; returns whether there are no more.
-    fn take_up_to(&mut self, limit: usize, next: impl Fn(&mut unit::Events) -> Option<Event>) -> bool {
+    fn take_up_to(
+        &mut self,
+        limit: usize,
+        broker: &mut Broker,
+        next: impl Fn(&mut unit::Events) -> Option<Event>,
+    ) -> bool {
         for _ in 0..limit {
             match next(&mut self.events) {
-                Some(event) => self.take(event),
+                Some(event) => self.take(broker, event),
                 None => return true,
             }
         }
         false
     }
 
-    fn take(&mut self, event: Event) {
+    fn take(&mut self, broker: &mut Broker, event: Event) {
         match event {
-            Event::PageRequest(request) => self.admit(request),
+            Event::PageRequest(request) => self.admit(broker, request),
             Event::StopMarker { stream, pasid } => {
                 defmt::debug!("{} sends no more requests for {}", stream, pasid)
             }
             Event::RequestsLost => {
                 defmt::warn!("page requests were lost: half-seen groups are discarded");
-                self.broker.overflowed(cpu::now_us());
+                broker.overflowed(cpu::now_us());
             }
             Event::Fault(fault) => self.fault(fault),
             Event::FaultsLost => defmt::warn!("an unknown number of faults was lost"),
@@ -139,29 +143,24 @@ impl Service {
         }
     }
 
-    fn admit(&mut self, request: PageRequest) {
+    fn admit(&mut self, broker: &mut Broker, request: PageRequest) {
         let now_us = cpu::now_us();
         if self.log.allows(now_us) {
             defmt::debug!("page request: {}", request);
         }
-        match self.broker.admit(request, now_us) {
-            Verdict::Forward { queue, slot } => {
-                let index = usize::from(queue);
-                if let Some(reported) = self.hv.homes[index].reported_us.get(usize::from(slot)) {
-                    reported.store(now_us, Relaxed);
-                }
-                // ORDER: the group was completed before the bit is set; whoever clears the bit sees the group.
-                let on_its_way = self.hv.homes[index].announced.fetch_or(1 << slot, AcqRel) & 1 << slot != 0;
-                if !on_its_way && self.outboxes[index].slots.enqueue(slot).is_err() {
-                    defmt::error!("slot {=u8} of guest {=usize} found its ring full", slot, index);
-                }
-                interrupts::kick(home_of(index), Source::Kick);
-            }
-            Verdict::Answer(response) => {
+        match broker.admit(request, now_us) {
+            Verdict::Forward { queue } => interrupts::kick(home_of(queue), Source::Kick),
+            Verdict::Refuse(response) => {
                 if self.log.allows(now_us) {
                     defmt::debug!("refused at once: {}", response);
                 }
                 self.hv.respond(response);
+            }
+            Verdict::End(answer) => {
+                if self.log.allows(now_us) {
+                    defmt::warn!("a device uses one number for two groups; both get {}", answer.response());
+                }
+                self.hv.answer(answer);
             }
             Verdict::Nothing => {}
         }
@@ -172,43 +171,52 @@ impl Service {
         if self.log.allows(cpu::now_us()) {
             defmt::info!("fault: {}", fault);
         }
-        let owner = self.hv.attachments.find(fault.stream, fault.pasid);
-        let owner = owner.or_else(|| self.hv.attachments.find_device(fault.stream));
-        let Some((_, policy)) = owner.filter(|(_, policy)| usize::from(policy.queue) < GUESTS) else {
+        let attached = self.hv.ledger.owner_of(fault.stream, fault.pasid);
+        let owner = attached.or_else(|| self.hv.owner_of(fault.stream).map(|(guest, name)| (guest, name, 0)));
+        let notices = owner.and_then(|(index, ..)| self.notices.get_mut(index));
+        let (Some((index, device, opaque)), Some(notices)) = (owner, notices) else {
             self.hv.unowned.with(|(count, last)| {
                 *count += 1;
                 *last = Some(fault);
             });
             return;
         };
-        let index = usize::from(policy.queue);
-        let (Some(outbox), Some(home)) = (self.outboxes.get_mut(index), self.hv.homes.get(index)) else {
-            return;
-        };
-        let notice = Notice { fault, device: policy.device, opaque: policy.opaque };
-        if outbox.notices.enqueue(notice).is_err() {
-            home.notices_lost.fetch_add(1, Relaxed);
-        }
+        notices.send(Notice { fault, device, opaque });
         interrupts::kick(home_of(index), Source::Kick);
     }
 
-    /// Answers what nobody answered in time; returns whether nothing is left.
-    fn expire(&mut self) -> bool {
+    /// Answers what nobody answered in time, and what was held back until now; returns whether nothing is left.
+    fn expire(&mut self, broker: &mut Broker) -> bool {
         for _ in 0..PASS {
             let now_us = cpu::now_us();
-            let due = self.broker.next_deadline_us().filter(|&at| at <= now_us);
-            let Some(due_us) = due else { return true };
-            if let Some(answer) = self.broker.expire(now_us) {
-                let late_us = now_us - due_us;
-                self.hv.latest_expiry_us.fetch_max(late_us, Relaxed);
-                if self.log.allows(now_us) {
-                    defmt::info!(
-                        "nobody answered in time, {=u64} us after the deadline it is: {}",
-                        late_us,
-                        answer.response()
-                    );
+            match broker.expire(now_us) {
+                Expiry::Done => return true,
+                Expiry::Nothing => {}
+                Expiry::Held(answer) => {
+                    if self.log.allows(now_us) {
+                        defmt::debug!("held back until now: {}", answer.response());
+                    }
+                    self.hv.answer(answer);
                 }
-                self.hv.answer(answer);
+                Expiry::Expired { answer, late_us, restraint } => {
+                    self.hv.latest_expiry_us.fetch_max(late_us, Relaxed);
+                    if self.log.allows(now_us) {
+                        defmt::info!(
+                            "nobody answered in time, {=u64} us after the deadline it is: {}",
+                            late_us,
+                            answer.response()
+                        );
+                    }
+                    let stream = answer.response().stream;
+                    self.hv.answer(answer);
+                    if let Some(restraint) = restraint {
+                        defmt::warn!("{} is {} from now on", stream, restraint);
+                        // Its owner's home core carries it out.
+                        if let Some((index, _)) = self.hv.owner_of(stream) {
+                            interrupts::kick(home_of(index), Source::Kick);
+                        }
+                    }
+                }
             }
         }
         false
@@ -216,10 +224,10 @@ impl Service {
 
     /// Interrupts this core when the next group runs out of time, when the control core wants to be woken, or when answers
     /// are to be tried again.
-    fn arm_timer(&self, all_sent: bool) {
+    fn arm_timer(&self, broker: &Broker, all_sent: bool) {
         let control = self.hv.control_wakes_us.load(Relaxed);
         let retry = if all_sent { u64::MAX } else { cpu::now_us().saturating_add(RETRY_US) };
-        let next = self.broker.next_deadline_us().unwrap_or(u64::MAX).min(control).min(retry);
+        let next = broker.next_deadline_us().unwrap_or(u64::MAX).min(control).min(retry);
         if next == u64::MAX {
             interrupts::disarm_timer();
         } else {
@@ -244,7 +252,7 @@ impl LogBudget {
     fn allows(&mut self, now_us: u64) -> bool {
         if now_us.saturating_sub(self.period_start_us) >= LOG_PERIOD_US {
             if self.suppressed > 0 {
-                defmt::warn!("{=u32} reports were not logged", self.suppressed);
+                defmt::warn!("{=u32} more lines about devices were left out of the log", self.suppressed);
             }
             *self = Self { period_start_us: now_us, lines: 0, suppressed: 0 };
         }

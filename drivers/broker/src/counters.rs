@@ -35,6 +35,11 @@ macro_rules! counters {
             }
         }
 
+        impl $tally {
+            /// Nothing happened.
+            pub const ZERO: Self = Self { $($name: 0,)* };
+        }
+
         impl core::ops::AddAssign for $tally {
             fn add_assign(&mut self, other: Self) {
                 $(self.$name += other.$name;)*

@@ -56,7 +56,7 @@ impl<T> EventSender<'_, T> {
 
 impl<T> EventReceiver<'_, T> {
     /// Takes the next event.
-    pub fn next(&mut self) -> Option<T> {
+    pub fn receive(&mut self) -> Option<T> {
         self.ring.dequeue()
     }
 
@@ -85,8 +85,8 @@ mod tests {
 
         (0..5).for_each(|event| sender.send(event));
         assert_eq!(receiver.take_lost(), 2);
-        assert_eq!(core::iter::from_fn(|| receiver.next()).collect::<std::vec::Vec<_>>(), [0, 1, 2]);
+        assert_eq!(core::iter::from_fn(|| receiver.receive()).collect::<std::vec::Vec<_>>(), [0, 1, 2]);
         sender.send(9);
-        assert_eq!((receiver.next(), receiver.lost()), (Some(9), 0));
+        assert_eq!((receiver.receive(), receiver.lost()), (Some(9), 0));
     }
 }

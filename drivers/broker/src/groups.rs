@@ -19,7 +19,7 @@ impl Name {
     fn bucket(self, buckets: usize) -> usize {
         let mixed = (self.who ^ self.who >> 32).wrapping_mul(0x9E37_79B9_7F4A_7C15);
         let mixed = (mixed ^ u64::from(self.index)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        ((mixed >> 32) * buckets as u64 >> 32) as usize
+        (((mixed >> 32) * buckets as u64) >> 32) as usize
     }
 }
 

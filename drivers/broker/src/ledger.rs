@@ -50,7 +50,7 @@ const STATE: u64 = 0xFF;
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 #[cfg_attr(feature = "defmt", derive(defmt::Format))]
 pub enum Error {
-    /// All queues are open.
+    /// There is no such queue, or no more of them, or it is open.
     NoQueue,
     /// No place for the device, or it is there already, or the hardware's queue could not hold its requests and stop markers
     /// beside those of the others.
@@ -121,28 +121,30 @@ impl<const Q: usize, const S: usize, const D: usize, const A: usize> Ledger<Q, S
 
     // Queues.
 
-    /// Opens a queue for `owner`. It exists before anything is attached to it, and several attachments may use it.
+    /// Opens some queue for `owner`. It exists before anything is attached to it, and several attachments may use it.
     ///
     /// Looks at `Q` queues, and touches `S` slots.
     pub fn open(&self, owner: Owner) -> Result<QueueId, Error> {
-        let claim = |word: &AtomicU64| {
-            let before = word.load(Relaxed);
-            let claimed = before & !STATE | CLAIMED;
-            let won =
-                before & STATE == CLOSED && word.compare_exchange(before, claimed, Acquire, Relaxed).is_ok();
-            won.then_some(before >> 8)
-        };
-        let mut words = self.words.iter().enumerate();
-        let (index, opened) =
-            words.find_map(|(index, word)| Some((index, claim(word)?))).ok_or(Error::NoQueue)?;
-        let owner = match owner {
+        (0..Q).find_map(|index| self.open_at(index, owner).ok()).ok_or(Error::NoQueue)
+    }
+
+    /// Opens queue number `index` for `owner`: the one whose ring leads to the owner's core.
+    pub fn open_at(&self, index: usize, owner: Owner) -> Result<QueueId, Error> {
+        let (word, queue) = self.words.get(index).zip(self.queues.get(index)).ok_or(Error::NoQueue)?;
+        let before = word.load(Relaxed);
+        let is_closed = before & STATE == CLOSED;
+        let claimed = before & !STATE | CLAIMED;
+        if !is_closed || word.compare_exchange(before, claimed, Acquire, Relaxed).is_err() {
+            return Err(Error::NoQueue);
+        }
+        let number = match owner {
             Owner::Guest(number) => number.into(),
             Owner::Pager => u64::MAX,
         };
-        self.owners[index].store(owner, Relaxed);
-        self.queues[index].open((index as u64 + 1) << 40);
-        let opened = (opened as u32).wrapping_add(1);
-        self.words[index].store(u64::from(opened) << 8 | OPEN, Release);
+        self.owners[index].store(number, Relaxed);
+        queue.open((index as u64 + 1) << 40);
+        let opened = ((before >> 8) as u32).wrapping_add(1);
+        word.store(u64::from(opened) << 8 | OPEN, Release);
         Ok(QueueId { index: index as u32, opened })
     }
 

@@ -268,6 +268,15 @@ impl Function {
         Ok(Enabled { allocation, pasid_bits: (pasid_capability >> 8) as u8 & 0x1F })
     }
 
+    /// Turns off PRI alone: the device asks for no more pages.
+    pub fn disable_page_requests_alone(&self, config: &impl ConfigSpace) {
+        if let Some(at) = self.pri {
+            config.write32(self.id, at + 4, 0);
+            // The read makes the posted write arrive.
+            let _ = config.read32(self.id, at + 4);
+        }
+    }
+
     /// Turns off PRI, then ATS, then PASID.
     pub fn disable_page_requests(&self, config: &impl ConfigSpace) {
         for at in [self.pri, self.ats, self.pasid].into_iter().flatten() {

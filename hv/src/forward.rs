@@ -8,7 +8,7 @@ use arch::cpu;
 use broker::Group;
 use channel::{
     Record,
-    host::{Broken, Pushed},
+    host::{Broken, Host, Pushed},
     record::{Event, Reason, Request},
 };
 use core::sync::atomic::Ordering::Relaxed;
@@ -21,21 +21,17 @@ impl Guest {
     /// channel everything waits.
     pub fn forward(&mut self, inbox: &mut Inbox) -> Result<(), Broken> {
         let mut news = false;
-        while self.channel.is_some() {
-            let next = self.undelivered.take().or_else(|| inbox.groups.next(cpu::now_us()));
+        if let Some(channel) = &mut self.channel {
             // Whatever was answered before it came here is not shown.
-            let Some(group) = next else { break };
-            match self.push(&group)? {
-                Pushed::Yes => news = true,
-                Pushed::Full => {
-                    self.undelivered = Some(group);
+            while let Some(group) = inbox.groups.peek(cpu::now_us()) {
+                if push(channel, group)? == Pushed::Full {
                     break;
                 }
+                news = true;
+                let taken_us = cpu::now_us().saturating_sub(group.reported_us);
+                self.hv.homes[self.index].longest_to_record_us.fetch_max(taken_us, Relaxed);
+                inbox.groups.done();
             }
-            let taken_us = cpu::now_us().saturating_sub(group.reported_us);
-            self.home().longest_to_record_us.fetch_max(taken_us, Relaxed);
-        }
-        if let Some(channel) = &mut self.channel {
             while let Some(notice) = inbox.notices.receive() {
                 if channel.push_event(&event(&notice))? == Pushed::Yes {
                     news = true;
@@ -48,25 +44,25 @@ impl Guest {
         }
         Ok(())
     }
+}
 
-    fn push(&mut self, group: &Group) -> Result<Pushed, Broken> {
-        let Some(channel) = &mut self.channel else { return Ok(Pushed::Full) };
-        let pages = group.pages.len() as u32;
-        let record = |(index, page): (usize, &broker::Page)| {
-            Record::request(&Request {
-                cookie: group.cookie.0,
-                device: group.name,
-                pasid: group.tag.pasid,
-                opaque: group.opaque,
-                group: group.tag.index,
-                iova: page.iova,
-                perms: page.perms,
-                pages,
-                index: index as u32,
-            })
-        };
-        channel.push_group(group.pages.iter().enumerate().map(record))
-    }
+/// Makes all of a group visible, or nothing of it.
+fn push(channel: &mut Host, group: &Group) -> Result<Pushed, Broken> {
+    let pages = group.pages.len() as u32;
+    let record = |(index, page): (usize, &broker::Page)| {
+        Record::request(&Request {
+            cookie: group.cookie.0,
+            device: group.name,
+            pasid: group.tag.pasid,
+            opaque: group.opaque,
+            group: group.tag.index,
+            iova: page.iova,
+            perms: page.perms,
+            pages,
+            index: index as u32,
+        })
+    };
+    channel.push_group(group.pages.iter().enumerate().map(record))
 }
 
 /// Tells a guest of a fault in its own terms. Number and losses are the channel's to fill in.

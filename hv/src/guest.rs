@@ -11,7 +11,7 @@ use arch::{
     interrupts::{self, Source},
     unit::GUEST_TABLES,
 };
-use broker::{Group, Missed, Owner, QueueId, Tally, Whose};
+use broker::{Missed, Owner, QueueId, Tally, Whose};
 use channel::{host::Host, ring};
 use core::sync::atomic::Ordering::{Relaxed, SeqCst};
 use heapless::Vec;
@@ -61,8 +61,6 @@ pub struct Guest {
     pub attachments: [Option<Owned>; ATTACHMENTS],
     /// Its fault channel, once it is open.
     pub channel: Option<Host>,
-    /// A group that was taken from the inbox and found no room in the channel.
-    pub undelivered: Option<Group>,
 }
 
 /// Why a guest could not be made.
@@ -169,7 +167,6 @@ impl Guest {
                 stuck: false,
                 attachments: [const { None }; ATTACHMENTS],
                 channel: None,
-                undelivered: None,
             }),
             Err(error) => {
                 hv.pool.with(|pool| {

@@ -28,7 +28,15 @@ struct Entry {
     name: Name,
     /// The next entry of the same bucket plus one.
     next: u32,
+    bucket: u32,
     is_in: bool,
+}
+
+/// A name, and where it is looked for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Key {
+    name: Name,
+    bucket: u32,
 }
 
 /// The names of up to `N` groups, each with a place of its own.
@@ -44,12 +52,22 @@ pub(crate) struct Groups<const N: usize> {
 
 impl<const N: usize> Groups<N> {
     pub const fn new() -> Self {
-        Self { entries: [Entry { name: Name { who: 0, index: 0 }, next: 0, is_in: false }; N], heads: [0; N] }
+        Self {
+            entries: [Entry { name: Name { who: 0, index: 0 }, next: 0, bucket: 0, is_in: false }; N],
+            heads: [0; N],
+        }
     }
 
-    pub fn find(&self, stream: StreamId, tag: GroupTag) -> Option<u32> {
+    /// Returns the key of a name, to be found or inserted.
+    #[inline]
+    pub fn key(stream: StreamId, tag: GroupTag) -> Key {
         let name = Name::new(stream, tag);
-        let mut at = self.heads[name.bucket(N)];
+        Key { name, bucket: name.bucket(N) as u32 }
+    }
+
+    #[inline]
+    pub fn find(&self, Key { name, bucket }: Key) -> Option<u32> {
+        let mut at = self.heads[bucket as usize % N];
         while let Some(place) = at.checked_sub(1) {
             let entry = &self.entries[place as usize];
             if entry.name == name {
@@ -61,21 +79,26 @@ impl<const N: usize> Groups<N> {
     }
 
     /// Names the group in `place`, which had perhaps another name before.
-    pub fn insert(&mut self, place: u32, stream: StreamId, tag: GroupTag) {
-        if place as usize >= N {
-            return;
-        }
+    #[inline]
+    pub fn insert(&mut self, place: u32, Key { name, bucket }: Key) {
         self.remove(place);
-        let name = Name::new(stream, tag);
-        let next = core::mem::replace(&mut self.heads[name.bucket(N)], place + 1);
-        self.entries[place as usize] = Entry { name, next, is_in: true };
+        let Some(entry) = self.entries.get_mut(place as usize) else { return };
+        let next = core::mem::replace(&mut self.heads[bucket as usize % N], place + 1);
+        *entry = Entry { name, next, bucket, is_in: true };
     }
 
     /// Forgets the name of the group in `place`.
+    #[inline]
     pub fn remove(&mut self, place: u32) {
-        let Some(&Entry { name, next, is_in: true }) = self.entries.get(place as usize) else { return };
+        if self.entries.get(place as usize).is_some_and(|entry| entry.is_in) {
+            self.take_out(place);
+        }
+    }
+
+    fn take_out(&mut self, place: u32) {
+        let Entry { bucket, next, .. } = self.entries[place as usize];
         self.entries[place as usize].is_in = false;
-        let head = &mut self.heads[name.bucket(N)];
+        let head = &mut self.heads[bucket as usize % N];
         if *head == place + 1 {
             *head = next;
             return;
@@ -92,8 +115,8 @@ impl<const N: usize> Groups<N> {
     }
 
     /// Returns what the group in `place` is called.
-    pub fn name(&self, place: u32) -> (StreamId, GroupTag) {
-        let Name { who, index } = self.entries[place as usize % N].name;
-        (StreamId((who >> 32) as u32), GroupTag { pasid: Pasid::new(who as u32), index })
+    pub fn name(&self, place: u32) -> Key {
+        let Entry { name, bucket, .. } = self.entries[place as usize % N];
+        Key { name, bucket }
     }
 }

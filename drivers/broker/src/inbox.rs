@@ -11,23 +11,40 @@ pub struct Inbox<'l, const Q: usize, const S: usize, const D: usize, const A: us
     ledger: &'l Ledger<Q, S, D, A>,
     queue: usize,
     slots: Consumer<'l, u16>,
+    /// The group that is shown, if `is_shown`. It is read into its place, since it is large to move.
+    group: Group,
+    is_shown: bool,
 }
 
 impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize> Inbox<'l, Q, S, D, A> {
     /// The inbox of queue number `queue`, whose ring [`Broker::connect`](crate::Broker::connect) has the other end of.
     pub const fn new(ledger: &'l Ledger<Q, S, D, A>, queue: usize, slots: Consumer<'l, u16>) -> Self {
-        Self { ledger, queue, slots }
+        Self { ledger, queue, slots, group: Group::NONE, is_shown: false }
     }
 
-    /// Takes the next group. The time, in microseconds, is what `admit` had on its clock.
+    /// Shows the next group, and the same one again until [`done`](Self::done). The time, in microseconds, is that of the
+    /// clock which `admit` is given.
     ///
     /// Looks at the slots that were announced and answered since, and at one more.
-    pub fn next(&mut self, now_us: u64) -> Option<Group> {
-        while let Some(slot) = self.slots.dequeue() {
-            if let Some(group) = self.ledger.deliver(self.queue, slot, now_us) {
-                return Some(group);
-            }
+    #[inline]
+    pub fn peek(&mut self, now_us: u64) -> Option<&Group> {
+        while !self.is_shown {
+            let slot = self.slots.dequeue()?;
+            self.is_shown = self.ledger.deliver(self.queue, slot, now_us, &mut self.group);
         }
-        None
+        Some(&self.group)
+    }
+
+    /// The group that was shown last has been dealt with.
+    #[inline]
+    pub fn done(&mut self) {
+        self.is_shown = false;
+    }
+
+    /// Takes the next group, for whoever keeps it.
+    pub fn next(&mut self, now_us: u64) -> Option<Group> {
+        let group = self.peek(now_us)?.clone();
+        self.done();
+        Some(group)
     }
 }

@@ -296,15 +296,18 @@ impl<const Q: usize, const S: usize, const D: usize, const A: usize> Ledger<Q, S
 
     // Groups.
 
-    /// Reads the group that waits in an announced slot; `None` if it was answered meanwhile.
+    /// Reads the group that waits in an announced slot into `group`; `false` if it was answered meanwhile.
     ///
     /// Only the core of the queue's owner calls it, once for each announcement. Looks at one slot.
-    pub(crate) fn deliver(&self, index: usize, slot: u16, now_us: u64) -> Option<Group> {
-        let (group, device) = self.queues.get(index)?.deliver(slot)?;
+    #[inline]
+    pub(crate) fn deliver(&self, index: usize, slot: u16, now_us: u64, group: &mut Group) -> bool {
+        let Some(device) = self.queues.get(index).and_then(|queue| queue.deliver(slot, group)) else {
+            return false;
+        };
         if let Some(device) = self.devices.at(device) {
             device.delivery.count(now_us.saturating_sub(group.reported_us));
         }
-        Some(group)
+        true
     }
 
     /// Ends the group that `cookie` names as the owner of `queue` asked. Whoever gets the [`Answer`] sends it; no one else

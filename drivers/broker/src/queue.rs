@@ -90,6 +90,11 @@ struct Slot {
     pages: [AtomicU64; PAGES],
 }
 
+/// Returns the number of pages, from a slot's `group`.
+fn pages_of(group: u64) -> usize {
+    (group >> 48 & 0xFF) as usize
+}
+
 impl Slot {
     const fn new() -> Self {
         Self {
@@ -106,7 +111,7 @@ impl Slot {
     }
 
     fn count(&self) -> usize {
-        (self.group.load(Relaxed) >> 48 & 0xFF) as usize
+        pages_of(self.group.load(Relaxed))
     }
 
     fn pages(&self) -> impl Iterator<Item = Page> {
@@ -172,6 +177,18 @@ pub struct Group {
     pub reported_us: u64,
     /// The pages, in the order of their requests.
     pub pages: Vec<Page, PAGES>,
+}
+
+impl Group {
+    /// No group.
+    pub(crate) const NONE: Self = Self {
+        cookie: Cookie(0),
+        name: 0,
+        opaque: 0,
+        tag: GroupTag { pasid: None, index: 0 },
+        reported_us: 0,
+        pages: Vec::new(),
+    };
 }
 
 /// Why an answer was refused. Whatever it is, nothing changed.
@@ -404,10 +421,12 @@ impl<const S: usize> Queue<S> {
         slot.is_some_and(|slot| State::of(slot.word.load(Acquire)).is_outstanding())
     }
 
-    /// Reads the group that waits in a `slot` that was announced; `None` if it was answered meanwhile.
+    /// Reads the group that waits in a `slot` that was announced into `group`, and returns the place of its device; `None` if
+    /// it was answered meanwhile, and then `group` may be a mixture.
     ///
     /// Only the owner's core calls it, once for each announcement.
-    pub fn deliver(&self, slot: u16) -> Option<(Group, u32)> {
+    #[inline]
+    pub fn deliver(&self, slot: u16, group: &mut Group) -> Option<u32> {
         let at = slot;
         let slot = self.slots.get(usize::from(at))?;
         // ORDER: from here on the slot is announced anew, so its word is read after this.
@@ -419,21 +438,23 @@ impl<const S: usize> Queue<S> {
         let generation = generation(word);
         let delivered = State::Delivered.with(generation);
         slot.word.compare_exchange(word, delivered, AcqRel, Relaxed).ok()?;
-        let (_, tag) = slot.name();
+        let pasid_name = slot.pasid_name.load(Relaxed);
+        let header = slot.group.load(Relaxed);
         let device = slot.device_attachment.load(Relaxed) as u32;
-        let group = Group {
-            cookie: Cookie::new(at, generation.wrapping_add(self.first.load(Relaxed)) & GENERATION),
-            name: (slot.pasid_name.load(Relaxed) >> 32) as u32,
-            opaque: slot.opaque.load(Relaxed),
-            tag,
-            reported_us: slot.reported_us.load(Relaxed),
-            pages: slot.pages().collect(),
-        };
+        group.cookie = Cookie::new(at, generation.wrapping_add(self.first.load(Relaxed)) & GENERATION);
+        group.name = (pasid_name >> 32) as u32;
+        group.opaque = slot.opaque.load(Relaxed);
+        group.tag = GroupTag { pasid: Pasid::new(pasid_name as u32), index: (header >> 32) as u16 };
+        group.reported_us = slot.reported_us.load(Relaxed);
+        group.pages.clear();
+        for page in slot.pages.iter().take(pages_of(header)) {
+            // There is room: a slot has no more pages than a group.
+            let _ = group.pages.push(Page::unpack(page.load(Relaxed)));
+        }
         // ORDER: the payload was read before the word is read again. If someone answered meanwhile, the slot may
         // hold another group already, and what was read is a mixture.
         fence(Acquire);
-        // What another device is told to have delivered may be wrong then, so nothing is.
-        (slot.word.load(Relaxed) == delivered).then_some((group, device))
+        (slot.word.load(Relaxed) == delivered).then_some(device)
     }
 
     /// Ends the group that `cookie` names as its owner asked, or holds the answer back.

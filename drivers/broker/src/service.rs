@@ -6,12 +6,12 @@ use crate::{
     counters::count,
     devices::Device,
     directory::Id,
-    groups::Groups,
+    groups::{Groups, Key},
     queue::{Queue, State, Won},
 };
 use core::sync::atomic::Ordering::Relaxed;
 use heapless::{Vec, spsc::Producer};
-use iommu::{GroupTag, Outcome, PageRequest, PageResponse, StreamId};
+use iommu::{Outcome, PageRequest, PageResponse};
 
 /// Groups of one queue that are remembered as poisoned, until their last request comes.
 pub const POISONED: usize = 16;
@@ -169,7 +169,8 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
     /// The work is bounded: a search for the group among those that share its bucket, one for the attachment in 32 places,
     /// and a handful of loads and stores, however many devices, attachments and groups there are.
     pub fn admit(&mut self, request: PageRequest, now_us: u64) -> Verdict<'l, S> {
-        if let Some(place) = self.groups.find(request.stream, request.tag) {
+        let key = Groups::<N>::key(request.stream, request.tag);
+        if let Some(place) = self.groups.find(key) {
             match self.places[place as usize].stage {
                 Stage::HalfSeen => return self.admit_part(place, &request, now_us),
                 Stage::Poisoned | Stage::Discarded => return self.admit_poisoned(place, &request),
@@ -183,11 +184,11 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
             // It was answered, so its number is free for a new group.
             self.groups.remove(place);
         }
-        self.admit_first(&request, now_us)
+        self.admit_first(&request, key, now_us)
     }
 
     /// The first request of a group.
-    fn admit_first(&mut self, request: &PageRequest, now_us: u64) -> Verdict<'l, S> {
+    fn admit_first(&mut self, request: &PageRequest, key: Key, now_us: u64) -> Verdict<'l, S> {
         let ledger = self.ledger;
         let Some((attachment, target)) = ledger.attachments.find(request.stream, request.tag.pasid) else {
             // Nobody to ask. Parts that are not the last want no answer.
@@ -227,7 +228,7 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
         // A new slot has room for one page.
         let _ = queue.add(slot, request);
         let place = Self::place_of(target.queue, slot);
-        self.groups.insert(place, request.stream, request.tag);
+        self.groups.insert(place, key);
         let attachment = attachment.0;
         self.places[place as usize] = Place {
             stage: Stage::HalfSeen,
@@ -369,14 +370,8 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
             count(&device.counters.refused);
         } else {
             count(&device.counters.poisoned);
-            self.remember(
-                Stage::Poisoned,
-                device,
-                target,
-                attachment.0,
-                (request.stream, request.tag),
-                now_us,
-            );
+            let key = Groups::<N>::key(request.stream, request.tag);
+            self.remember(Stage::Poisoned, device, target, attachment.0, key, now_us);
         }
         refusal(request, Outcome::Invalid)
     }
@@ -390,7 +385,7 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
         device: &Device,
         target: &Target,
         attachment: Id,
-        (stream, tag): (StreamId, GroupTag),
+        key: Key,
         now_us: u64,
     ) {
         let first = Self::place_of(target.queue, S as u16) as usize;
@@ -401,7 +396,7 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
         });
         let place = (first + place) as u32;
         self.forget_poisoned(place);
-        self.groups.insert(place, stream, tag);
+        self.groups.insert(place, key);
         let device_place = target.device;
         self.places[place as usize] =
             Place { stage, device: device_place, attachment, half_seen: 0, since_us: now_us, deadline_us: 0 };
@@ -433,14 +428,14 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
     }
 
     /// Discards a half-seen group; returns its name.
-    fn discard(&mut self, place: u32) -> Option<(&'l Device, StreamId, GroupTag)> {
+    fn discard(&mut self, place: u32) -> Option<(&'l Device, Key)> {
         let (queue, _) = Self::slot_of(place);
         let queue = self.ledger.any_queue(queue as usize)?;
         let device = self.ledger.devices.at(self.places[place as usize].device)?;
-        let (stream, tag) = self.groups.name(place);
+        let key = self.groups.name(place);
         self.forget_half_seen(place, queue, device);
         count(&device.counters.discarded);
-        Some((device, stream, tag))
+        Some((device, key))
     }
 
     /// Puts a place on the list of those that wait for a last request, and limits how long.
@@ -478,9 +473,9 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
             let entry = self.places[place as usize];
             if entry.stage == Stage::HalfSeen {
                 let (queue, _) = Self::slot_of(place);
-                if let Some((device, stream, tag)) = self.discard(place) {
+                if let Some((device, key)) = self.discard(place) {
                     let target = Target { device: entry.device, queue, name: 0, opaque: 0 };
-                    self.remember(Stage::Discarded, device, &target, entry.attachment, (stream, tag), now_us);
+                    self.remember(Stage::Discarded, device, &target, entry.attachment, key, now_us);
                 }
             } else if entry.stage == Stage::Poisoned {
                 // Its last request may be lost as well, and its number in use again.

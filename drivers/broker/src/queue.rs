@@ -373,7 +373,7 @@ impl<const S: usize> Queue<S> {
         let pasid = tag.pasid.map_or(u32::MAX, Pasid::value);
         slot.pasid_name.store(u64::from(pasid) | u64::from(target.name) << 32, Relaxed);
         slot.opaque.store(target.opaque, Relaxed);
-        slot.device_attachment.store(u64::from(target.device) | u64::from(attachment) << 32, Relaxed);
+        slot.device_attachment.store(u64::from(target.device.0.place) | u64::from(attachment) << 32, Relaxed);
         slot.reported_us.store(now_us, Relaxed);
         Some(at)
     }

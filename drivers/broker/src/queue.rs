@@ -400,6 +400,18 @@ impl<const S: usize> Queue<S> {
         slot.announced.swap(1, AcqRel) == 0
     }
 
+    /// Announces each group that waits to a ring that is new, and takes back what was announced before. The interrupt
+    /// handler alone calls it.
+    pub fn announce_anew(&self, mut announce: impl FnMut(u16)) {
+        for (at, slot) in (0..).zip(&self.slots) {
+            let is_waiting = State::of(slot.word.load(Acquire)) == State::Waiting;
+            slot.announced.store(is_waiting.into(), Release);
+            if is_waiting {
+                announce(at);
+            }
+        }
+    }
+
     /// Returns the pages of a group that is being put together.
     pub fn pages(&self, slot: u16) -> usize {
         self.slots.get(usize::from(slot)).map_or(0, Slot::count)

@@ -18,7 +18,8 @@ pub struct Limits {
     /// Page requests that it may have outstanding: what its PRI capability was allowed (`Outstanding Page Request
     /// Allocation`). A request more poisons its group.
     pub requests: u32,
-    /// How long its guest may take to answer, in microseconds; 0 refuses at once, more than [`DEADLINE_MAX_US`] is that.
+    /// How long its guest may take to answer, from the last request of a group on, in microseconds; 0 refuses at once, more
+    /// than [`DEADLINE_MAX_US`] is that.
     pub deadline_us: u64,
     /// Page requests of each second, on average; 0 does not limit them.
     pub per_second: u32,

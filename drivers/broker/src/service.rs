@@ -101,7 +101,7 @@ struct Place {
     attachment: AttachmentId,
     /// Where it is in the list of half-seen groups, while it is one.
     half_seen: u32,
-    /// When the first request was reported.
+    /// When the first request was reported; of a whole group, when the last one was.
     since_us: u64,
     deadline_us: u64,
 }
@@ -361,10 +361,12 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
         let hold_us = device.hold_us();
         let entry = &mut self.places[place as usize];
         entry.stage = if hold_us > 0 { Stage::Holding } else { Stage::Waiting };
-        let passed_us = now_us.wrapping_sub(entry.since_us);
+        // How long the device took for its group is not the guest's doing.
+        let assembled_us = passed_us(entry.since_us, now_us);
+        entry.since_us = now_us;
         let first_us = if hold_us > 0 { hold_us } else { entry.deadline_us };
-        self.deadlines.arm(place, now_us, first_us.saturating_sub(passed_us));
-        if queue.complete(slot, hold_us)
+        self.deadlines.arm(place, now_us, first_us);
+        if queue.complete(slot, if hold_us > 0 { assembled_us + hold_us } else { 0 })
             && let Some(Some(ring)) = self.rings.get_mut(index as usize)
         {
             // There is room: it holds every slot, and each is announced once at a time.
@@ -559,9 +561,9 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
         };
         let Some((won, state)) = queue.end(slot, pick) else {
             if is_holding && queue.is_outstanding(slot) {
-                let passed_us = now_us.wrapping_sub(entry.since_us);
+                let left_us = entry.deadline_us.saturating_sub(passed_us(entry.since_us, now_us));
                 self.places[place as usize].stage = Stage::Waiting;
-                self.deadlines.arm(place, now_us, entry.deadline_us.saturating_sub(passed_us));
+                self.deadlines.arm(place, now_us, left_us);
             } else {
                 // It was settled. Its name goes when the number or the slot is used again.
                 self.places[place as usize].stage = Stage::Idle;
@@ -578,7 +580,7 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
             State::HeldInvalid => Expiry::Held(self.end_poisoned(queue, device, won, now_us)),
             _ => {
                 ledger.book(queue, &won, now_us);
-                let late_us = now_us.wrapping_sub(entry.since_us).saturating_sub(entry.deadline_us);
+                let late_us = passed_us(entry.since_us, now_us).saturating_sub(entry.deadline_us);
                 Expiry::Expired { answer: won.answer, late_us, restraint: device.expired() }
             }
         })
@@ -590,6 +592,12 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
     pub fn next_deadline_us(&self) -> Option<u64> {
         self.deadlines.next_us()
     }
+}
+
+/// Returns the time from `since_us` to `now_us`, on a clock that may wrap; nothing if it jumped back.
+fn passed_us(since_us: u64, now_us: u64) -> u64 {
+    let passed_us = now_us.wrapping_sub(since_us);
+    if passed_us > u64::MAX / 2 { 0 } else { passed_us }
 }
 
 /// The answer of a request that ends its group; nothing for one that does not.

@@ -44,6 +44,9 @@ impl Guest {
                         self.undelivered = Some(group);
                         break;
                     }
+                    // A group has fewer pages than a ring has places, and a guest that broke its channel is ended. If either
+                    // is ever not so the group is answered at its deadline.
+                    Pushed::TooLarge | Pushed::Ended => {}
                 }
                 let home = self.home();
                 home.longest_to_record_us.fetch_max(home.age_us(slot), Relaxed);
@@ -52,9 +55,14 @@ impl Guest {
         }
         let home = self.home();
         if let Some(channel) = &mut self.channel {
-            channel.count_lost_events(home.notices_lost.swap(0, Relaxed));
+            let lost = home.notices_lost.swap(0, Relaxed);
+            if lost > 0 {
+                channel.count_lost_events(lost);
+                news = true;
+            }
             while let Some(notice) = inbox.notices.dequeue() {
-                if channel.push_event(&event(&notice))? == Pushed::Yes {
+                // A guest also hears of an event that found no room: perhaps it is the last for a long time.
+                if channel.push_event(&event(&notice))? != Pushed::Ended {
                     news = true;
                 }
             }

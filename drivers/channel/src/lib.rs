@@ -14,9 +14,13 @@
 #![cfg_attr(not(test), no_std)]
 #![forbid(unsafe_code)]
 
+#[macro_use]
+mod numbered;
 pub mod call;
+pub mod counters;
 pub mod guest;
 pub mod host;
+pub mod invalidate;
 pub mod record;
 pub mod ring;
 

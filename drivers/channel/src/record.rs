@@ -155,6 +155,23 @@ impl Record {
     const INDEX: Field<Self> = Field::bits(383, 352);
     const LOST: Field<Self> = Field::bits(447, 384);
 
+    /// The fields in the order of their bits, with their names in C and what they hold.
+    pub(crate) const FIELDS: [(&str, Field<Self>, &str); 13] = [
+        ("number", Self::NUMBER, "cookie of a request; number of an event, counted from 1"),
+        ("address", Self::ADDRESS, "of the page; the low 12 bits are zero"),
+        ("opaque", Self::OPAQUE, "of the attachment"),
+        ("device", Self::DEVICE, "the guest's own name for it"),
+        ("pasid", Self::PASID, "NO_PASID if the access had none"),
+        ("kind", Self::KIND, "enum portcullis_kind"),
+        ("access", Self::WANTED, "enum portcullis_access"),
+        ("privileged", Self::PRIVILEGED, "1 if it was"),
+        ("group", Self::GROUP, "index of a request's group"),
+        ("reason", Self::REASON, "of an event: enum portcullis_reason"),
+        ("pages", Self::PAGES, "of a request's group"),
+        ("index", Self::INDEX, "which of them this is, from 0"),
+        ("lost", Self::LOST, "events lost before this one"),
+    ];
+
     fn common(number: u64, device: u32, pasid: Option<Pasid>, opaque: u64, iova: Iova, perms: Perms) -> Self {
         Self::default()
             .with(Self::NUMBER, number)

@@ -41,6 +41,13 @@ impl Guest {
                     news = true;
                 }
             }
+            let refused: u64 = self.devices.iter().map(|given| self.hv.ledger.unshown(given.id)).sum();
+            let unshown = refused + inbox.groups.unseen() - self.unseen_before;
+            if unshown > self.unshown {
+                channel.count_lost_requests(unshown - self.unshown);
+                self.unshown = unshown;
+                news = true;
+            }
             let lost = inbox.notices.take_lost();
             if lost > 0 {
                 channel.count_lost_events(lost);

@@ -13,13 +13,14 @@
 //! | 1 | version in 31:0, records of a ring in 63:32 | |
 //! | 2 | requests produced | requests consumed |
 //! | 3 | events produced | events consumed |
-//! | 4 | requests that the guest is never shown | |
+//! | 4 | groups of requests that the guest is never shown | |
 //! | 5 | events lost | |
 //!
 //! All other words are zero. Everything counts modulo 2^64. Record n lies in place n modulo 64, so the first lies in place
 //! 0, and n starts from 0.
 //!
-//! Word 4 counts page requests of the guest's devices that were refused, discarded or answered before they came to the ring.
+//! Word 4 counts groups of page requests of the guest's devices that were refused, discarded, or answered before they came to
+//! the ring.
 //! Word 5 counts events that found no room, at the time when they were lost: after the last event was read, it minus the
 //! `lost` of that event is the number of events that were lost at the end.
 //!
@@ -55,7 +56,7 @@ pub const VERSION_WORD: usize = 1;
 pub const REQUESTS_WORD: usize = 2;
 /// Word with the number of events produced (header) or consumed (consumer frame).
 pub const EVENTS_WORD: usize = 3;
-/// Word of the header with the number of requests that the guest is never shown.
+/// Word of the header with the number of groups of requests that the guest is never shown.
 pub const REQUESTS_LOST_WORD: usize = 4;
 /// Word of the header with the number of events lost.
 pub const EVENTS_LOST_WORD: usize = 5;

@@ -44,8 +44,8 @@ impl Guest {
                         self.undelivered = Some(group);
                         break;
                     }
-                    // A group has fewer pages than a ring has places, and a guest that broke its channel is ended. If either
-                    // is ever not so the group is answered at its deadline.
+                    // A group has fewer pages than a ring has places, and a guest that broke its channel is ended. If
+                    // either is ever not so the group is answered at its deadline.
                     Pushed::TooLarge | Pushed::Ended => {}
                 }
                 let home = self.home();

@@ -12,7 +12,7 @@
 //! | events, lossy and numbered | yes | each record says how many were lost before it |
 //! | losses | yes | two sums in the header, so that the last ones are seen too |
 //! | C header | yes | `include/portcullis.h`, made by [`header`] |
-//! | invalidation arrays | yes | pages, VT-d first stage, SMMUv3 commands: [`invalidate`]; the hypervisor here serves none yet |
+//! | invalidation arrays | decoded | [`invalidate`]; the hypervisor here serves none yet |
 //! | counters of a device | layout | [`counters`]; the hypervisor here writes none yet |
 //! | response failure | as invalid | the hypervisor here goes on to take the device's requests |
 #![cfg_attr(not(test), no_std)]

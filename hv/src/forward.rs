@@ -27,8 +27,8 @@ impl Guest {
                 match push(channel, group)? {
                     Pushed::Full => break,
                     Pushed::Yes => news = true,
-                    // A group has fewer pages than a ring has places, and a guest that broke its channel is ended. If either
-                    // is ever not so the group is answered at its deadline.
+                    // A group has fewer pages than a ring has places, and a guest that broke its channel is ended. If
+                    // either is ever not so the group is answered at its deadline.
                     Pushed::TooLarge | Pushed::Ended => {}
                 }
                 let taken_us = cpu::now_us().saturating_sub(group.reported_us);

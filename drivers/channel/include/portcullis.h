@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /* What a guest sees of Portcullis: the fault channel and the calls. Made from drivers/channel, where all of it is
- * explained; do not edit. Names in comments stand without their prefix. For little-endian machines, as the wire is. */
+ * explained; do not edit. Names in comments stand without their prefix. For little-endian machines, as the wire
+ * is. */
 #ifndef PORTCULLIS_H
 #define PORTCULLIS_H
 
@@ -60,14 +61,14 @@ enum portcullis_call {
     /* Answers page requests. Arguments: guest address of an array of {cookie, Code}, its length. Returns how many
      * were handled, and how many of those were refused. */
     PORTCULLIS_CALL_RESPOND = 6,
-    /* Forgets translations. Arguments: type of the array (Layout), its guest address, its
-     * entries. Returns how many were handled, from the first; why the one after those was refused, or 0
-     * (Refused in 31:0, the word of the entry in 63:32); the bits that were wrong. Fewer
-     * than all without a refusal: ask again for the rest. An empty array asks whether the type is known: the status is
-     * Status::Done or Status::UnknownType. */
+    /* Forgets translations. Arguments: type of the array (Layout), its guest
+     * address, its entries. Returns how many were handled, from the first; why the one after those was refused,
+     * or 0 (Refused in 31:0, the word of the entry in 63:32); the bits that were
+     * wrong. Fewer than all without a refusal: ask again for the rest. An empty array asks whether the type is
+     * known: the status is Status::Done or Status::UnknownType. */
     PORTCULLIS_CALL_INVALIDATE = 7,
-    /* Reads the counters of a device. Arguments: device, guest address, bytes. Writes whole words, as many as there are
-     * and fit (counters). Returns the bytes written. */
+    /* Reads the counters of a device. Arguments: device, guest address, bytes. Writes whole words, as many as
+     * there are and fit (counters). Returns the bytes written. */
     PORTCULLIS_CALL_COUNTERS = 8,
     /* Demonstration: what this guest is to do. Returns a task and two values. */
     PORTCULLIS_CALL_TASK = 256,
@@ -107,8 +108,9 @@ enum portcullis_code {
     PORTCULLIS_CODE_INVALID = 1,
     /* The device is to send no more page requests (Response Failure).
      *
-     * This is what a guest would tell its device. Hardware is told that the pages will not be there, since devices share
-     * what a failure stops; from then on the hypervisor refuses the device's requests until it is attached anew. */
+     * This is what a guest would tell its device. Hardware is told that the pages will not be there, since
+     * devices share what a failure stops; from then on the hypervisor refuses the device's requests, until it
+     * has a new owner. */
     PORTCULLIS_CODE_FAILURE = 15,
 };
 

@@ -37,14 +37,14 @@ numbered! {
         /// Answers page requests. Arguments: guest address of an array of {cookie, [`Code`]}, its length. Returns how many
         /// were handled, and how many of those were refused.
         Respond = 6,
-        /// Forgets translations. Arguments: type of the array ([`Layout`](crate::invalidate::Layout)), its guest address, its
-        /// entries. Returns how many were handled, from the first; why the one after those was refused, or 0
-        /// ([`Refused`](crate::invalidate::Refused) in 31:0, the word of the entry in 63:32); the bits that were wrong. Fewer
-        /// than all without a refusal: ask again for the rest. An empty array asks whether the type is known: the status is
-        /// [`Status::Done`] or [`Status::UnknownType`].
+        /// Forgets translations. Arguments: type of the array ([`Layout`](crate::invalidate::Layout)), its guest
+        /// address, its entries. Returns how many were handled, from the first; why the one after those was refused,
+        /// or 0 ([`Refused`](crate::invalidate::Refused) in 31:0, the word of the entry in 63:32); the bits that were
+        /// wrong. Fewer than all without a refusal: ask again for the rest. An empty array asks whether the type is
+        /// known: the status is [`Status::Done`] or [`Status::UnknownType`].
         Invalidate = 7,
-        /// Reads the counters of a device. Arguments: device, guest address, bytes. Writes whole words, as many as there are
-        /// and fit ([`counters`](crate::counters)). Returns the bytes written.
+        /// Reads the counters of a device. Arguments: device, guest address, bytes. Writes whole words, as many as
+        /// there are and fit ([`counters`](crate::counters)). Returns the bytes written.
         Counters = 8,
 
         /// Demonstration: what this guest is to do. Returns a task and two values.
@@ -91,8 +91,9 @@ numbered! {
         Invalid = 1,
         /// The device is to send no more page requests (`Response Failure`).
         ///
-        /// This is what a guest would tell its device. Hardware is told that the pages will not be there, since devices share
-        /// what a failure stops; from then on the hypervisor refuses the device's requests until it is attached anew.
+        /// This is what a guest would tell its device. Hardware is told that the pages will not be there, since
+        /// devices share what a failure stops; from then on the hypervisor refuses the device's requests, until it
+        /// has a new owner.
         Failure = 15,
     }
 }

@@ -1,4 +1,5 @@
-//! The array that [`Call::Counters`](crate::Call::Counters) writes: what became of a device's page requests, in 68 words.
+//! The array that [`Call::Counters`](crate::Call::Counters) writes: what became of a device's page requests, in 68
+//! words.
 //!
 //! | words | content |
 //! |---|---|
@@ -64,8 +65,8 @@ pub const TO_ANSWER_WORD: usize = TO_CHANNEL_WORD + BUCKETS;
 /// Words of the array.
 pub const COUNTERS_WORDS: usize = TO_ANSWER_WORD + BUCKETS;
 
-/// Returns the bucket of a time of `us` microseconds: 0 for less than one, n for 2^(n-1) up to less than 2^n, the last for
-/// all that is longer.
+/// Returns the bucket of a time of `us` microseconds: 0 for less than one, n for 2^(n-1) up to less than 2^n, the
+/// last for all that is longer.
 pub const fn bucket(us: u64) -> usize {
     let bits = (u64::BITS - us.leading_zeros()) as usize;
     if bits < BUCKETS { bits } else { BUCKETS - 1 }

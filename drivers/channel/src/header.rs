@@ -34,7 +34,8 @@ pub fn write(out: &mut impl Write) -> Result {
 const OPENING: &str = "\
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /* What a guest sees of Portcullis: the fault channel and the calls. Made from drivers/channel, where all of it is
- * explained; do not edit. Names in comments stand without their prefix. For little-endian machines, as the wire is. */
+ * explained; do not edit. Names in comments stand without their prefix. For little-endian machines, as the wire
+ * is. */
 #ifndef PORTCULLIS_H
 #define PORTCULLIS_H
 
@@ -132,7 +133,7 @@ fn write_unmarked(out: &mut impl Write, text: &str) -> Result {
         .try_for_each(|letter| out.write_char(letter))
 }
 
-/// Writes a record as a structure. Each field lies in an integer of its own: the smallest that is aligned and holds it.
+/// Writes a record as a structure. Each field lies in an integer of its own: the smallest aligned one that holds it.
 fn structure(out: &mut impl Write) -> Result {
     out.write_str("\n/* One record of a ring. */\nstruct portcullis_record {\n")?;
     let mut written = 0;

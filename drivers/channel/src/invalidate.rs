@@ -1,20 +1,21 @@
 //! The arrays of [`Call::Invalidate`](crate::Call::Invalidate): what a guest wants forgotten, entry by entry.
 //!
-//! An array has a type, and the type fixes the layout of its entries for ever: another layout is another type. A guest
-//! learns with an empty array whether the hypervisor takes a type.
+//! An array has a type, and the type fixes the layout of its entries for ever: another layout is another type. A
+//! guest learns with an empty array whether the hypervisor takes a type.
 //!
 //! | type | an entry | words |
 //! |---|---|---|
 //! | [`Layout::Pages`] | pages of an address space that the hypervisor holds: attachment, address, pages, flags | 4 |
-//! | [`Layout::VtdStage1`] | pages of a first stage that the guest bound: attachment, address, pages or all ones, flags | 4 |
+//! | [`Layout::VtdStage1`] | the same of a first stage that the guest bound; pages may be all ones, for all | 4 |
 //! | [`Layout::SmmuCommand`] | one command of Arm's SMMUv3, as the architecture lays it out | 2 |
 //!
-//! Addresses are of whole pages of 4 KiB. The one flag is [`LEAF`]: no table between the root and the last level changed.
+//! Addresses are of whole pages of 4 KiB. The one flag is [`LEAF`]: no table between the root and the last level
+//! changed.
 //!
-//! What is decoded is a [`Request`], in which nothing is left that hardware would take for its own: whose VMID and which
-//! stream it is about is the hypervisor's to fill in, from the guest that asks and from the guest's own names. A bit that
-//! is not in the table of its command is refused, because what hardware does with it is unknown: it may stop the command
-//! queue that all guests share.
+//! What is decoded is a [`Request`], in which nothing is left that hardware would take for its own: whose VMID and
+//! which stream it is about is the hypervisor's to fill in, from the guest that asks and from the guest's own names.
+//! A bit that is not in the table of its command is refused, because what hardware does with it is unknown: it may
+//! stop the command queue that all guests share.
 
 use crate::call::ARRAY;
 use iommu::{Field, Iova, PAGE_SIZE, Pasid, Words, descriptor};
@@ -335,7 +336,8 @@ impl SmmuCommand {
                 return Ok(Range::Pages { first: Iova(first), pages: 1 });
             }
             0 => return Err(refusal),
-            // A range that says nothing is an illegal command, and 16 KiB tables of these sizes have no leaves at level 1.
+            // A range that says nothing is an illegal command, and 16 KiB tables have no leaves at level 1 as long as
+            // addresses have fewer than 52 bits.
             _ if (num, scale, level) == (0, 0, 0) || (granule, level) == (2, 1) => return Err(refusal),
             1 => 12,
             2 => 14,
@@ -377,8 +379,9 @@ pub struct Handled {
 
 /// Hands the entries in `words`, a copy of a guest's array, one after the other to `each`, which may refuse them too.
 ///
-/// It ends at the first that is refused, after `budget` entries, or after [`ARRAY`]. An entry counts as one however many
-/// pages it is for: `each` is to do no more for many than to forget everything. Part of an entry at the end is none.
+/// It ends at the first that is refused, after `budget` entries, or after [`ARRAY`]. An entry counts as one however
+/// many pages it is for: `each` is to do no more for many than to forget everything. Part of an entry at the end is
+/// none.
 pub fn handle(
     layout: Layout,
     words: &[u64],

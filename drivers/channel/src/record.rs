@@ -307,4 +307,40 @@ mod tests {
         assert_eq!(record.as_event(), Some(event));
         assert_eq!(record.as_request(), None);
     }
+
+    #[test]
+    fn every_field_takes_all_its_bits_and_no_others() {
+        let all = Perms { read: true, write: true, execute: true, privileged: true };
+        let request = Request {
+            cookie: u64::MAX,
+            device: u32::MAX,
+            pasid: Pasid::new(Pasid::MAX),
+            opaque: u64::MAX,
+            group: u16::MAX,
+            iova: Iova(u64::MAX),
+            perms: all,
+            pages: u32::MAX,
+            index: u32::MAX,
+        };
+
+        assert_eq!(
+            Record::request(&request).0,
+            [
+                u64::MAX,
+                0xFFFF_FFFF_FFFF_F000,
+                u64::MAX,
+                0x000F_FFFF_FFFF_FFFF,
+                0x0000_FFFF_0001_0401,
+                u64::MAX,
+                0,
+                0
+            ]
+        );
+        let read = Record([u64::MAX, u64::MAX, u64::MAX, u64::MAX, 0xFFFF_FFFF_FFFF_0401, u64::MAX, 0, 0]);
+        let fetch = Perms { write: false, ..all };
+        let expected = Request { iova: Iova(0xFFFF_FFFF_FFFF_F000), pasid: None, perms: fetch, ..request };
+        assert_eq!(read.as_request(), Some(expected));
+        let nothing = Record([0, 0, 0, 0, 1, 0, 0, 0]).as_request();
+        assert_eq!(nothing.map(|r| (r.pasid, r.perms, r.group)), Some((Pasid::new(0), Perms::default(), 0)));
+    }
 }

@@ -16,16 +16,14 @@
 //! | 4 | groups of requests that the guest is never shown | |
 //! | 5 | events lost | |
 //!
-//! All other words are zero. Everything counts modulo 2^64. Record n lies in place n modulo 64, so the first lies in place
-//! 0, and n starts from 0.
+//! All other words are zero. Everything counts modulo 2^64. Record n, counted from 0, lies in place n modulo 64.
 //!
-//! Word 4 counts groups of page requests of the guest's devices that were refused, discarded, or answered before they came to
-//! the ring.
-//! Word 5 counts events that found no room, at the time when they were lost: after the last event was read, it minus the
-//! `lost` of that event is the number of events that were lost at the end.
+//! Word 4 counts groups of page requests of the guest's devices that were refused, discarded, or answered before they
+//! came to the ring. Word 5 counts events that found no room, at the time when they were lost: after the last event was read,
+//! it minus the `lost` of that event is the number of events that were lost at the end.
 //!
-//! The guest reads a producer index with acquire, then the records, and stores its consumer index with release. That index
-//! never goes back and never passes the producer's: the hypervisor ends a channel whose guest claims so.
+//! The guest reads a producer index with acquire, then the records, and stores its consumer index with release. That
+//! index never goes back and never passes the producer's: the hypervisor ends a channel whose guest claims so.
 
 /// Frames of a channel.
 pub const FRAMES: usize = 4;

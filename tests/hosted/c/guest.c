@@ -1,5 +1,5 @@
-/* A guest in C: reads the frames of a channel from standard input, and prints what it finds. Sizes and offsets are those of
- * the documentation, written down here once more. */
+/* A guest in C: reads the frames of a channel from standard input, and prints what it finds. Sizes and offsets are
+ * those of the documentation, written down here once more. */
 #include <inttypes.h>
 #include <stdio.h>
 
@@ -29,8 +29,12 @@ _Static_assert(sizeof(struct portcullis_smmu_command) == 16, "128 bits");
 _Static_assert(PORTCULLIS_FRAMES * PORTCULLIS_FRAME_BYTES == 16384, "four frames of 4 KiB");
 _Static_assert(PORTCULLIS_RECORDS * sizeof(struct portcullis_record) == PORTCULLIS_FRAME_BYTES, "a ring is a frame");
 _Static_assert(PORTCULLIS_REQUESTS_LOST_WORD == 4 && PORTCULLIS_EVENTS_LOST_WORD == 5, "header");
-_Static_assert(PORTCULLIS_CALL_RESPOND == 6 && PORTCULLIS_CALL_INVALIDATE == 7 && PORTCULLIS_CALL_COUNTERS == 8, "calls");
-_Static_assert(PORTCULLIS_CODE_SUCCESS == 0 && PORTCULLIS_CODE_INVALID == 1 && PORTCULLIS_CODE_FAILURE == 15, "codes");
+_Static_assert(PORTCULLIS_CALL_RESPOND == 6, "a call");
+_Static_assert(PORTCULLIS_CALL_INVALIDATE == 7, "a call");
+_Static_assert(PORTCULLIS_CALL_COUNTERS == 8, "a call");
+_Static_assert(PORTCULLIS_CODE_SUCCESS == 0, "a code");
+_Static_assert(PORTCULLIS_CODE_INVALID == 1, "a code");
+_Static_assert(PORTCULLIS_CODE_FAILURE == 15, "a code");
 _Static_assert(PORTCULLIS_COUNTERS_WORDS == 68 && PORTCULLIS_COUNTER_LOST_EVENTS == 15, "counters");
 _Static_assert(PORTCULLIS_NONE == UINT64_MAX && PORTCULLIS_WRITABLE == UINT64_C(1) << 63, "arguments");
 

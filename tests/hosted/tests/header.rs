@@ -30,7 +30,8 @@ fn the_header_is_what_the_constants_say() {
     let checked_in = include_str!("../../../drivers/channel/include/portcullis.h");
     assert!(
         printed == checked_in,
-        "the layout changed; `cargo run -p channel --example header > drivers/channel/include/portcullis.h` makes the header anew"
+        "the layout changed; this makes the header anew: \
+         cargo run -p channel --example header > drivers/channel/include/portcullis.h"
     );
 }
 

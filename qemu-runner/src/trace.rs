@@ -229,6 +229,9 @@ impl Trace {
             *all += 1;
             *complete += u64::from(found.is_ok());
             if let Err(lacking) = found {
+                // One that lacks a step only is over all the same: it does not stand in the way of what follows.
+                let over = |batch: &&mut Batch| removal.part == Part::All && is_detachment(batch, removal);
+                batches[*from..].iter_mut().find(over).into_iter().for_each(Vec::clear);
                 trace.find(format!("no completed {lacking} for {removal}"));
             }
         }
@@ -280,13 +283,10 @@ impl Trace {
 /// An unmap is not looked for beyond the detachment of its address space, if all detachments are `told`: one that was logged
 /// before has taken its batch already, and what it left empty is none.
 fn search(batches: &[Batch], removal: &Removal, steps: &[Step], told: bool) -> Result<usize, Step> {
-    let detachment = Removal { part: Part::All, ..*removal };
-    let is_detachment =
-        |batch: &[Taken]| lacking(batch, &detachment, &[Step::Configuration, Step::Translations]).is_none();
     let is_unmap = matches!(removal.part, Part::Pages { .. });
     let mut furthest = if is_unmap { Step::Translations } else { Step::Configuration };
     for (at, batch) in batches.iter().enumerate() {
-        if is_unmap && told && is_detachment(batch) {
+        if is_unmap && told && is_detachment(batch, removal) {
             break;
         }
         // What changes entries is no unmap, whatever translations are forgotten for it.
@@ -299,6 +299,12 @@ fn search(batches: &[Batch], removal: &Removal, steps: &[Step], told: bool) -> R
         }
     }
     Err(furthest)
+}
+
+/// Whether `batch` has the unit's part in the detachment of the address space of `removal`.
+fn is_detachment(batch: &[Taken], removal: &Removal) -> bool {
+    let detachment = Removal { part: Part::All, ..*removal };
+    lacking(batch, &detachment, &[Step::Configuration, Step::Translations]).is_none()
 }
 
 /// Returns the first of `steps` that `batch` does not hold for all of `removal`, after those before it.
@@ -641,6 +647,19 @@ mod tests {
 
             assert!(does_not.clean(), "{does_not:?}");
             assert_eq!(sends.detached, u64::from(words.machine == Machine::Aarch64));
+        }
+    }
+
+    #[test]
+    fn a_detachment_that_lacks_a_step_is_not_held_against_what_follows() {
+        for words in &WORDS {
+            let [configuration, translations, _] = words.detachment;
+            let lines = [words.on, configuration, translations, words.drain, words.doorbell];
+            let lines = [&lines[..], &[words.pages, words.device, words.wait]].concat();
+
+            let trace = words.judge_with(&lines, &[DETACHMENT, FOUR_PAGES], true);
+
+            assert_eq!((trace.detached, trace.invalidated, trace.findings.len()), (0, 1, 1), "{trace:?}");
         }
     }
 

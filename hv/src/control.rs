@@ -325,6 +325,14 @@ impl Space {
             let _ = commands.push(Invalidation::PageRequestDrain);
         }
         hv.invalidate(&commands).map_err(Error::Unit)?;
+        // While the domain's number is still taken, so that whoever judges the trace takes nobody else's for it.
+        let Attachment { stream, pasid, domain, .. } = self.attachment;
+        defmt::debug!(
+            "detach stream={=u32:#x} pasid={=u32:#x} domain={=u16:#x}",
+            stream.0,
+            pasid.map_or(u32::MAX, Pasid::value),
+            domain.0
+        );
         Ok(leaving)
     }
 
@@ -376,13 +384,6 @@ fn detach(hv: &Hypervisor, share: &Share, queue: QueueId, owned: Owned) -> Resul
     }
     hv.invalidate(&[]).map_err(Error::Unit)?;
     hv.ledger.detach(id);
-    let Attachment { stream, pasid, domain, .. } = space.attachment;
     space.free(hv, share, leaving);
-    defmt::debug!(
-        "detach stream={=u32:#x} pasid={=u32:#x} domain={=u16:#x}",
-        stream.0,
-        pasid.map_or(u32::MAX, Pasid::value),
-        domain.0
-    );
     Ok(())
 }

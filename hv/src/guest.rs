@@ -61,6 +61,10 @@ pub struct Guest {
     pub attachments: [Option<Owned>; ATTACHMENTS],
     /// Its fault channel, once it is open.
     pub channel: Option<Host>,
+    /// Groups that it was never shown, as its channel says.
+    pub unshown: u64,
+    /// What the inbox had counted of them for the guests before this one.
+    pub unseen_before: u64,
 }
 
 /// Why a guest could not be made.
@@ -115,6 +119,7 @@ fn live(hv: &'static Hypervisor, index: usize, order: &Order, inbox: &mut Inbox)
         }
     };
     hv.homes[index].queue.with(|queue| *queue = Some(guest.queue));
+    guest.unseen_before = inbox.groups.unseen();
     let ending = match guest.own(order) {
         Ok(()) => guest.run(inbox),
         Err(error) => {
@@ -167,6 +172,8 @@ impl Guest {
                 stuck: false,
                 attachments: [const { None }; ATTACHMENTS],
                 channel: None,
+                unshown: 0,
+                unseen_before: 0,
             }),
             Err(error) => {
                 hv.pool.with(|pool| {

@@ -11,12 +11,15 @@ use arch::{
     interrupts::{self, Source},
 };
 use broker::{Cookie, Settled};
-use channel::call::{
-    ARRAY, Call, Code, DEADLINE_MAX_US, DEADLINE_US, NONE, REPORTS, Status, VERSION, WRITABLE,
+use channel::{
+    call::{ARRAY, Call, Code, DEADLINE_MAX_US, DEADLINE_US, NONE, REPORTS, Status, VERSION, WRITABLE},
+    counters::{COUNTERS_WORDS, Counter, TO_CHANNEL_WORD},
+    host::Host,
+    invalidate::{self, ENTRY_WORDS, Handled, Layout, Range, Refusal, Request},
 };
 use core::sync::atomic::Ordering::{AcqRel, Relaxed, Release};
 use heapless::Vec;
-use iommu::{Gpa, Iova, Outcome, PAGE_SIZE, Pasid, Perms};
+use iommu::{Gpa, Invalidation, Iova, Outcome, PAGE_SIZE, Pasid, Perms};
 
 /// Bytes that one call maps or unmaps, at most: 64 pages.
 const RANGE: u64 = 64 * PAGE_SIZE;
@@ -24,6 +27,9 @@ const RANGE: u64 = 64 * PAGE_SIZE;
 const LINE: usize = 128;
 /// The longest sleep, in microseconds.
 const SLEEP_US: u64 = 10_000_000;
+
+const _: () =
+    assert!(broker::BUCKETS == channel::counters::BUCKETS, "the broker counts as the channel shows it");
 
 /// What a call returns besides its status.
 type Values = [u64; 3];
@@ -129,6 +135,8 @@ impl Guest {
                 self.sleep(inbox, cpu::now_us().saturating_add(first.min(SLEEP_US)));
                 Ok([0; 3])
             }
+            Call::Invalidate => self.invalidate(first, second, third),
+            Call::Counters => self.counters(first, second, third),
             // Answered before; it has no answer.
             Call::Finish => Ok([0; 3]),
         }
@@ -181,21 +189,13 @@ impl Guest {
         if length > ARRAY {
             return Err(Refused(Status::Malformed));
         }
-        let mut entries = Vec::<(u64, u64), { ARRAY as usize }>::new();
-        for at in 0..length {
-            let word = |n: u64| {
-                let gpa = array.checked_add(at * 16 + n * 8)?;
-                self.ram.load(Gpa(gpa))
-            };
-            let entry = word(0).zip(word(1)).ok_or(Refused(Status::NotYours))?;
-            // There is room: the length was checked.
-            let _ = entries.push(entry);
-        }
+        let words = self.words::<{ 2 * ARRAY as usize }>(array, 2 * length as usize)?;
         let mut refused = 0;
-        for &(cookie, code) in &entries {
+        for &[cookie, code] in words.as_chunks::<2>().0 {
             let outcome = match Code::from_number(code) {
                 Some(Code::Success) => Outcome::Success,
                 Some(Code::Invalid) => Outcome::Invalid,
+                Some(Code::Failure) => Outcome::Failure,
                 None => {
                     defmt::debug!("guest {=usize} answers with code {=u64}, which is none", self.index, code);
                     refused += 1;
@@ -212,7 +212,91 @@ impl Guest {
                 }
             }
         }
+        // A guest that says failure gives up its device's page requests.
+        self.restrain_devices();
         Ok([length, refused, 0])
+    }
+
+    /// Copies `count` words, at most `N`, out of the guest's memory: each is loaded once.
+    fn words<const N: usize>(&self, from: u64, count: usize) -> Result<Vec<u64, N>, Refused> {
+        let mut words = Vec::new();
+        for at in 0..count {
+            let gpa = from.checked_add(at as u64 * 8).ok_or(Refused(Status::NotYours))?;
+            let word = self.ram.load(Gpa(gpa)).ok_or(Refused(Status::NotYours))?;
+            words.push(word).map_err(|_| Refused(Status::Malformed))?;
+        }
+        Ok(words)
+    }
+
+    /// Makes the unit forget what an array names: one batch, and one wait, for all of a call.
+    fn invalidate(&mut self, layout: u64, array: u64, entries: u64) -> Result<Values, Refused> {
+        // No guest binds a first stage of its own here, so there is nothing that the other types could name.
+        let layout = Layout::from_number(layout).filter(|&layout| layout == Layout::Pages);
+        let layout = layout.ok_or(Refused(Status::UnknownType))?;
+        let count = entries.min(ARRAY) as usize;
+        let words = self.words::<{ ARRAY as usize * ENTRY_WORDS }>(array, count * layout.words())?;
+        let mut batch = Vec::<Invalidation, { ARRAY as usize }>::new();
+        let Handled { handled, refusal, .. } = invalidate::handle(layout, &words, count, |request| {
+            let not_yours = Refusal { why: invalidate::Refused::NotYours, word: 0, bits: 0 };
+            let Request::Attachment { attachment: name, range: Range::Pages { first, pages }, .. } = request
+            else {
+                return Err(not_yours);
+            };
+            let attachment = self.owned(name).ok_or(not_yours)?.space.attachment;
+            // There is room: the batch has as many as the array.
+            let _ = batch.push(Invalidation::Pages { attachment, iova: first, pages });
+            Ok(())
+        });
+        if !batch.is_empty() {
+            self.hv.invalidate(&batch).map_err(control::Error::Unit)?;
+        }
+        let [why, bits] = refusal.map_or([0; 2], Refusal::values);
+        Ok([handled as u64, why, bits])
+    }
+
+    /// Writes what was counted of a device into the guest's memory.
+    fn counters(&mut self, device: u64, to: u64, bytes: u64) -> Result<Values, Refused> {
+        let at = device.checked_sub(1).and_then(|at| usize::try_from(at).ok());
+        let id = at.and_then(|at| self.devices.get(at)).ok_or(Refused(Status::NotYours))?.id;
+        let ledger = self.hv.ledger;
+        let (Some(tally), Some(latencies)) = (ledger.tally(id), ledger.latencies(id)) else {
+            return Err(Refused(Status::NotYours));
+        };
+        let missed = ledger.missed(self.queue);
+        let value = |counter| match counter {
+            Counter::Requests => tally.requests,
+            Counter::Groups => tally.opened,
+            Counter::Succeeded => tally.succeeded,
+            Counter::Declined => tally.declined,
+            Counter::Expired => tally.expired,
+            Counter::Evicted => tally.evicted,
+            Counter::Refused => tally.refused,
+            Counter::Poisoned => tally.poisoned,
+            Counter::Discarded => tally.discarded,
+            Counter::Duplicates => tally.duplicates,
+            Counter::Overflows => ledger.overflows(),
+            Counter::Late => missed.late,
+            Counter::Stale => missed.stale,
+            Counter::Unknown => missed.unknown,
+            Counter::OutOfRange => missed.out_of_range,
+            Counter::LostEvents => self.channel.as_ref().map_or(0, Host::events_lost),
+            Counter::Failed => tally.failed,
+            Counter::Unrepaired => tally.unrepaired,
+            Counter::Held => tally.held,
+            Counter::Outstanding => ledger.outstanding_requests(id),
+        };
+        let counts = (0..TO_CHANNEL_WORD as u64).map(|number| Counter::from_number(number).map_or(0, value));
+        let words: Vec<u64, COUNTERS_WORDS> =
+            counts.chain(latencies.delivery).chain(latencies.answer).collect();
+        let wanted = words.len().min(usize::try_from(bytes / 8).unwrap_or(usize::MAX));
+        let end = to.checked_add(wanted as u64 * 8).filter(|&end| end <= self.ram.bytes());
+        if !to.is_multiple_of(8) || end.is_none() {
+            return Err(Refused(Status::NotYours));
+        }
+        for (at, &word) in words.iter().take(wanted).enumerate() {
+            self.ram.store(Gpa(to + at as u64 * 8), word);
+        }
+        Ok([wanted as u64 * 8, 0, 0])
     }
 
     /// Copies a line out of the guest's memory.

@@ -234,10 +234,15 @@ impl Boot<'_> {
         command.args(["-device", "iommu-testdev,addr=3"]);
         if let Some(plugin) = self.plugin {
             plugin.add_to(command);
-            command.args(["-device", "sva-dev,addr=4", "-device", "sva-dev,addr=5"]);
+            for stream in WITH_DEVICE_TLB {
+                command.args(["-device", &format!("sva-dev,addr={}", stream >> 3)]);
+            }
         }
     }
 }
+
+/// Requester IDs of the plugin's devices, the only ones with a device TLB: bus 0, slots 4 and 5.
+pub(crate) const WITH_DEVICE_TLB: [u64; 2] = [4 << 3, 5 << 3];
 
 /// QEMU's VT-d with first-stage tables.
 const VTD: &str = "intel-iommu,scalable-mode=on,fsts=on,device-iotlb=on,pasid-bits=20";

@@ -8,7 +8,7 @@ use std::{
 };
 
 use crate::{
-    boot::{Boot, Ending, TRACE},
+    boot::{Boot, Ending, TRACE, WITH_DEVICE_TLB},
     build::{Images, build_plugin},
     error::Error,
     log::{Level, Line},
@@ -23,8 +23,11 @@ use crate::{
     workspace::{BootDirectory, Workspace},
 };
 
-/// How many lines of the log are shown again when a boot ends badly.
+/// How many lines of the log are shown again when a scene or a boot ends badly.
 const TAIL: usize = 20;
+
+/// Whether a hypervisor that tells of no detachment has failed.
+const DETACHMENTS_MUST_BE_TOLD: bool = true;
 
 /// Machines that are ready to boot.
 #[derive(Debug)]
@@ -116,12 +119,19 @@ impl Demonstration {
         let outcome = boot.run(&self.workspace.root, |line| {
             let message = Message::read(line);
             transcript.note(line, &message);
-            tail.push(line);
-            show(out, line, &message, least).map_err(Error::output)
+            tail.push(line, &message);
+            show(out, line, &message, least)
+                .and_then(|()| match message {
+                    Ok(Some(Message::End { name, passed: false, .. })) => tail.show(out, name),
+                    _ => Ok(()),
+                })
+                .map_err(Error::output)
         })?;
 
-        if !matches!(outcome.ending, Ending::Passed) {
-            tail.show(out).map_err(Error::output)?;
+        // After a scene that failed, its own end of the log says more than that of the whole.
+        let told = outcome.ending == Ending::Failed && tail.shown;
+        if outcome.ending != Ending::Passed && !told {
+            tail.show(out, machine.name()).map_err(Error::output)?;
         }
         if self.options.keep {
             writeln!(out, "\nThe files of this boot are in {}", directory.path().display())
@@ -129,7 +139,13 @@ impl Demonstration {
         }
         let trace = directory.path().join(TRACE);
         let trace = File::open(&trace).map_err(Error::io("reading", &trace))?;
-        let trace = Trace::judge(*machine, BufReader::new(trace), &transcript.unmaps)?;
+        let trace = Trace::judge(
+            *machine,
+            BufReader::new(trace),
+            &transcript.removals,
+            &WITH_DEVICE_TLB,
+            DETACHMENTS_MUST_BE_TOLD,
+        )?;
         report.judge(Evidence {
             machine: *machine,
             qemu_version: &qemu.version,
@@ -178,27 +194,37 @@ fn show(
         }
         Ok(Some(Message::Skip { name, reason })) => writeln!(out, "\n-- {name}\n   SKIPPED: {reason}"),
         Ok(Some(Message::DemonstrationEnd { .. })) => writeln!(out),
-        Ok(Some(Message::Unmap(_)) | None) | Err(_) if line.level >= least => writeln!(out, "{line}"),
-        Ok(Some(Message::Unmap(_)) | None) | Err(_) => Ok(()),
+        Ok(Some(Message::Removal(_)) | None) | Err(_) if line.level >= least => writeln!(out, "{line}"),
+        Ok(Some(Message::Removal(_)) | None) | Err(_) => Ok(()),
     }
 }
 
-/// The last lines of the log, of every level.
+/// The last lines of the log since a scene began, of every level.
 #[derive(Debug, Default)]
 struct Tail {
     lines: VecDeque<String>,
+    /// Whether it was shown for a scene.
+    shown: bool,
 }
 
 impl Tail {
-    fn push(&mut self, line: &Line) {
+    fn push(&mut self, line: &Line, message: &Result<Option<Message<'_>>, String>) {
+        if matches!(message, Ok(Some(Message::Begin { .. }))) {
+            self.lines.clear();
+        }
         if self.lines.len() == TAIL {
             self.lines.pop_front();
         }
         self.lines.push_back(line.to_string());
     }
 
-    fn show(&self, out: &mut dyn Write) -> io::Result<()> {
-        writeln!(out, "\nThe end of the log, all levels (--keep keeps the whole of it and QEMU's trace):")?;
+    /// Shows the end of the log of `what`.
+    fn show(&mut self, out: &mut dyn Write, what: &str) -> io::Result<()> {
+        self.shown = true;
+        writeln!(
+            out,
+            "\nThe end of the log of {what}, all levels (--keep keeps the whole of it and QEMU's trace):"
+        )?;
         for line in &self.lines {
             writeln!(out, "{line}")?;
         }
@@ -243,16 +269,39 @@ mod tests {
         assert!(shown(Level::Warn, "trouble", Level::Info).contains("WARN  trouble"));
     }
 
+    fn push(tail: &mut Tail, text: &str) {
+        let line = Line { time: String::new(), level: Level::Info, text: text.into(), place: None };
+        tail.push(&line, &Message::read(&line));
+    }
+
+    fn end(tail: &mut Tail) -> String {
+        let mut out = Vec::new();
+        tail.show(&mut out, "repair").unwrap();
+        String::from_utf8(out).unwrap()
+    }
+
+    #[test]
+    fn the_tail_of_a_scene_has_nothing_of_the_one_before() {
+        let mut tail = Tail::default();
+        for text in ["scene begin name=allow", "of the one before", "scene begin name=repair", "of this one"]
+        {
+            push(&mut tail, text);
+        }
+
+        let text = end(&mut tail);
+
+        assert!(text.contains("the log of repair") && text.contains("of this one"), "{text}");
+        assert!(!text.contains("of the one before"), "{text}");
+    }
+
     #[test]
     fn the_tail_keeps_the_last_lines() {
         let mut tail = Tail::default();
         for number in 0..100 {
             let text = format!("line {number}");
-            tail.push(&Line { time: String::new(), level: Level::Trace, text, place: None });
+            push(&mut tail, &text);
         }
-        let mut out = Vec::new();
-        tail.show(&mut out).unwrap();
-        let text = String::from_utf8(out).unwrap();
+        let text = end(&mut tail);
 
         assert!(text.contains("line 99\n") && text.contains("line 80\n") && !text.contains("line 79\n"));
     }

@@ -113,6 +113,14 @@ impl Report {
                 ));
             }
         }
+        for record in &evidence.transcript.scenes {
+            if let Some(&counted) = record.counts.get("unmaps").filter(|&&counted| counted != record.unmaps) {
+                problems.push(format!(
+                    "the scene {} counts {counted} unmaps, and its log shows {}",
+                    record.name, record.unmaps
+                ));
+            }
+        }
         if evidence.ending.is_none() {
             let passed = scenes.iter().filter(|scene| scene.passed).count() as u64;
             let ended = |record: &&Record| matches!(record.progress, Progress::Ended { .. });
@@ -164,9 +172,13 @@ impl Report {
         }
         text.push('\n');
         for (machine, trace) in &self.trace {
+            let detachments = match trace.detachments {
+                0 => "0 detachments told".into(),
+                told => format!("{} of {told} detachments complete", trace.detached),
+            };
             let _ = writeln!(
                 text,
-                "QEMU's trace ({machine}): {} bypassed translations; {} of {} unmaps invalidated.",
+                "QEMU's trace ({machine}): {} bypassed translations; {} of {} unmaps invalidated; {detachments}.",
                 trace.bypassed, trace.invalidated, trace.unmaps
             );
             for finding in &trace.findings {
@@ -201,12 +213,16 @@ impl Report {
 
 fn judge_scene(scene: &Scene, evidence: &Evidence<'_>) -> SceneReport {
     let record = evidence.transcript.record(scene.name);
+    let said = |passed: bool| match record.and_then(|record| record.guest.as_deref()) {
+        Some(guest) if !passed => format!("; the last that a guest said: {guest}"),
+        _ => String::new(),
+    };
     let (passed, skipped, seen) = match (record.map(|record| &record.progress), evidence.no_page_requests) {
-        (Some(Progress::Ended { passed, seen }), _) => (*passed, None, seen.clone()),
+        (Some(Progress::Ended { passed, seen }), _) => (*passed, None, seen.clone() + &said(*passed)),
         (Some(Progress::Skipped { reason }), _) => (false, Some(reason.clone()), String::new()),
         (Some(Progress::Began), _) => {
             let last = evidence.transcript.last.as_deref().unwrap_or("nothing since");
-            (false, None, format!("it began and never ended; last in the log: {last}"))
+            (false, None, format!("it began and never ended; last in the log: {last}{}", said(false)))
         }
         (None, Some(reason)) if scene.page_requests => (false, Some(reason.to_owned()), String::new()),
         (None, _) => (false, None, "it never began".into()),
@@ -359,6 +375,51 @@ mod tests {
         assert!(!report.passed());
         assert!(report.scenes[0].seen.contains("panicked at arch/x86_64"), "{}", report.scenes[0].seen);
         assert!(report.summary().contains("Problem on x86_64: the hypervisor ended: something failed\n"));
+    }
+
+    #[test]
+    fn a_scene_that_failed_quotes_what_a_guest_said_last() {
+        let lines = |end: &str| {
+            let lines = ["scene begin name=deny", "guest 0: the data is wrong", "fault: of another", end];
+            transcript(&lines.map(String::from))
+        };
+        let failed = lines("scene end name=deny passed=false seen=no data");
+        let passed = lines("scene end name=deny passed=true seen=data");
+        let unended = lines("more");
+
+        let seen = |transcript| judged(evidence(transcript)).scenes[0].seen.clone();
+
+        assert_eq!(seen(&failed), "no data; the last that a guest said: guest 0: the data is wrong");
+        assert_eq!(seen(&passed), "data");
+        assert!(seen(&unended).contains("more") && seen(&unended).ends_with("guest 0: the data is wrong"));
+    }
+
+    #[test]
+    fn what_a_scene_counts_as_unmapped_is_what_was_logged() {
+        let unmap = "unmap stream=0x18 pasid=0x1 domain=0x5 iova=0x40000000 pages=1";
+        let count = "scene count name=deny key=unmaps value=2";
+        let end = "scene end name=deny passed=true seen=x";
+        let problems = |unmaps: usize| {
+            let lines = [&["scene begin name=deny"], &vec![unmap; unmaps][..], &[count, end]].concat();
+            let lines: Vec<String> = lines.into_iter().map(String::from).collect();
+            judged(evidence(&transcript(&lines))).problems
+        };
+
+        let told = |unmaps| problems(unmaps).iter().any(|problem| problem.contains("counts 2 unmaps"));
+
+        assert!(!told(2) && told(1) && told(3));
+    }
+
+    #[test]
+    fn the_summary_tells_how_many_detachments_the_trace_was_asked_for() {
+        let transcript = transcript(&all_passed(&names()));
+        let told = Trace { enabled: true, detachments: 3, detached: 3, ..Trace::default() };
+
+        let none = judged(evidence(&transcript)).summary();
+        let some = judged(Evidence { trace: told, ..evidence(&transcript) }).summary();
+
+        assert!(none.contains("unmaps invalidated; 0 detachments told.\n"), "{none}");
+        assert!(some.contains("unmaps invalidated; 3 of 3 detachments complete.\n"), "{some}");
     }
 
     #[test]

@@ -10,17 +10,20 @@
 //! demonstration end scenes=8 passed=8
 //! ```
 //!
-//! and at any level, each time a mapping has been removed and its invalidation has completed:
+//! and at any level, each time a mapping has been removed, or an address space detached, and its invalidation has completed:
 //!
 //! ```text
 //! unmap stream=0x18 pasid=0x1 domain=0x5 iova=0x40000000 pages=4
+//! detach stream=0x18 pasid=0x1 domain=0x5
 //! ```
+//!
+//! For accesses without PASID, the first has `pasid=0x0` and the second `pasid=0xffffffff`.
 
 use std::collections::BTreeMap;
 
 use crate::{
     log::{Level, Line},
-    trace::Unmap,
+    trace::{Part, Removal},
 };
 
 /// A line of the protocol.
@@ -31,7 +34,7 @@ pub(crate) enum Message<'l> {
     End { name: &'l str, passed: bool, seen: &'l str },
     Skip { name: &'l str, reason: &'l str },
     DemonstrationEnd { scenes: u64, passed: u64 },
-    Unmap(Unmap),
+    Removal(Removal),
 }
 
 impl<'l> Message<'l> {
@@ -40,6 +43,8 @@ impl<'l> Message<'l> {
         let text = line.text.as_str();
         let message = if let Some(fields) = text.strip_prefix("unmap stream=") {
             unmap(fields)
+        } else if let Some(fields) = text.strip_prefix("detach stream=") {
+            detach(fields)
         } else if line.level != Level::Info {
             return Ok(None);
         } else if let Some(rest) = text.strip_prefix("scene ") {
@@ -84,13 +89,25 @@ fn unmap(fields: &str) -> Option<Message<'static>> {
     let (pasid, rest) = rest.split_once(" domain=")?;
     let (domain, rest) = rest.split_once(" iova=")?;
     let (iova, pages) = rest.split_once(" pages=")?;
-    Some(Message::Unmap(Unmap {
-        stream: hex(stream)?,
-        pasid: hex(pasid)?,
-        domain: hex(domain)?,
-        iova: hex(iova)?,
-        pages: pages.parse().ok()?,
-    }))
+    let part = Part::Pages { iova: hex(iova)?, pages: pages.parse().ok()? };
+    Some(Message::Removal(Removal { stream: hex(stream)?, pasid: hex(pasid)?, domain: hex(domain)?, part }))
+}
+
+/// Reads the fields of `detach stream=…` after the `=`.
+fn detach(fields: &str) -> Option<Message<'static>> {
+    let (stream, rest) = fields.split_once(" pasid=")?;
+    let (pasid, domain) = rest.split_once(" domain=")?;
+    let pasid = Some(hex(pasid)?).filter(|&pasid| pasid != NO_PASID).unwrap_or(0);
+    Some(Message::Removal(Removal { stream: hex(stream)?, pasid, domain: hex(domain)?, part: Part::All }))
+}
+
+/// How a detachment says that it is about accesses without PASID.
+const NO_PASID: u64 = 0xffff_ffff;
+
+/// Whether `line` is what a guest said: `guest 0: …` at level info.
+fn is_of_guest(line: &Line) -> bool {
+    let number = line.text.strip_prefix("guest ").and_then(|rest| rest.split_once(": "));
+    line.level == Level::Info && number.is_some_and(|(number, _)| number.parse::<u64>().is_ok())
 }
 
 /// Reads a hexadecimal number with its `0x`.
@@ -115,6 +132,10 @@ pub(crate) struct Record {
     pub(crate) name: String,
     pub(crate) progress: Progress,
     pub(crate) counts: BTreeMap<String, u64>,
+    /// Mappings that were removed while it ran.
+    pub(crate) unmaps: u64,
+    /// The last line that a guest said while it ran.
+    pub(crate) guest: Option<String>,
 }
 
 /// What the hypervisor has said during one boot.
@@ -124,8 +145,8 @@ pub(crate) struct Transcript {
     pub(crate) scenes: Vec<Record>,
     /// Scenes shown and scenes passed, as the hypervisor counts them at its end.
     pub(crate) end: Option<(u64, u64)>,
-    /// Mappings that were removed, in order.
-    pub(crate) unmaps: Vec<Unmap>,
+    /// What was removed, in order.
+    pub(crate) removals: Vec<Removal>,
     /// The last line logged that is not of the protocol, since a scene last began.
     pub(crate) last: Option<String>,
     /// What the hypervisor said that contradicts the protocol.
@@ -139,6 +160,9 @@ impl Transcript {
             Err(malformed) => Some(malformed.clone()),
             Ok(None) => {
                 self.last = Some(line.to_string().trim_start().to_owned());
+                if let Some(record) = self.scenes.last_mut().filter(|_| is_of_guest(line)) {
+                    record.guest = Some(line.text.clone());
+                }
                 None
             }
             Ok(Some(message)) => self.take(message).err(),
@@ -164,8 +188,12 @@ impl Transcript {
                 None => Ok(()),
                 Some(_) => Err("the demonstration ended twice".into()),
             },
-            Message::Unmap(unmap) => {
-                self.unmaps.push(unmap);
+            Message::Removal(removal) => {
+                self.removals.push(removal);
+                let running = self.scenes.last_mut().filter(|record| record.progress == Progress::Began);
+                if let (Some(record), Part::Pages { .. }) = (running, removal.part) {
+                    record.unmaps += 1;
+                }
                 Ok(())
             }
         }
@@ -176,7 +204,8 @@ impl Transcript {
             return Err(format!("scene {name} began twice"));
         }
         self.last = None;
-        self.scenes.push(Record { name: name.to_owned(), progress, counts: BTreeMap::new() });
+        let counts = BTreeMap::new();
+        self.scenes.push(Record { name: name.to_owned(), progress, counts, unmaps: 0, guest: None });
         Ok(())
     }
 
@@ -251,8 +280,50 @@ mod tests {
 
         let message = Message::read(&line).unwrap().unwrap();
 
-        let unmap = Unmap { stream: 0x18, pasid: 1, domain: 5, iova: 0x4000_0000, pages: 4 };
-        assert_eq!(message, Message::Unmap(unmap));
+        let part = Part::Pages { iova: 0x4000_0000, pages: 4 };
+        assert_eq!(message, Message::Removal(Removal { stream: 0x18, pasid: 1, domain: 5, part }));
+    }
+
+    #[test]
+    fn a_detachment_is_read_at_any_level_with_a_pasid_or_without() {
+        for (text, pasid) in [
+            ("detach stream=0x18 pasid=0x1 domain=0x5", 1),
+            ("detach stream=0x18 pasid=0xffffffff domain=0x5", 0),
+        ] {
+            let line = logged(Level::Debug, text);
+
+            let message = Message::read(&line).unwrap().unwrap();
+
+            let detachment = Removal { stream: 0x18, pasid, domain: 5, part: Part::All };
+            assert_eq!(message, Message::Removal(detachment));
+        }
+    }
+
+    #[test]
+    fn a_scene_keeps_how_many_mappings_were_removed_while_it_ran() {
+        let unmap = "unmap stream=0x18 pasid=0x1 domain=0x5 iova=0x40000000 pages=4";
+        let detach = "detach stream=0x18 pasid=0x1 domain=0x5";
+        let end = "scene end name=repair passed=true seen=x";
+        let transcript = transcript(&[unmap, "scene begin name=repair", unmap, unmap, detach, end, unmap]);
+
+        assert_eq!(transcript.record("repair").unwrap().unmaps, 2);
+        assert_eq!(transcript.removals.len(), 5);
+    }
+
+    #[test]
+    fn a_scene_keeps_the_last_line_that_a_guest_said() {
+        let lines = [
+            "scene begin name=repair",
+            "guest 0: first",
+            "guest 1: the data is wrong",
+            "guest 0 may not reach Gpa(0x1000)",
+            "guest of honour: nobody",
+            "fault: none of its words",
+        ];
+
+        let transcript = transcript(&lines);
+
+        assert_eq!(transcript.record("repair").unwrap().guest.as_deref(), Some("guest 1: the data is wrong"));
     }
 
     #[test]
@@ -273,6 +344,8 @@ mod tests {
             "demonstration end scenes=8",
             "unmap stream=18 pasid=0x1 domain=0x5 iova=0x0 pages=4",
             "unmap stream=0x18 pasid=0x1 domain=0x5 pages=4",
+            "detach stream=0x18 pasid=none domain=0x5",
+            "detach stream=0x18 pasid=0x1 domain=0x5 iova=0x0",
         ] {
             let complaints = transcript(&[text]).complaints;
 

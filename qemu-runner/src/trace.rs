@@ -1,12 +1,17 @@
-//! QEMU's own trace as a witness: was a device's translation ever bypassed, and was each removed mapping invalidated?
+//! QEMU's own trace as a witness: was a device's translation ever bypassed, and was everything that the hypervisor says it
+//! removed really forgotten?
 //!
 //! `-trace` writes one line an event, the event's name first. The names and formats are those of QEMU 11.1
 //! (`trace-events-all`). What an event of a unit means is read by `vtd` and `smmu`; the verdict is the same for both.
+//!
+//! Trace and log have no clock in common. What joins them is order: of one address space, the hypervisor removes one thing
+//! after the other, waits for the unit each time, and only then logs it. And QEMU executes what was submitted with one ring
+//! of the doorbell before it traces anything of the next.
 
 mod smmu;
 mod vtd;
 
-use std::io::BufRead;
+use std::{collections::HashMap, fmt, io::BufRead, mem};
 
 use serde::Serialize;
 
@@ -18,59 +23,119 @@ const PAGE: u64 = 4096;
 /// How many findings are quoted; the rest are counted.
 const QUOTED: usize = 10;
 
-/// A mapping that the hypervisor says it removed, its invalidation complete.
+/// Something that the hypervisor says it took from an address space, and that nothing remembers any more.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(crate) struct Unmap {
+pub(crate) struct Removal {
     /// Requester ID of the device, which is its StreamID.
     pub(crate) stream: u64,
+    /// 0 for accesses without one; no address space has the PASID 0 besides.
     pub(crate) pasid: u64,
     /// Domain ID, which tags what the unit caches: on an SMMUv3, ASID and VMID.
     pub(crate) domain: u64,
-    /// First address, a multiple of 4096.
-    pub(crate) iova: u64,
-    /// Number of pages of 4096 bytes.
-    pub(crate) pages: u64,
+    pub(crate) part: Part,
 }
 
-impl Unmap {
-    /// First address and the address after the last; `None` if the range leaves the address space.
-    fn range(&self) -> Option<(u64, u64)> {
-        Some((self.iova, self.iova.checked_add(self.pages.checked_mul(PAGE)?)?))
+/// How much was removed.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Part {
+    /// A mapping: `pages` pages of 4096 bytes from `iova`, a multiple of that.
+    Pages { iova: u64, pages: u64 },
+    /// All of it: the address space was detached.
+    All,
+}
+
+/// First address and the address after the last.
+type Range = (u64, u64);
+
+/// All addresses.
+const EVERYWHERE: Range = (0, u64::MAX);
+
+impl Removal {
+    /// The addresses to be forgotten; `None` if they leave the address space.
+    fn range(&self) -> Option<Range> {
+        match self.part {
+            Part::Pages { iova, pages } => Some((iova, iova.checked_add(pages.checked_mul(PAGE)?)?)),
+            Part::All => Some(EVERYWHERE),
+        }
+    }
+
+    /// What has to happen for it, in order: each cache is filled from the one before.
+    fn steps(&self, machine: Machine, has_device_tlb: bool) -> Vec<Step> {
+        let steps: &[Step] = match self.part {
+            Part::Pages { .. } => &[Step::Translations, Step::DeviceTlb],
+            Part::All => &[Step::Configuration, Step::Translations, Step::DeviceTlb, Step::Drain],
+        };
+        let needed = |step: &Step| match step {
+            Step::Configuration | Step::Translations => true,
+            Step::DeviceTlb => has_device_tlb,
+            // An SMMUv3 has no command for it.
+            Step::Drain => has_device_tlb && machine == Machine::X86_64,
+        };
+        steps.iter().copied().filter(needed).collect()
     }
 }
 
-/// An invalidation of cached translations that QEMU took from the unit's queue.
+impl fmt::Display for Removal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.part {
+            Part::Pages { iova, pages } => write!(f, "the unmap of {pages} pages at {iova:#x}")?,
+            Part::All => f.write_str("the detachment")?,
+        }
+        write!(f, " (stream {:#x}, pasid {:#x}, domain {:#x})", self.stream, self.pasid, self.domain)
+    }
+}
+
+/// A step of a removal.
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+enum Step {
+    /// The unit forgets which tables translate.
+    Configuration,
+    /// The unit forgets translations.
+    Translations,
+    /// The device forgets translations.
+    DeviceTlb,
+    /// Every page request sent before has arrived.
+    Drain,
+}
+
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Configuration => "invalidation of the configuration",
+            Self::Translations => "invalidation of translations",
+            Self::DeviceTlb => "invalidation of the device TLB",
+            Self::Drain => "drain of page requests",
+        })
+    }
+}
+
+/// A step that QEMU took from the unit's queue, and for what. A number that is `None` stands for all, or for one that the
+/// trace does not tell.
 ///
 /// QEMU traces some before it checks them. What it refuses stops the queue, so that no completion follows.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-struct Invalidation {
-    /// All domains if `None`.
+struct Taken {
+    step: Step,
+    stream: Option<u64>,
     domain: Option<u64>,
-    /// All address spaces of the domain if `None`.
     pasid: Option<u64>,
-    /// First address and the address after the last; all addresses if `None`.
-    range: Option<(u64, u64)>,
+    range: Range,
 }
 
-impl Invalidation {
-    /// Everything.
-    const ALL: Self = Self { domain: None, pasid: None, range: None };
-
-    /// Returns the part of `unmap`'s address space that is forgotten: first address and the address after the last.
-    fn covers(&self, unmap: &Unmap) -> Option<(u64, u64)> {
-        let concerns = self.domain.is_none_or(|domain| domain == unmap.domain)
-            && self.pasid.is_none_or(|pasid| pasid == unmap.pasid);
-        concerns.then_some(self.range.unwrap_or((0, u64::MAX)))
+impl Taken {
+    /// A step for everything.
+    const fn all(step: Step) -> Self {
+        Self { step, stream: None, domain: None, pasid: None, range: EVERYWHERE }
     }
 
-    /// How much is forgotten besides what was asked for, as a rank up to [`BROADEST`].
-    fn breadth(&self) -> u8 {
-        u8::from(self.domain.is_none()) + u8::from(self.pasid.is_none()) + u8::from(self.range.is_none())
+    /// Whether it is about the address space of `removal`.
+    fn concerns(&self, removal: &Removal) -> bool {
+        let same = |told: Option<u64>, meant| told.is_none_or(|told| told == meant);
+        same(self.stream, removal.stream)
+            && same(self.domain, removal.domain)
+            && same(self.pasid, removal.pasid)
     }
 }
-
-/// Rank of [`Invalidation::ALL`].
-const BROADEST: u8 = 3;
 
 /// What an event in QEMU's trace says about the unit.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -79,11 +144,16 @@ enum Sight {
     Translation(bool),
     /// A device got past translation.
     Bypass,
-    /// Cached translations are to be forgotten.
-    Invalidation(Invalidation),
-    /// All that was taken from the queue before is complete.
-    Completion,
+    /// A step was taken from the queue.
+    Taken(Taken),
+    /// All that was taken from the queue before is complete. If `drained`, that is a [`Step::Drain`].
+    Completion { drained: bool },
+    /// What was traced before and what follows were submitted apart.
+    Doorbell,
 }
+
+/// The steps that were submitted together and completed.
+type Batch = Vec<Taken>;
 
 /// What QEMU's trace of one boot shows.
 #[derive(Clone, Debug, Default, Eq, PartialEq, Serialize)]
@@ -96,6 +166,10 @@ pub struct Trace {
     pub unmaps: u64,
     /// Removed mappings for which the trace has an invalidation of their own.
     pub invalidated: u64,
+    /// Detachments that the hypervisor told of.
+    pub detachments: u64,
+    /// Detachments for which the trace has all steps.
+    pub detached: u64,
     /// What is wrong, the first few in words.
     pub findings: Vec<String>,
 }
@@ -103,7 +177,11 @@ pub struct Trace {
 impl Trace {
     /// Whether the trace contradicts the hypervisor in nothing.
     pub fn clean(&self) -> bool {
-        self.enabled && self.bypassed == 0 && self.invalidated == self.unmaps && self.findings.is_empty()
+        self.enabled
+            && self.bypassed == 0
+            && self.invalidated == self.unmaps
+            && self.detached == self.detachments
+            && self.findings.is_empty()
     }
 
     fn find(&mut self, finding: String) {
@@ -112,86 +190,144 @@ impl Trace {
         }
     }
 
-    /// Compares the trace of `machine` that `lines` carries with the `unmaps` that the hypervisor logged.
+    /// Compares the trace of `machine` that `lines` carries with the `removals` that the hypervisor logged, in order.
     ///
-    /// An invalidation counts when the hypervisor has waited for it: when a completion follows in the trace.
-    /// Each invalidation accounts for one unmap at most, so that one which was forgotten is not excused by a twin.
-    pub(crate) fn judge(machine: Machine, lines: impl BufRead, unmaps: &[Unmap]) -> Result<Self, Error> {
+    /// `with_device_tlb` are the streams of the devices that keep translations of their own. A step counts when the
+    /// hypervisor has waited for it: when a completion follows in its batch. Each batch accounts for one removal at most,
+    /// so that a step which was forgotten is not excused by a twin. Where there were unmaps there are detachments in the end;
+    /// that none is told is a finding only if they must be.
+    pub(crate) fn judge(
+        machine: Machine,
+        lines: impl BufRead,
+        removals: &[Removal],
+        with_device_tlb: &[u64],
+        detachments_must_be_told: bool,
+    ) -> Result<Self, Error> {
+        let mut trace = Self::default();
+        let mut batches = trace.read(machine, lines)?;
+        if !trace.enabled {
+            trace.find("translation was never switched on".into());
+        }
+        let told = removals.iter().any(|removal| removal.part == Part::All);
+        if detachments_must_be_told && !told && !removals.is_empty() {
+            trace.find("the hypervisor removed mappings and told of no detachment".into());
+        }
+        // Where the search for an address space's next batch begins.
+        let mut next = HashMap::<(u64, u64), usize>::new();
+        for removal in removals {
+            let steps = removal.steps(machine, with_device_tlb.contains(&removal.stream));
+            let from = next.entry((removal.stream, removal.pasid)).or_default();
+            let found = search(&batches[*from..], removal, &steps, told);
+            if let Ok(at) = found {
+                batches[*from + at].clear();
+                *from += at + 1;
+            }
+            let (all, complete) = match removal.part {
+                Part::Pages { .. } => (&mut trace.unmaps, &mut trace.invalidated),
+                Part::All => (&mut trace.detachments, &mut trace.detached),
+            };
+            *all += 1;
+            *complete += u64::from(found.is_ok());
+            if let Err(lacking) = found {
+                // One that lacks a step only is over all the same: it does not stand in the way of what follows.
+                let over = |batch: &&mut Batch| removal.part == Part::All && is_detachment(batch, removal);
+                batches[*from..].iter_mut().find(over).into_iter().for_each(Vec::clear);
+                trace.find(format!("no completed {lacking} for {removal}"));
+            }
+        }
+        Ok(trace)
+    }
+
+    /// Reads the batches that completed while translation was on, in order, and notes what else there is to see.
+    fn read(&mut self, machine: Machine, lines: impl BufRead) -> Result<Vec<Batch>, Error> {
         let read = match machine {
             Machine::X86_64 => vtd::read,
             Machine::Aarch64 => smmu::read,
         };
-        let mut trace = Self { unmaps: unmaps.len() as u64, ..Self::default() };
-        let (mut taken, mut complete) = (Vec::new(), Vec::new());
+        let (mut taken, mut batch, mut batches) = (Vec::new(), Batch::new(), Vec::new());
         for line in lines.split(b'\n') {
             let line = line.map_err(|source| Error::Io { doing: "reading QEMU's trace".into(), source })?;
             let line = String::from_utf8_lossy(&line);
             let (event, text) = line.split_once(' ').unwrap_or((&line, ""));
             match read(event, text.trim_end()) {
                 Some(Sight::Translation(on)) => {
-                    if trace.enabled && !on {
-                        trace.find("translation was switched off again".into());
+                    if self.enabled && !on {
+                        self.find("translation was switched off again".into());
                     }
-                    trace.enabled |= on;
+                    self.enabled |= on;
                 }
-                Some(Sight::Bypass) if trace.enabled => {
-                    trace.bypassed += 1;
-                    trace.find(format!("translation was bypassed: {}", line.trim_end()));
+                Some(Sight::Bypass) if self.enabled => {
+                    self.bypassed += 1;
+                    self.find(format!("translation was bypassed: {}", line.trim_end()));
                 }
-                Some(Sight::Invalidation(invalidation)) if trace.enabled => taken.push(invalidation),
-                Some(Sight::Completion) => complete.append(&mut taken),
-                Some(Sight::Bypass | Sight::Invalidation(_)) | None => {}
+                Some(Sight::Taken(step)) if self.enabled => taken.push(step),
+                Some(Sight::Completion { drained }) => {
+                    batch.append(&mut taken);
+                    batch.extend(drained.then_some(Taken::all(Step::Drain)));
+                }
+                Some(Sight::Doorbell) => {
+                    taken.clear();
+                    batches.push(mem::take(&mut batch));
+                }
+                Some(Sight::Bypass | Sight::Taken(_)) | None => {}
             }
         }
-        if !trace.enabled {
-            trace.find("translation was never switched on".into());
-        }
-        for unmap in unmaps {
-            if account(&mut complete, unmap) {
-                trace.invalidated += 1;
-            } else {
-                trace.find(format!(
-                    "no completed invalidation for the unmap of {} pages at {:#x} (stream {:#x}, pasid {:#x}, domain {:#x})",
-                    unmap.pages, unmap.iova, unmap.stream, unmap.pasid, unmap.domain
-                ));
-            }
-        }
-        Ok(trace)
+        batches.push(batch);
+        Ok(batches)
     }
 }
 
-/// Takes out of `invalidations` the narrowest and earliest that together cover `unmap`; changes nothing if they do not.
-fn account(invalidations: &mut Vec<Invalidation>, unmap: &Unmap) -> bool {
-    let Some((start, end)) = unmap.range() else { return false };
-    for breadth in 0..=BROADEST {
-        let mut missing = vec![(start, end)];
-        let mut used = Vec::new();
-        for (at, invalidation) in invalidations.iter().enumerate() {
-            if missing.is_empty() {
-                break;
-            }
-            let Some(covered) = invalidation.covers(unmap).filter(|_| invalidation.breadth() == breadth)
-            else {
-                continue;
-            };
-            let left = without(&missing, covered);
-            if left != missing {
-                missing = left;
-                used.push(at);
-            }
+/// Returns which of `batches` is the first with all `steps` of `removal`; otherwise the step that none has, or that none
+/// of those which come furthest has.
+///
+/// An unmap is not looked for beyond the detachment of its address space, if all detachments are `told`: one that was logged
+/// before has taken its batch already, and what it left empty is none.
+fn search(batches: &[Batch], removal: &Removal, steps: &[Step], told: bool) -> Result<usize, Step> {
+    let is_unmap = matches!(removal.part, Part::Pages { .. });
+    let mut furthest = if is_unmap { Step::Translations } else { Step::Configuration };
+    for (at, batch) in batches.iter().enumerate() {
+        if is_unmap && told && is_detachment(batch, removal) {
+            break;
         }
-        if missing.is_empty() {
-            for at in used.into_iter().rev() {
-                invalidations.remove(at);
-            }
-            return true;
+        // What changes entries is no unmap, whatever translations are forgotten for it.
+        if is_unmap && batch.iter().any(|taken| taken.step == Step::Configuration) {
+            continue;
+        }
+        match lacking(batch, removal, steps) {
+            None => return Ok(at),
+            Some(step) => furthest = furthest.max(step),
         }
     }
-    false
+    Err(furthest)
+}
+
+/// Whether `batch` has the unit's part in the detachment of the address space of `removal`.
+fn is_detachment(batch: &[Taken], removal: &Removal) -> bool {
+    let detachment = Removal { part: Part::All, ..*removal };
+    lacking(batch, &detachment, &[Step::Configuration, Step::Translations]).is_none()
+}
+
+/// Returns the first of `steps` that `batch` does not hold for all of `removal`, after those before it.
+fn lacking(batch: &[Taken], removal: &Removal, steps: &[Step]) -> Option<Step> {
+    let mut rest = batch.iter();
+    steps.iter().copied().find(|&step| {
+        let Some(range) = removal.range() else { return true };
+        let mut missing = vec![range];
+        while !missing.is_empty() {
+            match rest.next() {
+                Some(taken) if taken.step == step && taken.concerns(removal) => {
+                    missing = without(&missing, taken.range);
+                }
+                Some(_) => {}
+                None => return true,
+            }
+        }
+        false
+    })
 }
 
 /// Returns `ranges` without `(from, to)`.
-fn without(ranges: &[(u64, u64)], (from, to): (u64, u64)) -> Vec<(u64, u64)> {
+fn without(ranges: &[Range], (from, to): Range) -> Vec<Range> {
     ranges
         .iter()
         .flat_map(|&(start, end)| [(start, end.min(from)), (start.max(to), end)])
@@ -203,7 +339,9 @@ fn without(ranges: &[(u64, u64)], (from, to): (u64, u64)) -> Vec<(u64, u64)> {
 mod tests {
     use super::*;
 
-    const FOUR_PAGES: Unmap = Unmap { stream: 0x18, pasid: 1, domain: 5, iova: 0x4000_0000, pages: 4 };
+    const FOUR_PAGES: Removal =
+        Removal { stream: 0x18, pasid: 1, domain: 5, part: Part::Pages { iova: 0x4000_0000, pages: 4 } };
+    const DETACHMENT: Removal = Removal { part: Part::All, ..FOUR_PAGES };
 
     /// What the trace of one machine says for what the other's says in other words.
     struct Words {
@@ -216,7 +354,14 @@ mod tests {
         halves: [&'static str; 2],
         domain: &'static str,
         all: &'static str,
+        /// All steps of a detachment but the drain.
+        detachment: [&'static str; 3],
+        /// Of the four pages, in the device.
+        device: &'static str,
         wait: &'static str,
+        /// With a drain, where there is one.
+        drain: &'static str,
+        doorbell: &'static str,
     }
 
     const WORDS: [Words; 2] = [
@@ -232,7 +377,15 @@ mod tests {
             ],
             domain: "vtd_inv_desc invalidate desc type iotlb high 0x0 low 0x50022",
             all: "vtd_inv_desc invalidate desc type iotlb high 0x0 low 0x12",
-            wait: "vtd_inv_desc invalidate desc type wait high 0x1000 low 0x100000025",
+            detachment: [
+                "vtd_inv_desc invalidate desc type pasid-cache high 0x0 low 0x100050017",
+                "vtd_inv_desc invalidate desc type p-iotlb high 0x0 low 0x100050026",
+                "vtd_inv_desc invalidate desc type device-piotlb high 0x7ffffffffffff800 low 0x100180008",
+            ],
+            device: "vtd_inv_desc invalidate desc type device-piotlb high 0x40001800 low 0x100180008",
+            wait: "vtd_inv_desc invalidate desc type wait high 0x1000 low 0x100000065",
+            drain: "vtd_inv_desc invalidate desc type wait high 0x1000 low 0x1000000e5",
+            doorbell: "vtd_inv_qi_tail write tail 50",
         },
         Words {
             machine: Machine::Aarch64,
@@ -246,20 +399,50 @@ mod tests {
             ],
             domain: "smmuv3_cmdq_tlbi_nh vmid=5",
             all: "smmuv3_cmdq_tlbi_nsnh ",
+            detachment: [
+                "smmuv3_cmdq_cfgi_ste streamid= 0x18",
+                "smmuv3_cmdq_tlbi_nh vmid=5",
+                "smmuv3_cmdq_opcode <--- SMMU_CMD_ATC_INV",
+            ],
+            device: "smmuv3_cmdq_opcode <--- SMMU_CMD_ATC_INV",
             wait: "smmuv3_cmdq_opcode <--- SMMU_CMD_SYNC",
+            drain: "smmuv3_cmdq_opcode <--- SMMU_CMD_SYNC",
+            doorbell: "smmuv3_write_mmio addr: 0x98 val:0x6 size: 0x4(0)",
         },
     ];
 
     impl Words {
+        /// Judges `lines` as they are. The device has a device TLB, or not.
+        fn judge_with(&self, lines: &[&str], removals: &[Removal], device_tlb: bool) -> Trace {
+            let text = lines.join("\n");
+            let with_device_tlb: &[u64] = if device_tlb { &[0x18] } else { &[] };
+            Trace::judge(self.machine, text.as_bytes(), removals, with_device_tlb, false).unwrap()
+        }
+
         /// Judges `lines` as they are.
-        fn judge_all(&self, lines: &[&str], unmaps: &[Unmap]) -> Trace {
-            Trace::judge(self.machine, lines.join("\n").as_bytes(), unmaps).unwrap()
+        fn judge_all(&self, lines: &[&str], removals: &[Removal]) -> Trace {
+            self.judge_with(lines, removals, false)
         }
 
         /// Judges `lines` between a unit that is switched on and a wait.
-        fn judge(&self, lines: &[&str], unmaps: &[Unmap]) -> Trace {
-            self.judge_all(&[&[self.on], lines, &[self.wait]].concat(), unmaps)
+        fn judge(&self, lines: &[&str], removals: &[Removal]) -> Trace {
+            self.judge_all(&[&[self.on], lines, &[self.wait]].concat(), removals)
         }
+
+        /// Judges `batches`, each submitted by itself and waited for.
+        fn judge_batches(&self, batches: &[Vec<&str>], removals: &[Removal]) -> Trace {
+            let mut lines = vec![self.on, self.doorbell];
+            for batch in batches {
+                lines.extend(batch);
+                lines.extend([self.wait, self.doorbell]);
+            }
+            self.judge_all(&lines, removals)
+        }
+    }
+
+    /// Four pages elsewhere in the address space.
+    fn four_pages(iova: u64) -> Removal {
+        Removal { part: Part::Pages { iova, pages: 4 }, ..FOUR_PAGES }
     }
 
     #[test]
@@ -273,7 +456,7 @@ mod tests {
     }
 
     #[test]
-    fn several_invalidations_cover_an_unmap_together_and_not_in_part() {
+    fn several_invalidations_cover_an_unmap_together_and_not_in_part_or_apart() {
         for words in &WORDS {
             let [second, first] = words.halves;
 
@@ -284,6 +467,8 @@ mod tests {
                 assert_eq!(trace.invalidated, 0, "{half}");
                 assert!(trace.findings[0].contains("0x40000000"), "{half}");
             }
+            let apart = words.judge_batches(&[vec![second], vec![first]], &[FOUR_PAGES]);
+            assert_eq!(apart.invalidated, 0, "the hypervisor waited in between for something else");
         }
     }
 
@@ -299,44 +484,210 @@ mod tests {
     #[test]
     fn an_invalidation_of_another_domain_or_other_pages_does_not_count() {
         for words in &WORDS {
+            let five = Part::Pages { iova: 0x4000_0000, pages: 5 };
             for elsewhere in [
-                Unmap { domain: 6, ..FOUR_PAGES },
-                Unmap { iova: 0x4000_4000, ..FOUR_PAGES },
-                Unmap { pages: 5, ..FOUR_PAGES },
+                Removal { domain: 6, ..FOUR_PAGES },
+                four_pages(0x4000_4000),
+                Removal { part: five, ..FOUR_PAGES },
             ] {
                 assert_eq!(words.judge(&[words.pages], &[elsewhere]).invalidated, 0, "{elsewhere:?}");
             }
-            assert_eq!(words.judge(&[words.domain], &[Unmap { domain: 6, ..FOUR_PAGES }]).invalidated, 0);
+            assert_eq!(words.judge(&[words.domain], &[Removal { domain: 6, ..FOUR_PAGES }]).invalidated, 0);
         }
     }
 
     #[test]
     fn an_invalidation_that_nobody_waited_for_does_not_count() {
         for words in &WORDS {
-            let trace = words.judge_all(&[words.on, words.wait, words.pages], &[FOUR_PAGES]);
+            let never = [words.on, words.wait, words.pages];
+            let another = [words.on, words.pages, words.doorbell, words.wait];
 
-            assert_eq!((trace.enabled, trace.invalidated), (true, 0));
+            for lines in [&never[..], &another] {
+                let trace = words.judge_all(lines, &[FOUR_PAGES]);
+
+                assert_eq!((trace.enabled, trace.invalidated), (true, 0), "{lines:?}");
+            }
         }
     }
 
     #[test]
-    fn one_invalidation_accounts_for_one_unmap() {
+    fn what_was_submitted_together_accounts_for_one_unmap() {
         for words in &WORDS {
             let twice = [FOUR_PAGES, FOUR_PAGES];
 
-            assert_eq!(words.judge(&[words.pages], &twice).invalidated, 1);
-            assert_eq!(words.judge(&[words.pages, words.pages], &twice).invalidated, 2);
+            assert_eq!(words.judge(&[words.pages, words.pages], &twice).invalidated, 1);
+            assert_eq!(words.judge_batches(&[vec![words.pages], vec![words.pages]], &twice).invalidated, 2);
         }
     }
 
     #[test]
-    fn a_narrow_invalidation_is_used_before_a_wide_one() {
+    fn one_lost_invalidation_of_ten_is_found_whichever_it_is() {
+        let removals: Vec<Removal> = (0..10).map(|n| four_pages(0x4000_0000 + n * 0x4000)).collect();
         for words in &WORDS {
-            let elsewhere = Unmap { domain: 6, ..FOUR_PAGES };
+            let moved = |n: u64| words.pages.replace("0x400000", &format!("0x40{:04x}", n << 6));
+            let lines: Vec<String> = (0..10).map(moved).collect();
+            let batches: Vec<Vec<&str>> = lines.iter().map(|line| vec![line.as_str()]).collect();
+            assert!(words.judge_batches(&batches, &removals).clean());
 
-            let trace = words.judge(&[words.all, words.pages], &[FOUR_PAGES, elsewhere]);
+            for lost in 0..10 {
+                let mut rest = batches.clone();
+                rest.remove(lost);
 
-            assert!(trace.clean(), "{trace:?}");
+                let trace = words.judge_batches(&rest, &removals);
+
+                assert_eq!((trace.unmaps, trace.invalidated, trace.findings.len()), (10, 9, 1));
+                let iova = format!("{:#x}", 0x4000_0000 + lost * 0x4000);
+                assert!(trace.findings[0].contains(&iova), "{:?}", trace.findings);
+            }
+            // The same pages ten times: the count alone tells.
+            let same = vec![vec![words.pages]; 9];
+            assert_eq!(words.judge_batches(&same, &[FOUR_PAGES; 10]).invalidated, 9);
+        }
+    }
+
+    #[test]
+    fn the_steps_of_a_detachment_are_not_those_of_an_unmap() {
+        for words in &WORDS {
+            let [configuration, translations, _] = words.detachment;
+
+            let trace = words.judge(&[configuration, translations], &[FOUR_PAGES]);
+
+            assert_eq!((trace.unmaps, trace.invalidated), (1, 0), "{:?}", words.machine);
+        }
+    }
+
+    #[test]
+    fn an_unmap_that_was_forgotten_is_not_excused_by_one_after_the_detachment() {
+        for words in &WORDS {
+            let [configuration, translations, _] = words.detachment;
+            let detachment = vec![configuration, translations];
+            let batches = [detachment.clone(), vec![words.pages], detachment];
+
+            let trace = words.judge_batches(&batches, &[FOUR_PAGES, DETACHMENT, FOUR_PAGES, DETACHMENT]);
+
+            assert_eq!((trace.invalidated, trace.detached, trace.findings.len()), (1, 2, 1), "{trace:?}");
+            assert!(trace.findings[0].contains("unmap"), "{trace:?}");
+        }
+    }
+
+    #[test]
+    fn what_another_core_submits_in_between_does_not_matter() {
+        for words in &WORDS {
+            let other = Removal { stream: 0x20, pasid: 2, domain: 6, ..FOUR_PAGES };
+            // A reader that knows one order for all would find the second too late.
+            let line = words.pages.replace("0x100050036", "0x200060036").replace('5', "6");
+            let batches = [vec![line.as_str()], vec![words.pages]];
+
+            let trace = words.judge_batches(&batches, &[FOUR_PAGES, other]);
+
+            assert_eq!((trace.unmaps, trace.invalidated), (2, 2), "{trace:?}");
+        }
+    }
+
+    #[test]
+    fn an_unmap_reaches_the_device_tlb_where_there_is_one_and_after_the_unit() {
+        for words in &WORDS {
+            for (lines, invalidated) in [
+                (vec![words.pages, words.device], 1),
+                (vec![words.pages], 0),
+                (vec![words.device, words.pages], 0),
+            ] {
+                let lines = [&[words.on], &lines[..], &[words.wait]].concat();
+
+                assert_eq!(
+                    words.judge_with(&lines, &[FOUR_PAGES], true).invalidated,
+                    invalidated,
+                    "{lines:?}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn a_detachment_takes_every_step_in_order() {
+        for words in &WORDS {
+            let whole = [&words.detachment[..], &[words.drain]].concat();
+            let judge = |lines: &[&str]| {
+                let lines = [&[words.on, words.doorbell], lines, &[words.doorbell]].concat();
+                words.judge_with(&lines, &[DETACHMENT], true)
+            };
+            let trace = judge(&whole);
+            assert!(trace.clean() && (trace.detachments, trace.detached) == (1, 1), "{trace:?}");
+
+            for (at, step) in [
+                "invalidation of the configuration",
+                "invalidation of translations",
+                "invalidation of the device TLB",
+            ]
+            .into_iter()
+            .enumerate()
+            {
+                let mut lost = whole.clone();
+                lost.remove(at);
+
+                let trace = judge(&lost);
+
+                assert_eq!(trace.detached, 0, "{step}");
+                assert!(trace.findings[0].contains(step), "{trace:?} is not about the {step}");
+                let mut late = lost.clone();
+                late.insert(if at == 2 { 0 } else { 2 }, whole[at]);
+                assert_eq!(judge(&late).detached, 0, "{step} out of order");
+            }
+        }
+    }
+
+    #[test]
+    fn page_requests_are_drained_where_a_device_sends_them_and_the_unit_can() {
+        let [vtd, smmu] = &WORDS;
+        for words in [vtd, smmu] {
+            let lines = [&[words.on], &words.detachment[..], &[words.wait]].concat();
+
+            let sends = words.judge_with(&lines, &[DETACHMENT], true);
+            let does_not = words.judge_with(&lines, &[DETACHMENT], false);
+
+            assert!(does_not.clean(), "{does_not:?}");
+            assert_eq!(sends.detached, u64::from(words.machine == Machine::Aarch64));
+        }
+    }
+
+    #[test]
+    fn a_detachment_that_lacks_a_step_is_not_held_against_what_follows() {
+        for words in &WORDS {
+            let [configuration, translations, _] = words.detachment;
+            let lines = [words.on, configuration, translations, words.drain, words.doorbell];
+            let lines = [&lines[..], &[words.pages, words.device, words.wait]].concat();
+
+            let trace = words.judge_with(&lines, &[DETACHMENT, FOUR_PAGES], true);
+
+            assert_eq!((trace.detached, trace.invalidated, trace.findings.len()), (0, 1, 1), "{trace:?}");
+        }
+    }
+
+    #[test]
+    fn a_detachment_forgets_all_of_its_space_and_each_has_its_own() {
+        for words in &WORDS {
+            let [configuration, translations, _] = words.detachment;
+            let part = words.judge(&[configuration, words.pages], &[DETACHMENT]);
+            let foreign = Removal { stream: 0x20, pasid: 2, domain: 6, part: Part::All };
+            let once = vec![configuration, translations];
+
+            assert_eq!(part.detached, 0);
+            assert_eq!(words.judge(&once, &[foreign]).detached, 0);
+            assert_eq!(words.judge_batches(std::slice::from_ref(&once), &[DETACHMENT; 2]).detached, 1);
+            assert_eq!(words.judge_batches(&[once.clone(), once], &[DETACHMENT; 2]).detached, 2);
+        }
+    }
+
+    #[test]
+    fn a_hypervisor_that_tells_of_no_detachment_is_contradicted_if_it_must() {
+        for words in &WORDS {
+            let text = [words.on, words.pages, words.wait].join("\n");
+            let judge = |removals: &[Removal], must| {
+                Trace::judge(words.machine, text.as_bytes(), removals, &[], must).unwrap().clean()
+            };
+
+            assert!(judge(&[FOUR_PAGES], false) && !judge(&[FOUR_PAGES], true));
+            assert!(judge(&[], true), "nothing was attached");
         }
     }
 
@@ -375,7 +726,8 @@ mod tests {
 
     #[test]
     fn an_unmap_that_leaves_the_address_space_is_never_covered() {
-        let impossible = Unmap { iova: u64::MAX - 4095, pages: u64::MAX, ..FOUR_PAGES };
+        let impossible =
+            Removal { part: Part::Pages { iova: u64::MAX - 4095, pages: u64::MAX }, ..FOUR_PAGES };
 
         for words in &WORDS {
             assert_eq!(words.judge(&[words.all], &[impossible]).invalidated, 0);

@@ -14,12 +14,13 @@ pub struct Inbox<'l, const Q: usize, const S: usize, const D: usize, const A: us
     /// The group that is shown, if `is_shown`. It is read into its place, since it is large to move.
     group: Group,
     is_shown: bool,
+    unseen: u64,
 }
 
 impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize> Inbox<'l, Q, S, D, A> {
     /// The inbox of queue number `queue`, whose ring [`Broker::connect`](crate::Broker::connect) has the other end of.
     pub const fn new(ledger: &'l Ledger<Q, S, D, A>, queue: usize, slots: Consumer<'l, u16>) -> Self {
-        Self { ledger, queue, slots, group: Group::NONE, is_shown: false }
+        Self { ledger, queue, slots, group: Group::NONE, is_shown: false, unseen: 0 }
     }
 
     /// Shows the next group, and the same one again until [`done`](Self::done). The time, in microseconds, is that of the
@@ -31,6 +32,7 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize> Inbox<'
         while !self.is_shown {
             let slot = self.slots.dequeue()?;
             self.is_shown = self.ledger.deliver(self.queue, slot, now_us, &mut self.group);
+            self.unseen += u64::from(!self.is_shown);
         }
         Some(&self.group)
     }
@@ -39,6 +41,11 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize> Inbox<'
     #[inline]
     pub fn done(&mut self) {
         self.is_shown = false;
+    }
+
+    /// Returns how many groups were answered before they came here.
+    pub fn unseen(&self) -> u64 {
+        self.unseen
     }
 
     /// Takes the next group, for whoever keeps it.

@@ -250,6 +250,14 @@ impl<const Q: usize, const S: usize, const D: usize, const A: usize> Ledger<Q, S
         self.devices.tally(device)
     }
 
+    /// Returns the groups of a device that were refused or discarded: its owner is never shown them.
+    pub fn unshown(&self, device: DeviceId) -> u64 {
+        let of = |device: &crate::devices::Device| {
+            device.counters.refused.load(Relaxed) + device.counters.discarded.load(Relaxed)
+        };
+        self.devices.of(device).map_or(0, of)
+    }
+
     /// Returns how long the groups of a device took.
     pub fn latencies(&self, device: DeviceId) -> Option<Latencies> {
         self.devices.latencies(device)

@@ -110,6 +110,8 @@ pub struct DomainId(pub u16);
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 #[cfg_attr(feature = "defmt", derive(defmt::Format))]
 pub struct Attachment {
+    /// Its number among all that the unit ever had, so that it is never taken for one that came after it.
+    pub serial: u64,
     /// The device.
     pub stream: StreamId,
     /// The PASID, or `None` for accesses without one.
@@ -323,6 +325,7 @@ mod tests {
     use super::*;
 
     const ATTACHMENT: Attachment = Attachment {
+        serial: 1,
         stream: StreamId(0x20),
         pasid: None,
         domain: DomainId(1),

@@ -206,12 +206,14 @@ pub struct Tables<B> {
     abilities: Abilities,
     /// The place of a device is its domain number, and that of its context descriptor.
     devices: Vec<Option<Device>, DEVICES>,
+    /// Attachments made so far.
+    attached: u64,
 }
 
 impl<B: Bus> Tables<B> {
     pub(crate) fn new(bus: B, frames: Frames, abilities: Abilities) -> Self {
         let devices = core::iter::repeat_with(|| None).take(DEVICES).collect();
-        Self { bus, frames, abilities, devices }
+        Self { bus, frames, abilities, devices, attached: 0 }
     }
 
     fn device(&mut self, stream: StreamId) -> Result<(DomainId, &mut Device), Error> {
@@ -313,6 +315,7 @@ impl<B: Bus> iommu::Tables for Tables<B> {
         if root.levels() != capabilities.levels {
             return Err(Error::Unsupported { feature: "this number of table levels" });
         }
+        let serial = self.attached + 1;
         let (domain, device) = self.device(stream)?;
         if device.leaving {
             return Err(Error::StreamBusy { stream });
@@ -321,8 +324,10 @@ impl<B: Bus> iommu::Tables for Tables<B> {
             return Err(Error::PasidState { stream, pasid });
         }
         let features = device.features;
-        let attachment = Attachment { stream, pasid, domain, stage1, device_tlb: features.device_tlb };
+        let device_tlb = features.device_tlb;
+        let attachment = Attachment { serial, stream, pasid, domain, stage1, device_tlb };
         device.entry = EntryState::Attached(attachment);
+        self.attached = serial;
         let entry = self.blocked(domain, features);
         let entry = if stage1 {
             let context = self.write_context(domain, root);

@@ -200,6 +200,10 @@ pub struct Tables<B> {
     devices: Vec<Device, DEVICES>,
     /// Bit n set: domain n is taken.
     domains: u128,
+    /// Attachments made so far.
+    attached: u64,
+    /// The serial number of the attachment that a domain was last given to.
+    serials: [u64; DOMAINS as usize],
 }
 
 impl<B: Bus> Tables<B> {
@@ -213,6 +217,8 @@ impl<B: Bus> Tables<B> {
             devices: Vec::new(),
             // Domain 0 is what a unit in caching mode tags not-present entries with.
             domains: 1,
+            attached: 0,
+            serials: [0; DOMAINS as usize],
         }
     }
 
@@ -400,7 +406,9 @@ impl<B: Bus> iommu::Tables for Tables<B> {
                 return Err(error);
             }
         };
-        let attachment = Attachment { stream, pasid, domain, stage1, device_tlb };
+        self.attached += 1;
+        self.serials[usize::from(domain.0)] = self.attached;
+        let attachment = Attachment { serial: self.attached, stream, pasid, domain, stage1, device_tlb };
         let (table, _) = self.entry(attachment)?;
         for i in 1..PASID_WORDS {
             table.table.store(word + i, entry.0[i]);
@@ -422,13 +430,13 @@ impl<B: Bus> iommu::Tables for Tables<B> {
     }
 
     fn detach(&mut self, attachment: Attachment) -> Result<(Leaving, Invalidations), Error> {
-        let Attachment { stream, pasid, .. } = attachment;
+        let Attachment { serial, stream, pasid, domain, .. } = attachment;
+        let named = self.serials.get(usize::from(domain.0)) == Some(&serial);
         let (table, word) = self.entry(attachment)?;
         let first = table.table.load(word);
         let entry = PasidEntry([first, table.table.load(word + 1), 0, 0, 0, 0, 0, 0]);
-        if table.state(word) != EntryState::Live
-            || entry.get(PasidEntry::DOMAIN) != attachment.domain.0.into()
-        {
+        let live = table.state(word) == EntryState::Live;
+        if !named || !live || entry.get(PasidEntry::DOMAIN) != domain.0.into() {
             return Err(Error::PasidState { stream, pasid });
         }
         table.table.store(word, entry.with(PasidEntry::PRESENT, 0).0[0]);

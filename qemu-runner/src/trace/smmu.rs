@@ -2,45 +2,66 @@
 //!
 //! The hypervisor gives each domain a number of its own, which is its VMID and, where it has first-stage tables, its ASID
 //! as well. QEMU caches a translation under both. Where the unit has no VMIDs, the trace has -1 for each.
+//!
+//! Of `CMD_ATC_INV` the trace has the name alone: that a device was told to forget something, but not which, and not what.
 
-use super::{Invalidation, PAGE, Sight};
+use super::{PAGE, Sight, Step, Taken};
 use crate::scenes::hex;
 
 /// Offset of the register `SMMU_CR0`.
 const CR0: u64 = 0x20;
+/// Offset of the register `SMMU_CMDQ_PROD`.
+const CMDQ_PROD: u64 = 0x98;
 /// `SMMU_CR0.SMMUEN`: devices are translated.
 const SMMUEN: u64 = 1;
 
 /// Reads an event of an SMMUv3: its name and what follows that.
 pub(super) fn read(event: &str, text: &str) -> Option<Sight> {
     match event {
-        "smmuv3_write_mmio" => switch(text),
+        "smmuv3_write_mmio" => register(text),
         // By a stream table entry, and by a unit that is off and does not abort.
         "smmuv3_translate_bypass" | "smmuv3_translate_disable" => Some(Sight::Bypass),
-        // QEMU has executed all that stands before a CMD_SYNC in the queue when it comes to that.
-        "smmuv3_cmdq_opcode" => (text == "<--- SMMU_CMD_SYNC").then_some(Sight::Completion),
-        _ => invalidation(event, text).map(Sight::Invalidation),
+        "smmuv3_cmdq_opcode" => match text {
+            // QEMU has executed all that stands before a CMD_SYNC in the queue when it comes to that.
+            "<--- SMMU_CMD_SYNC" => Some(Sight::Completion { drained: false }),
+            "<--- SMMU_CMD_ATC_INV" => Some(Sight::Taken(Taken::all(Step::DeviceTlb))),
+            _ => None,
+        },
+        _ => taken(event, text).map(Sight::Taken),
     }
 }
 
 /// Reads a write of a register: `addr: 0x20 val:0xf size: 0x4(0)`.
-fn switch(text: &str) -> Option<Sight> {
+fn register(text: &str) -> Option<Sight> {
     let (addr, rest) = text.strip_prefix("addr: ")?.split_once(" val:")?;
     let (value, size) = rest.split_once(" size: ")?;
     // In brackets, whether the unit took the write.
-    (hex(addr)? == CR0 && size.ends_with("(0)")).then_some(Sight::Translation(hex(value)? & SMMUEN != 0))
+    match hex(addr)? {
+        CR0 if size.ends_with("(0)") => Some(Sight::Translation(hex(value)? & SMMUEN != 0)),
+        // Traced when the commands have been executed.
+        CMDQ_PROD => Some(Sight::Doorbell),
+        _ => None,
+    }
 }
 
-/// Reads a command that makes the unit forget translations.
+/// Reads a command that makes the unit forget configuration or translations.
 ///
 /// `CMD_TLBI_NH_ASID` is not one: it leaves global translations in place.
-fn invalidation(event: &str, text: &str) -> Option<Invalidation> {
+fn taken(event: &str, text: &str) -> Option<Taken> {
     let field = |name: &str| text.split(' ').find_map(|word| word.strip_prefix(name)?.strip_prefix('='));
     let number = |name: &str| field(name)?.parse::<u64>().ok();
     match event {
-        "smmuv3_cmdq_tlbi_nsnh" => Some(Invalidation::ALL),
+        "smmuv3_cmdq_cfgi_ste_range" if text == "start=0x0 - end=0xffffffff" => {
+            Some(Taken::all(Step::Configuration))
+        }
+        "smmuv3_cmdq_cfgi_ste" | "smmuv3_cmdq_cfgi_cd" => {
+            // `streamid= 0x18` and `sid=0x18`.
+            let (_, stream) = text.split_once('=')?;
+            Some(Taken { stream: Some(hex(stream.trim_start())?), ..Taken::all(Step::Configuration) })
+        }
+        "smmuv3_cmdq_tlbi_nsnh" => Some(Taken::all(Step::Translations)),
         "smmuv3_cmdq_tlbi_nh" | "smmuv3_cmdq_tlbi_s12_vmid" => {
-            Some(Invalidation { domain: Some(number("vmid")?), ..Invalidation::ALL })
+            Some(Taken { domain: Some(number("vmid")?), ..Taken::all(Step::Translations) })
         }
         // QEMU splits a command for a range into ranges of a power of two pages, each with an event of its own.
         "smmuv3_range_inval" => {
@@ -58,7 +79,7 @@ fn invalidation(event: &str, text: &str) -> Option<Invalidation> {
                 _ => return None,
             };
             let end = start.checked_add(hex(field("num_pages")?)?.checked_mul(page)?)?;
-            Some(Invalidation { domain: Some(domain), pasid: None, range: Some((start, end)) })
+            Some(Taken { domain: Some(domain), range: (start, end), ..Taken::all(Step::Translations) })
         }
         _ => None,
     }
@@ -68,17 +89,40 @@ fn invalidation(event: &str, text: &str) -> Option<Invalidation> {
 mod tests {
     use super::*;
 
-    const DOMAIN: Invalidation = Invalidation { domain: Some(5), ..Invalidation::ALL };
+    const DOMAIN: Taken = Taken { domain: Some(5), ..Taken::all(Step::Translations) };
 
-    fn range(start: u64, end: u64) -> Option<Invalidation> {
-        Some(Invalidation { range: Some((start, end)), ..DOMAIN })
+    fn range(start: u64, end: u64) -> Option<Taken> {
+        Some(Taken { range: (start, end), ..DOMAIN })
     }
 
     #[test]
-    fn each_kind_of_invalidation_is_read() {
-        assert_eq!(invalidation("smmuv3_cmdq_tlbi_nsnh", ""), Some(Invalidation::ALL));
-        assert_eq!(invalidation("smmuv3_cmdq_tlbi_nh", "vmid=5"), Some(DOMAIN));
-        assert_eq!(invalidation("smmuv3_cmdq_tlbi_s12_vmid", "vmid=5"), Some(DOMAIN));
+    fn configuration_is_forgotten_by_stream_or_as_a_whole() {
+        let all = Taken::all(Step::Configuration);
+        let stream = Taken { stream: Some(0x18), ..all };
+
+        assert_eq!(taken("smmuv3_cmdq_cfgi_ste", "streamid= 0x18"), Some(stream));
+        assert_eq!(taken("smmuv3_cmdq_cfgi_cd", "sid=0x18"), Some(stream));
+        assert_eq!(taken("smmuv3_cmdq_cfgi_ste_range", "start=0x0 - end=0xffffffff"), Some(all));
+        assert_eq!(taken("smmuv3_cmdq_cfgi_ste_range", "start=0x0 - end=0x1f"), None);
+    }
+
+    #[test]
+    fn of_a_device_tlb_the_trace_says_that_one_was_told_and_not_which() {
+        let told = read("smmuv3_cmdq_opcode", "<--- SMMU_CMD_ATC_INV");
+
+        assert_eq!(told, Some(Sight::Taken(Taken::all(Step::DeviceTlb))));
+    }
+
+    #[test]
+    fn each_write_of_cmdq_prod_ends_what_was_submitted_together() {
+        assert_eq!(read("smmuv3_write_mmio", "addr: 0x98 val:0x6 size: 0x4(0)"), Some(Sight::Doorbell));
+    }
+
+    #[test]
+    fn each_way_to_forget_translations_is_read() {
+        assert_eq!(taken("smmuv3_cmdq_tlbi_nsnh", ""), Some(Taken::all(Step::Translations)));
+        assert_eq!(taken("smmuv3_cmdq_tlbi_nh", "vmid=5"), Some(DOMAIN));
+        assert_eq!(taken("smmuv3_cmdq_tlbi_s12_vmid", "vmid=5"), Some(DOMAIN));
         for (text, meant) in [
             (
                 "vmid=5 asid=5 addr=0x40000000 tg=0 num_pages=0x1 ttl=0 leaf=1 stage=1",
@@ -101,12 +145,12 @@ mod tests {
                 range(0x4000_0000, 0x4002_0000),
             ),
         ] {
-            assert_eq!(invalidation("smmuv3_range_inval", text), meant, "{text}");
+            assert_eq!(taken("smmuv3_range_inval", text), meant, "{text}");
         }
     }
 
     #[test]
-    fn what_leaves_translations_of_a_domain_in_place_is_no_invalidation() {
+    fn what_leaves_translations_of_a_domain_in_place_is_no_step() {
         for (event, text) in [
             // Another VMID than that under which the translations of the ASID are cached.
             ("smmuv3_range_inval", "vmid=0 asid=5 addr=0x40000000 tg=0 num_pages=0x1 ttl=0 leaf=1 stage=1"),
@@ -120,7 +164,7 @@ mod tests {
             ("smmu_config_cache_inv", "Config cache INV for sid=0x18"),
             ("smmuv3_cmdq_tlbi_nh", "vmid="),
         ] {
-            assert_eq!(invalidation(event, text), None, "{event} {text}");
+            assert_eq!(taken(event, text), None, "{event} {text}");
         }
     }
 
@@ -157,8 +201,11 @@ mod tests {
 
     #[test]
     fn only_a_sync_completes() {
-        assert_eq!(read("smmuv3_cmdq_opcode", "<--- SMMU_CMD_SYNC"), Some(Sight::Completion));
-        for opcode in ["<--- SMMU_CMD_ATC_INV", "<--- SMMU_CMD_TLBI_NH_VA", "<--- INVALID"] {
+        assert_eq!(
+            read("smmuv3_cmdq_opcode", "<--- SMMU_CMD_SYNC"),
+            Some(Sight::Completion { drained: false })
+        );
+        for opcode in ["<--- SMMU_CMD_TLBI_NH_VA", "<--- SMMU_CMD_CFGI_STE", "<--- INVALID"] {
             assert_eq!(read("smmuv3_cmdq_opcode", opcode), None, "{opcode}");
         }
     }

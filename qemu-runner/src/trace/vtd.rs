@@ -1,9 +1,9 @@
 //! Intel VT-d in QEMU's trace (`vtd_*`).
 //!
-//! Invalidations are read from the descriptors themselves (`vtd_inv_desc`): QEMU lists an event for each kind of
-//! invalidation, and never issues those for address spaces with a PASID.
+//! Steps are read from the descriptors themselves (`vtd_inv_desc`): QEMU lists an event for each kind of invalidation, and
+//! never issues those for address spaces with a PASID.
 
-use super::{Invalidation, PAGE, Sight};
+use super::{EVERYWHERE, PAGE, Range, Sight, Step, Taken};
 use crate::scenes::hex;
 
 /// Reads an event of a VT-d unit: its name and what follows that.
@@ -13,6 +13,7 @@ pub(super) fn read(event: &str, text: &str) -> Option<Sight> {
         "vtd_translate_pt" => Some(Sight::Bypass),
         "vtd_pt_enable_fast_path" if text.ends_with(" 1") => Some(Sight::Bypass),
         "vtd_switch_address_space" if text.ends_with("(iommu enabled=0)") => Some(Sight::Bypass),
+        "vtd_inv_qi_tail" => Some(Sight::Doorbell),
         "vtd_inv_desc" => descriptor(text),
         _ => None,
     }
@@ -24,69 +25,123 @@ fn descriptor(text: &str) -> Option<Sight> {
     let (kind, text) = text.split_once(" high ")?;
     let (high, low) = text.split_once(" low ")?;
     let (high, low) = (hex(high)?, hex(low)?);
-    // Intel VT-d, "IOTLB Invalidate Descriptor" and "PASID-based-IOTLB Invalidate Descriptor".
+    // Intel VT-d, "Queued Invalidation Interface": the descriptors, bit by bit.
     let granularity = low >> 4 & 0b11;
     let domain = Some(low >> 16 & 0xffff);
     let pasid = Some(low >> 32 & 0xf_ffff);
-    let invalidation = match (kind, granularity) {
-        ("wait", _) => return Some(Sight::Completion),
-        ("iotlb", 0b01) => Invalidation::ALL,
-        ("iotlb", 0b10) => Invalidation { domain, ..Invalidation::ALL },
+    let taken = match (kind, granularity) {
+        ("wait", _) => return Some(Sight::Completion { drained: low >> 7 & 1 != 0 }),
+        ("pasid-cache", 0b00) => Taken { domain, ..Taken::all(Step::Configuration) },
+        ("pasid-cache", 0b01) => Taken { domain, pasid, ..Taken::all(Step::Configuration) },
+        ("pasid-cache", 0b11) => Taken::all(Step::Configuration),
+        ("iotlb", 0b01) => Taken::all(Step::Translations),
+        ("iotlb", 0b10) => Taken { domain, ..Taken::all(Step::Translations) },
         // Page-selective without a PASID (0b11) concerns second-stage tables, and no mapping here is in those.
-        ("p-iotlb", 0b10) => Invalidation { domain, pasid, range: None },
-        ("p-iotlb", 0b11) => Invalidation { domain, pasid, range: aligned_range(high) },
+        ("p-iotlb", 0b10) => Taken { domain, pasid, ..Taken::all(Step::Translations) },
+        ("p-iotlb", 0b11) => {
+            // Address mask: log2 of the number of pages.
+            let range = aligned(high, (high & 0x3f) as u32);
+            Taken { domain, pasid, range, ..Taken::all(Step::Translations) }
+        }
+        ("device", _) => {
+            let range = sized(high, high & 1 != 0);
+            let stream = Some(low >> 32 & 0xffff);
+            Taken { stream, pasid: Some(0), range, ..Taken::all(Step::DeviceTlb) }
+        }
+        ("device-piotlb", _) => {
+            let range = sized(high, high >> 11 & 1 != 0);
+            // Global (G): of all PASIDs.
+            let pasid = pasid.filter(|_| high & 1 == 0);
+            Taken { stream: domain, pasid, range, ..Taken::all(Step::DeviceTlb) }
+        }
         _ => return None,
     };
-    Some(Sight::Invalidation(invalidation))
+    Some(Sight::Taken(taken))
 }
 
-/// Returns the range that a PASID-based descriptor's upper half selects; `None` if that is all there is.
-fn aligned_range(high: u64) -> Option<(u64, u64)> {
-    // Address mask: log2 of the number of pages. Its six bits are more than an address has.
-    let bytes = PAGE.checked_shl((high & 0x3f) as u32).filter(|&bytes| bytes != 0)?;
-    let start = high & !(PAGE - 1) & !(bytes - 1);
-    Some((start, start.saturating_add(bytes)))
+/// The range of 2^`log2` pages in which `address` lies.
+fn aligned(address: u64, log2: u32) -> Range {
+    // Six bits of an address mask are more than an address has.
+    let Some(bytes) = PAGE.checked_shl(log2).filter(|&bytes| bytes != 0) else { return EVERYWHERE };
+    let start = address & !(bytes - 1);
+    (start, start.saturating_add(bytes))
+}
+
+/// The range that a descriptor for device TLBs selects: one page, or, if `size`, twice as many as the ones above bit 12 count.
+fn sized(address: u64, size: bool) -> Range {
+    aligned(address, if size { (address >> 12).trailing_ones() + 1 } else { 0 })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn invalidation(descriptor: &str) -> Option<Invalidation> {
-        match read("vtd_inv_desc", &format!("invalidate desc type {descriptor}"))? {
-            Sight::Invalidation(invalidation) => Some(invalidation),
-            other => panic!("{other:?} is no invalidation"),
-        }
+    fn seen(descriptor: &str) -> Option<Sight> {
+        read("vtd_inv_desc", &format!("invalidate desc type {descriptor}"))
     }
 
     #[test]
     fn each_kind_of_invalidation_is_read() {
         let (domain, pasid) = (Some(5), Some(1));
+        let configuration = Taken::all(Step::Configuration);
+        let translations = Taken::all(Step::Translations);
+        let device = Taken { stream: Some(0x28), pasid, ..Taken::all(Step::DeviceTlb) };
         for (descriptor, meant) in [
-            ("iotlb high 0x0 low 0x12", Invalidation::ALL),
-            ("iotlb high 0x0 low 0x50022", Invalidation { domain, ..Invalidation::ALL }),
-            ("p-iotlb high 0x0 low 0x100050026", Invalidation { domain, pasid, range: None }),
-            ("p-iotlb high 0x3f low 0x100050036", Invalidation { domain, pasid, range: None }),
+            ("pasid-cache high 0x0 low 0x37", configuration),
+            ("pasid-cache high 0x0 low 0x50007", Taken { domain, ..configuration }),
+            ("pasid-cache high 0x0 low 0x100050017", Taken { domain, pasid, ..configuration }),
+            ("iotlb high 0x0 low 0x12", translations),
+            ("iotlb high 0x0 low 0x50022", Taken { domain, ..translations }),
+            ("p-iotlb high 0x0 low 0x100050026", Taken { domain, pasid, ..translations }),
+            ("p-iotlb high 0x3f low 0x100050036", Taken { domain, pasid, ..translations }),
             (
                 "p-iotlb high 0x40003002 low 0x100050036",
-                Invalidation { domain, pasid, range: Some((0x4000_0000, 0x4000_4000)) },
+                Taken { domain, pasid, range: (0x4000_0000, 0x4000_4000), ..translations },
+            ),
+            ("device-piotlb high 0x7ffffffffffff800 low 0x100280008", device),
+            ("device-piotlb high 0x7ffffffffffff801 low 0x100280008", Taken { pasid: None, ..device }),
+            (
+                "device-piotlb high 0x40000000 low 0x100280008",
+                Taken { range: (0x4000_0000, 0x4000_1000), ..device },
+            ),
+            (
+                "device-piotlb high 0x40001800 low 0x100280008",
+                Taken { range: (0x4000_0000, 0x4000_4000), ..device },
+            ),
+            ("device high 0x7ffffffffffff001 low 0x2800000003", Taken { pasid: Some(0), ..device }),
+            (
+                "device high 0x40000001 low 0x2800000003",
+                Taken { pasid: Some(0), range: (0x4000_0000, 0x4000_2000), ..device },
             ),
         ] {
-            assert_eq!(invalidation(descriptor), Some(meant), "{descriptor}");
+            assert_eq!(seen(descriptor), Some(Sight::Taken(meant)), "{descriptor}");
         }
     }
 
     #[test]
-    fn what_forgets_no_translation_of_ours_is_no_invalidation() {
+    fn what_forgets_nothing_of_ours_is_no_step() {
         for descriptor in [
             "iotlb high 0x40000002 low 0x50032",
-            "device-piotlb high 0x40000002 low 0x100180008",
+            // The context entry of a device stays when one of its address spaces goes.
+            "context-cache high 0x0 low 0x1800000031",
+            "page group response high 0x8 low 0x100280019",
             "p-iotlb high 0x40000002",
             "p-iotlb high 40000002 low 0x100050036",
         ] {
-            assert_eq!(invalidation(descriptor), None, "{descriptor}");
+            assert_eq!(seen(descriptor), None, "{descriptor}");
         }
         assert_eq!(read("vtd_inv_desc_iotlb_domain", "iotlb invalidate whole domain 0x5"), None);
+    }
+
+    #[test]
+    fn a_wait_completes_and_drains_only_if_it_says_so() {
+        assert_eq!(seen("wait high 0x1000 low 0x100000065"), Some(Sight::Completion { drained: false }));
+        assert_eq!(seen("wait high 0x1000 low 0x1000000e5"), Some(Sight::Completion { drained: true }));
+    }
+
+    #[test]
+    fn each_write_of_the_tail_begins_what_is_submitted_together() {
+        assert_eq!(read("vtd_inv_qi_tail", "write tail 50"), Some(Sight::Doorbell));
     }
 
     #[test]

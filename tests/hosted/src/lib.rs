@@ -2,9 +2,10 @@
 //!
 //! The tests themselves are in `tests/`, a file for each thing that they are about. Expected words come from the
 //! manual's field tables, never from the driver: each test that has them says how they were worked out.
-#![deny(unsafe_code)]
+#![forbid(unsafe_code)]
 #![expect(clippy::expect_used, reason = "a test that is surprised has failed")]
 
+pub mod fuzz;
 pub mod interleave;
 mod machine;
 mod memory;
@@ -16,7 +17,8 @@ mod tapped;
 mod threads;
 
 pub use machine::{Machine, needs, unit};
-pub use memory::{TableFrames, Window, grant, root};
+pub use memory::{TableFrames, Window};
+pub use models::memory::{grant, root};
 pub use random::Random;
 pub use tapped::{Moment, Tapped};
 pub use threads::Ends;

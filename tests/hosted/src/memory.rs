@@ -1,27 +1,13 @@
 //! Memory as a hypervisor hands it out: to tables, to devices, to a guest.
-#![expect(unsafe_code, reason = "a test makes the promises that a hypervisor's frame allocator makes")]
 
 use channel::{
     guest,
     ring::{CONSUMER, FRAMES},
 };
-use iommu::{DmaBuf, Grant, PAGE_SIZE, PhysAddr, Root};
+use iommu::{DmaBuf, PhysAddr};
 use models::memory::Memory;
 use pgtable::{ENTRIES, Frames};
 use std::collections::BTreeMap;
-
-/// Names the tables at `phys`, for a modelled unit.
-pub fn root(phys: u64, levels: u8) -> Root {
-    // SAFETY: the only hardware is a model, which checks every address itself and reaches nothing but its own memory.
-    unsafe { Root::new(PhysAddr(phys), levels) }
-}
-
-/// Grants `pages` pages from `phys` to a modelled device.
-pub fn grant(phys: u64, pages: u64) -> Grant {
-    let end = PhysAddr(phys.wrapping_add(pages * PAGE_SIZE));
-    // SAFETY: as for `root`.
-    unsafe { Grant::new(PhysAddr(phys)..end) }
-}
 
 /// Table frames cut from a modelled memory, which remembers who has what.
 #[derive(Debug)]

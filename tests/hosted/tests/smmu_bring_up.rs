@@ -525,4 +525,5 @@ fn a_unit_of_few_streams_is_given_no_more_than_it_has() {
     // A table of more entries than that is no offence: the smaller number counts (facts 2.1).
     machine.assign(StreamId(15), Features::default());
     assert_eq!(machine.smmu.events.next_event(), None);
+    machine.assert_lawful();
 }

@@ -445,6 +445,7 @@ mod commands {
     fn invalidations_become_the_commands_of_the_manual_in_its_order() {
         let full = Config::full();
         let at = |stage1, device_tlb| Attachment {
+            serial: 1,
             stream: DISK,
             pasid: None,
             domain: DomainId(0x2A),

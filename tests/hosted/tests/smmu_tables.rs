@@ -389,6 +389,32 @@ fn a_device_is_not_attached_again_before_hardware_has_let_go_of_it() {
 }
 
 #[test]
+fn an_attachment_that_was_detached_does_not_name_the_one_that_came_after_it() {
+    let mut machine = Machine::new(Config::full());
+    let tree = machine.tree(Stage::One);
+    machine.map(&tree, HERE, 1, Perms::READ_WRITE);
+    machine.assign(DISK, NONE);
+    let first = machine.attach(DISK, Stage::One, &tree);
+    machine.detach(first);
+    let refused = Some(Error::PasidState { stream: DISK, pasid: None });
+
+    // It has the domain of the first, and so has one of the same device that is assigned anew.
+    let second = machine.attach(DISK, Stage::One, &tree);
+    assert_eq!(second.domain, first.domain);
+    assert_eq!(machine.smmu.tables.detach(first).err(), refused);
+    machine.detach(second);
+    machine.block(DISK);
+    machine.assign(DISK, NONE);
+    let third = machine.attach(DISK, Stage::One, &tree);
+
+    assert_eq!(machine.smmu.tables.detach(first).err(), refused);
+    assert_eq!(machine.smmu.tables.detach(second).err(), refused);
+    assert_eq!(machine.read(DISK, None, HERE), Ok(1));
+    machine.detach(third);
+    machine.assert_lawful();
+}
+
+#[test]
 fn what_the_tables_do_not_hold_is_refused_by_name() {
     let mut machine = Machine::new(Config::full());
     let tree = machine.tree(Stage::One);

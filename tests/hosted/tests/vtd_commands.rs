@@ -36,7 +36,7 @@ const PFSID: u64 = 0x30 << 52;
 
 /// An attachment that no table knows: good enough to encode.
 fn attachment(pasid: Option<Pasid>, stage1: bool, device_tlb: bool) -> Attachment {
-    Attachment { stream: StreamId(0x0300), pasid, domain: DomainId(0x10), stage1, device_tlb }
+    Attachment { serial: 1, stream: StreamId(0x0300), pasid, domain: DomainId(0x10), stage1, device_tlb }
 }
 
 /// Returns the descriptors that `invalidation` becomes, without the wait that ends them.

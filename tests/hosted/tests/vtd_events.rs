@@ -589,7 +589,8 @@ mod threads {
                     last = Instant::now();
                     match event {
                         Event::PageRequest(request) => {
-                            seen.fetch_add(1, SeqCst);
+                            let number = seen.fetch_add(1, SeqCst) + 1;
+                            assert!(number <= 2 * GROUPS, "more requests are reported than were sent");
                             work.send(request).expect("the other cores listen");
                         }
                         other => panic!("{other:?}"),

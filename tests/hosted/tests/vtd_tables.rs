@@ -223,14 +223,22 @@ fn an_attachment_that_was_detached_does_not_name_the_one_that_came_after_it() {
     let (leaving, invalidations) = machine.vtd.tables.detach(first).expect("it is attached");
     machine.invalidate(&invalidations);
     machine.vtd.tables.finish(leaving);
-    // Another attachment takes the domain that was given back.
-    let other = machine.attach(DISK, pasid(6), &tree);
-    let second = machine.attach(DISK, pasid(5), &tree);
-    assert!(other.domain == first.domain && second.domain != first.domain);
+    let refused = Some(Error::PasidState { stream: DISK, pasid: pasid(5) });
 
-    let refused = machine.vtd.tables.detach(first).map(|_| ());
-    assert_eq!(refused, Err(Error::PasidState { stream: DISK, pasid: pasid(5) }));
+    // It has the domain that was given back; the one after it has another, which the first is not taken for either.
+    let second = machine.attach(DISK, pasid(5), &tree);
+    assert_eq!(second.domain, first.domain);
+    assert_eq!(machine.vtd.tables.detach(first).err(), refused);
+    machine.detach(second);
+    let other = machine.attach(DISK, pasid(6), &tree);
+    let third = machine.attach(DISK, pasid(5), &tree);
+    assert!(other.domain == first.domain && third.domain != first.domain);
+
+    assert_eq!(machine.vtd.tables.detach(first).err(), refused);
+    assert_eq!(machine.vtd.tables.detach(second).err(), refused);
     assert_eq!(machine.read(DISK, pasid(5), HERE), Ok(1));
+    machine.detach(third);
+    machine.assert_lawful();
 }
 
 #[test]
@@ -389,6 +397,7 @@ fn what_the_tables_do_not_hold_is_refused_by_name() {
         assert!(matches!(refused, Err(Error::Unsupported { .. })), "{levels} levels: {refused:?}");
     }
     let never = iommu::Attachment {
+        serial: 0,
         stream: NIC,
         pasid: pasid(9),
         domain: DomainId(3),

@@ -34,6 +34,7 @@
 //! Whoever breaks the contract of a model itself, a test that is, meets a panic; a driver never does.
 #![deny(unsafe_code)]
 
+mod device;
 pub mod endpoint;
 pub mod golden;
 pub mod golden_smmuv3;

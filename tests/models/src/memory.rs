@@ -3,9 +3,9 @@
 //! Only [`Memory::publish`] copies from the CPU's view to the device's, and only [`Memory::observe`] copies back, each
 //! exactly the range that it is given. A barrier that is missing or too short therefore fails in every run of a
 //! hosted test, on any host.
-#![expect(unsafe_code, reason = "hands raw memory to `DmaBuf`, as a hypervisor's frame allocator does")]
+#![expect(unsafe_code, reason = "makes the promises that a hypervisor's frame allocator makes")]
 
-use iommu::{DmaBuf, PhysAddr};
+use iommu::{DmaBuf, Grant, PAGE_SIZE, PhysAddr, Root};
 use std::{
     fmt,
     ops::Range,
@@ -44,6 +44,19 @@ impl fmt::Display for OutsideMemory {
 }
 
 impl std::error::Error for OutsideMemory {}
+
+/// Names the tables at `phys`, for a modelled unit.
+pub fn root(phys: u64, levels: u8) -> Root {
+    // SAFETY: the only hardware is a model, which checks every address itself and reaches nothing but its own memory.
+    unsafe { Root::new(PhysAddr(phys), levels) }
+}
+
+/// Grants `pages` pages from `phys` to a modelled device.
+pub fn grant(phys: u64, pages: u64) -> Grant {
+    let end = PhysAddr(phys.wrapping_add(pages * PAGE_SIZE));
+    // SAFETY: as for `root`.
+    unsafe { Grant::new(PhysAddr(phys)..end) }
+}
 
 /// A modelled machine's memory; clones are the same memory.
 #[derive(Clone)]

@@ -37,8 +37,7 @@ mod registers;
 mod requests;
 mod walk;
 
-// What a device holds, and what it is answered, is PCIe's and no unit's.
-pub use crate::vtd::{Answer, DeviceTlbEntry};
+pub use crate::device::{Answer, DeviceTlbEntry};
 pub use device::Refusal;
 pub use events::{Ended, Wire};
 pub use registers::Update;

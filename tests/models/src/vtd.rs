@@ -34,8 +34,9 @@ mod registers;
 mod requests;
 mod walk;
 
-pub use device::{DeviceTlbEntry, Refusal};
-pub use requests::{Answer, Requested};
+pub use crate::device::{Answer, DeviceTlbEntry};
+pub use device::Refusal;
+pub use requests::Requested;
 
 use crate::memory::Memory;
 use iommu::{Bus, Message, PhysAddr};

@@ -2,7 +2,7 @@
 
 use super::{
     State, address_bits,
-    registers::{CR2, RECINVSID, SMMUEN, STRTAB_BASE},
+    registers::{CR2, RECINVSID, SMMUEN},
     walk::{Class, Fault, Request, Stop},
 };
 use iommu::PhysAddr;
@@ -116,12 +116,6 @@ impl State {
             output_bits: address_bits(w2 >> 48 & 7).min(self.config.output_bits()),
             base: ste[3] & 0x00FF_FFFF_FFFF_FFF0,
         }
-    }
-
-    /// STRTAB_BASE.ADDR, aligned as the unit does.
-    fn stream_table(&self) -> u64 {
-        let below = (64u64 << self.stream_bits()) - 1;
-        self.get(STRTAB_BASE) & ((1 << 56) - (1 << 6)) & !below
     }
 
     /// Finds the STE of a request, in the cache or in memory.

@@ -7,8 +7,8 @@ use super::{
     registers::{ABORT, ATSCHK, GBPA, SMMUEN},
     walk::{Fault, Kind, Mapping, Request, Stop},
 };
-use crate::memory::OutsideMemory;
-use iommu::{Iova, PAGE_SIZE, Pasid, PhysAddr, StreamId};
+use crate::{device, memory::OutsideMemory};
+use iommu::{Iova, Pasid, PhysAddr, StreamId};
 
 /// Why a device did not get what it asked for.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -47,8 +47,7 @@ impl SmmuUnit {
         bytes: usize,
     ) -> Result<Vec<u8>, Refusal> {
         let mut state = self.lock();
-        let place = |state: &mut State, at| state.reach(stream, pasid, at, Kind::Read);
-        state.load(iova, bytes, place)
+        device::load(&state.memory.clone(), iova, bytes, |at| state.reach(stream, pasid, at, Kind::Read))
     }
 
     /// The device writes `bytes` at `iova`, untranslated. What lies before a refused page stays written.
@@ -60,8 +59,7 @@ impl SmmuUnit {
         bytes: &[u8],
     ) -> Result<(), Refusal> {
         let mut state = self.lock();
-        let place = |state: &mut State, at| state.reach(stream, pasid, at, Kind::Write);
-        state.store(iova, bytes, place)
+        device::store(&state.memory.clone(), iova, bytes, |at| state.reach(stream, pasid, at, Kind::Write))
     }
 
     /// The device asks for the translation of `iova`, for writing too or not, and keeps it in its device TLB.
@@ -84,8 +82,9 @@ impl SmmuUnit {
         bytes: usize,
     ) -> Result<Vec<u8>, Refusal> {
         let mut state = self.lock();
-        let place = |state: &mut State, at| state.reach_translated(stream, pasid, at, Kind::Read);
-        state.load(iova, bytes, place)
+        device::load(&state.memory.clone(), iova, bytes, |at| {
+            state.reach_translated(stream, pasid, at, Kind::Read)
+        })
     }
 
     /// The device writes through its device TLB: it asks for a translation where it has none.
@@ -97,8 +96,9 @@ impl SmmuUnit {
         bytes: &[u8],
     ) -> Result<(), Refusal> {
         let mut state = self.lock();
-        let place = |state: &mut State, at| state.reach_translated(stream, pasid, at, Kind::Write);
-        state.store(iova, bytes, place)
+        device::store(&state.memory.clone(), iova, bytes, |at| {
+            state.reach_translated(stream, pasid, at, Kind::Write)
+        })
     }
 
     /// Returns what the device TLB of `stream` holds.
@@ -157,20 +157,16 @@ impl State {
         kind: Kind,
     ) -> Result<PhysAddr, Refusal> {
         let write = kind == Kind::Write;
-        let permits = |entry: &DeviceTlbEntry| if write { entry.write } else { entry.read };
-        let holds = |entry: &DeviceTlbEntry| {
-            let inside = iova.0 >= entry.iova.0 && iova.0 - entry.iova.0 < entry.bytes;
-            entry.stream == stream && entry.pasid == pasid && inside && permits(entry)
-        };
-        let held = self.caches.device.iter().map(|held| held.entry).find(holds);
-        let entry = match held {
+        let held = self.caches.device.iter().map(|held| held.entry);
+        let mut held = held.filter(|entry| entry.stream == stream);
+        let entry = match held.find(|entry| entry.holds(pasid, iova) && entry.permits(write)) {
             Some(entry) => entry,
             None => self.ats_translate(stream, pasid, iova, write)?,
         };
-        if !permits(&entry) {
+        if !entry.permits(write) {
             return Err(Refusal::NoAccess);
         }
-        let phys = PhysAddr(entry.phys.0 + (iova.0 - entry.iova.0));
+        let phys = entry.translated(iova);
         let request = request(stream, pasid, Iova(phys.0), kind);
         self.admit_translated(&request)?;
         Ok(phys)
@@ -251,55 +247,10 @@ impl State {
             _ => Refusal::CompleterAbort,
         })
     }
-
-    /// Loads `bytes` bytes; `place` finds each page's physical address.
-    fn load(
-        &mut self,
-        iova: Iova,
-        bytes: usize,
-        place: impl Fn(&mut Self, Iova) -> Result<PhysAddr, Refusal>,
-    ) -> Result<Vec<u8>, Refusal> {
-        let mut loaded = Vec::with_capacity(bytes);
-        for part in pages(iova, bytes) {
-            let phys = place(self, Iova(iova.0.wrapping_add(part.start as u64)))?;
-            for at in 0..part.len() as u64 {
-                loaded.push(self.memory.device_load_byte(PhysAddr(phys.0 + at))?);
-            }
-        }
-        Ok(loaded)
-    }
-
-    /// Stores `bytes`; `place` finds each page's physical address.
-    fn store(
-        &mut self,
-        iova: Iova,
-        bytes: &[u8],
-        place: impl Fn(&mut Self, Iova) -> Result<PhysAddr, Refusal>,
-    ) -> Result<(), Refusal> {
-        for part in pages(iova, bytes.len()) {
-            let phys = place(self, Iova(iova.0.wrapping_add(part.start as u64)))?;
-            for (at, &byte) in (0..).zip(&bytes[part]) {
-                self.memory.device_store_byte(PhysAddr(phys.0 + at), byte)?;
-            }
-        }
-        Ok(())
-    }
 }
 
 fn request(stream: StreamId, pasid: Option<Pasid>, iova: Iova, kind: Kind) -> Request {
     Request { sid: stream.0, ssid: pasid.map(Pasid::value), address: iova.0, kind }
-}
-
-/// Cuts `bytes` bytes at `iova` where pages end; the parts are offsets from `iova`.
-fn pages(iova: Iova, bytes: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
-    let mut start = 0usize;
-    std::iter::from_fn(move || {
-        let left = PAGE_SIZE - iova.0.wrapping_add(start as u64) % PAGE_SIZE;
-        let end = bytes.min(start.saturating_add(left as usize));
-        let part = start..end;
-        start = end;
-        (!part.is_empty()).then_some(part)
-    })
 }
 
 #[cfg(test)]

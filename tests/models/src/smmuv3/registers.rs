@@ -326,13 +326,8 @@ impl State {
                 self.run_commands();
                 self.flush_stalls();
             }
-            STRTAB_BASE_CFG => {
-                if new >> 16 & 3 == 1 {
-                    self.violation("STRTAB_BASE_CFG.FMT: two-level tables are not modelled".into());
-                }
-                if new & 0x3F > self.get(IDR1) & 0x3F {
-                    self.violation("STRTAB_BASE_CFG.LOG2SIZE is beyond IDR1.SIDSIZE".into());
-                }
+            STRTAB_BASE_CFG if new >> 16 & 3 == 1 => {
+                self.violation("STRTAB_BASE_CFG.FMT: two-level tables are not modelled".into());
             }
             CMDQ_BASE => self.check_base(CMDQ),
             EVENTQ_BASE => self.check_base(EVENTQ),
@@ -391,19 +386,22 @@ impl State {
             self.violation("SMMUEN set before TLBI_NSNH_ALL and CMD_SYNC".into());
         }
         if bit == SMMUEN {
-            let bytes = 64 << self.stream_bits();
             let base = self.get(STRTAB_BASE) & ((1 << 56) - 1);
-            if !base.is_multiple_of(bytes) {
-                self.violation(format!(
-                    "STRTAB_BASE {base:#x} is not aligned to the table's {bytes:#x} bytes"
-                ));
+            if self.stream_table() != base {
+                self.violation(format!("STRTAB_BASE {base:#x} is not aligned to the table's size"));
             }
         }
     }
 
-    /// STRTAB_BASE_CFG.LOG2SIZE, which IDR1.SIDSIZE limits.
+    /// Bits of a StreamID that finds an entry: STRTAB_BASE_CFG.LOG2SIZE, which IDR1.SIDSIZE limits.
     pub(super) fn stream_bits(&self) -> u64 {
         (self.get(STRTAB_BASE_CFG) & 0x3F).min(self.get(IDR1) & 0x3F).min(32)
+    }
+
+    /// STRTAB_BASE.ADDR, aligned as the unit does: to the size that LOG2SIZE says, also where that is beyond IDR1.SIDSIZE.
+    pub(super) fn stream_table(&self) -> u64 {
+        let log2 = 6 + (self.get(STRTAB_BASE_CFG) & 0x3F);
+        self.get(STRTAB_BASE) & ((1 << 56) - (1 << 6)) & !((1u128 << log2) - 1) as u64
     }
 
     fn update(&mut self, update: Update, value: u64) {
@@ -637,10 +635,27 @@ mod tests {
         });
         assert_breaks("no error is active", |unit| unit.write32(GERRORN, 4));
         assert_breaks("two-level", |unit| unit.write32(STRTAB_BASE_CFG, 1 << 16 | 8 << 6));
-        assert_breaks("beyond IDR1.SIDSIZE", |unit| unit.write32(STRTAB_BASE_CFG, 17));
         assert_breaks("beyond what IDR1", |unit| unit.write64(CMDQ_BASE, 20));
         assert_breaks("not aligned", |unit| unit.write64(EVENTQ_BASE, 0x8010_2020 | 7));
         assert_breaks("beyond the wrap bit", |unit| unit.write32(PRIQ_CONS, 2));
+    }
+
+    #[test]
+    fn a_stream_table_of_more_streams_than_the_part_tells_apart_is_aligned_to_all_of_it() {
+        // IDR1.SIDSIZE of this part is 16, and 2^16 entries are 4 MiB.
+        for (log2, base, aligned) in
+            [(16, 0x8040_0000, true), (17, 0x8040_0000, false), (17, 0x8080_0000, true)]
+        {
+            let unit = unit();
+            unit.write64(STRTAB_BASE, base);
+            unit.write32(STRTAB_BASE_CFG, log2);
+            assert_eq!((unit.read32(STRTAB_BASE_CFG), unit.violations()), (log2, vec![]));
+
+            unit.write32(CR0, SMMUEN as u32);
+
+            let broken = |violation: &String| violation.contains("not aligned to the table");
+            assert_eq!(unit.violations().iter().any(broken), !aligned, "{log2} {base:#x}");
+        }
     }
 
     #[test]

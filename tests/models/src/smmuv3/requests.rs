@@ -6,7 +6,8 @@ use super::{
     registers::{OVERFLOW, PRIQ, PRIQ_ABT_ERR, PRIQ_CONS, PRIQ_IRQ_CFG2, PRIQ_IRQEN, PRIQ_PROD, SMMUEN},
     walk::{Kind, Request},
 };
-use iommu::{GroupTag, Iova, Outcome, PageRequest, Pasid, Perms, StreamId};
+use crate::device::{is_stop_marker, stop_marker};
+use iommu::{GroupTag, Outcome, PageRequest, Pasid, Perms, StreamId};
 use std::collections::BTreeMap;
 
 /// What became of a page request.
@@ -34,12 +35,6 @@ pub(super) struct Requests {
     auto_answered: Vec<Answer>,
 }
 
-/// A stop marker ends the requests of a PASID, asks for nothing and is never answered.
-fn is_stop_marker(request: &PageRequest) -> bool {
-    let Perms { read, write, .. } = request.perms;
-    request.last && !read && !write && request.tag.pasid.is_some()
-}
-
 fn named((sid, pasid, index): Key) -> (StreamId, GroupTag) {
     let pasid = pasid.map(|pasid| Pasid::from_low_bits(pasid.into()));
     (StreamId(sid), GroupTag { pasid, index })
@@ -58,13 +53,7 @@ impl SmmuUnit {
 
     /// The device says that no more requests for `pasid` follow.
     pub fn stop_marker(&self, stream: StreamId, pasid: Pasid) -> Requested {
-        self.page_request(PageRequest {
-            stream,
-            tag: GroupTag { pasid: Some(pasid), index: 0 },
-            iova: Iova(0),
-            perms: Perms::default(),
-            last: true,
-        })
+        self.page_request(stop_marker(stream, pasid))
     }
 
     /// Returns the responses that software sent to groups that waited for one, oldest first.
@@ -228,6 +217,7 @@ mod tests {
     use super::*;
     use crate::golden_smmuv3 as golden;
     use iommu::Bus;
+    use iommu::Iova;
 
     /// STE.PPAR.
     const PPAR: u64 = 1 << 18;

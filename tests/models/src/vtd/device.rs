@@ -5,8 +5,11 @@ use super::{
     registers::TE,
     walk::{At, Kind, Mapping, Request},
 };
-use crate::memory::OutsideMemory;
-use iommu::{Iova, PAGE_SIZE, Pasid, PhysAddr, StreamId};
+use crate::{
+    device::{self, DeviceTlbEntry},
+    memory::OutsideMemory,
+};
+use iommu::{Iova, Pasid, PhysAddr, StreamId};
 
 /// Why a device did not get what it asked for.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -27,25 +30,6 @@ impl From<OutsideMemory> for Refusal {
     }
 }
 
-/// A translation that a device keeps for itself.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct DeviceTlbEntry {
-    /// The device.
-    pub stream: StreamId,
-    /// The PASID that it holds for.
-    pub pasid: Option<Pasid>,
-    /// The first address that it holds for.
-    pub iova: Iova,
-    /// What that is translated to.
-    pub phys: PhysAddr,
-    /// How many bytes it holds for; a power of two, to which both addresses are aligned.
-    pub bytes: u64,
-    /// Reads are permitted.
-    pub read: bool,
-    /// Writes are permitted.
-    pub write: bool,
-}
-
 /// The 16 bits of a requester ID that a source-id holds.
 pub(super) fn sid(stream: StreamId) -> u16 {
     stream.0 as u16
@@ -61,8 +45,7 @@ impl VtdUnit {
         bytes: usize,
     ) -> Result<Vec<u8>, Refusal> {
         let mut state = self.lock();
-        let place = |state: &mut State, at| state.reach(stream, pasid, at, Kind::Read);
-        state.load(iova, bytes, place)
+        device::load(&state.memory.clone(), iova, bytes, |at| state.reach(stream, pasid, at, Kind::Read))
     }
 
     /// The device writes `bytes` at `iova`, untranslated. What lies before a refused page stays written.
@@ -74,8 +57,7 @@ impl VtdUnit {
         bytes: &[u8],
     ) -> Result<(), Refusal> {
         let mut state = self.lock();
-        let place = |state: &mut State, at| state.reach(stream, pasid, at, Kind::Write);
-        state.store(iova, bytes, place)
+        device::store(&state.memory.clone(), iova, bytes, |at| state.reach(stream, pasid, at, Kind::Write))
     }
 
     /// The device asks for the translation of `iova`, for writing too or not, and keeps it in its device TLB.
@@ -98,8 +80,9 @@ impl VtdUnit {
         bytes: usize,
     ) -> Result<Vec<u8>, Refusal> {
         let mut state = self.lock();
-        let place = |state: &mut State, at| state.reach_translated(stream, pasid, at, Kind::Read);
-        state.load(iova, bytes, place)
+        device::load(&state.memory.clone(), iova, bytes, |at| {
+            state.reach_translated(stream, pasid, at, Kind::Read)
+        })
     }
 
     /// The device writes through its device TLB: it asks for a translation where it has none.
@@ -111,8 +94,9 @@ impl VtdUnit {
         bytes: &[u8],
     ) -> Result<(), Refusal> {
         let mut state = self.lock();
-        let place = |state: &mut State, at| state.reach_translated(stream, pasid, at, Kind::Write);
-        state.store(iova, bytes, place)
+        device::store(&state.memory.clone(), iova, bytes, |at| {
+            state.reach_translated(stream, pasid, at, Kind::Write)
+        })
     }
 
     /// Returns what the device TLB of `stream` holds.
@@ -146,19 +130,16 @@ impl State {
         iova: Iova,
         kind: Kind,
     ) -> Result<PhysAddr, Refusal> {
-        let holds = |entry: &&DeviceTlbEntry| {
-            let permits = if kind == Kind::Write { entry.write } else { entry.read };
-            let inside = iova.0 >= entry.iova.0 && iova.0 - entry.iova.0 < entry.bytes;
-            sid(entry.stream) == sid(stream) && entry.pasid == pasid && inside && permits
-        };
-        let entry = match self.caches.device.iter().find(holds) {
+        let write = kind == Kind::Write;
+        let mut held = self.caches.device.iter().filter(|entry| sid(entry.stream) == sid(stream));
+        let entry = match held.find(|entry| entry.holds(pasid, iova) && entry.permits(write)) {
             Some(&entry) => entry,
             None => self.ats_translate(stream, pasid, iova, kind)?,
         };
-        if !(if kind == Kind::Write { entry.write } else { entry.read }) {
+        if !entry.permits(write) {
             return Err(Refusal::NoAccess);
         }
-        let address = entry.phys.0 + (iova.0 - entry.iova.0);
+        let address = entry.translated(iova).0;
         let request = self.request(stream, None, address, kind, At::Translated);
         self.permitted(&request).map(|mapping| PhysAddr(mapping.phys))
     }
@@ -207,51 +188,6 @@ impl State {
             Refusal::Fault(fault.reason)
         })
     }
-
-    /// Loads `bytes` bytes; `place` finds each page's physical address.
-    fn load(
-        &mut self,
-        iova: Iova,
-        bytes: usize,
-        place: impl Fn(&mut Self, Iova) -> Result<PhysAddr, Refusal>,
-    ) -> Result<Vec<u8>, Refusal> {
-        let mut loaded = Vec::with_capacity(bytes);
-        for part in pages(iova, bytes) {
-            let phys = place(self, Iova(iova.0.wrapping_add(part.start as u64)))?;
-            for at in 0..part.len() as u64 {
-                loaded.push(self.memory.device_load_byte(PhysAddr(phys.0 + at))?);
-            }
-        }
-        Ok(loaded)
-    }
-
-    /// Stores `bytes`; `place` finds each page's physical address.
-    fn store(
-        &mut self,
-        iova: Iova,
-        bytes: &[u8],
-        place: impl Fn(&mut Self, Iova) -> Result<PhysAddr, Refusal>,
-    ) -> Result<(), Refusal> {
-        for part in pages(iova, bytes.len()) {
-            let phys = place(self, Iova(iova.0.wrapping_add(part.start as u64)))?;
-            for (at, &byte) in (0..).zip(&bytes[part]) {
-                self.memory.device_store_byte(PhysAddr(phys.0 + at), byte)?;
-            }
-        }
-        Ok(())
-    }
-}
-
-/// Cuts `bytes` bytes at `iova` where pages end; the parts are offsets from `iova`.
-fn pages(iova: Iova, bytes: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
-    let mut start = 0usize;
-    std::iter::from_fn(move || {
-        let left = PAGE_SIZE - iova.0.wrapping_add(start as u64) % PAGE_SIZE;
-        let end = bytes.min(start.saturating_add(left as usize));
-        let part = start..end;
-        start = end;
-        (!part.is_empty()).then_some(part)
-    })
 }
 
 #[cfg(test)]

@@ -7,7 +7,8 @@ use super::{
     registers::{PQA, PQH, PQT, PRS, TE},
     walk::{At, Kind, Request},
 };
-use iommu::{GroupTag, Iova, Outcome, PageRequest, Pasid, Perms, PhysAddr, StreamId};
+use crate::device::{Answer, is_stop_marker, stop_marker};
+use iommu::{GroupTag, Outcome, PageRequest, Pasid, Perms, PhysAddr, StreamId};
 use std::collections::{BTreeMap, VecDeque};
 
 /// PRS.PPR: a request is in the queue.
@@ -30,17 +31,6 @@ pub enum Requested {
     GroupBusy,
 }
 
-/// A response to a group of page requests, as the device gets it.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Answer {
-    /// The device.
-    pub stream: StreamId,
-    /// Its group.
-    pub tag: GroupTag,
-    /// The response code.
-    pub outcome: Outcome,
-}
-
 /// A group, by source-id, PASID and PRGI.
 type Key = (u16, Option<u32>, u16);
 
@@ -60,12 +50,6 @@ fn group(request: &PageRequest) -> Key {
     (sid(request.stream), request.tag.pasid.map(Pasid::value), request.tag.index & 0x1FF)
 }
 
-/// A stop marker ends the requests of a PASID, asks for nothing and is never answered.
-fn is_stop_marker(request: &PageRequest) -> bool {
-    let Perms { read, write, .. } = request.perms;
-    request.last && !read && !write && request.tag.pasid.is_some()
-}
-
 impl VtdUnit {
     /// The device asks for a page.
     pub fn page_request(&self, request: PageRequest) -> Requested {
@@ -82,13 +66,7 @@ impl VtdUnit {
 
     /// The device says that no more requests for `pasid` follow.
     pub fn stop_marker(&self, stream: StreamId, pasid: Pasid) -> Requested {
-        self.page_request(PageRequest {
-            stream,
-            tag: GroupTag { pasid: Some(pasid), index: 0 },
-            iova: Iova(0),
-            perms: Perms::default(),
-            last: true,
-        })
+        self.page_request(stop_marker(stream, pasid))
     }
 
     /// Keeps page requests on their way from now on, until they are delivered.
@@ -262,6 +240,7 @@ mod tests {
     use super::*;
     use crate::golden;
     use iommu::Bus;
+    use iommu::Iova;
 
     /// A queue of 128 entries.
     const SIZE: u64 = 4096;

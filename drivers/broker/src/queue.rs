@@ -408,6 +408,11 @@ impl<const S: usize> Queue<S> {
         slot.announced.swap(1, AcqRel) == 0
     }
 
+    /// Returns whether a slot is on its way to its owner's core, or was when its ring went away.
+    pub fn is_announced(&self, slot: u16) -> bool {
+        self.slots.get(usize::from(slot)).is_some_and(|slot| slot.announced.load(Acquire) != 0)
+    }
+
     /// Returns the pages of a group that is being put together.
     pub fn pages(&self, slot: u16) -> usize {
         self.slots.get(usize::from(slot)).map_or(0, Slot::count)

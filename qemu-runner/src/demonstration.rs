@@ -27,7 +27,7 @@ use crate::{
 const TAIL: usize = 20;
 
 /// Whether a hypervisor that tells of no detachment has failed.
-const DETACHMENTS_MUST_BE_TOLD: bool = false;
+const DETACHMENTS_MUST_BE_TOLD: bool = true;
 
 /// Machines that are ready to boot.
 #[derive(Debug)]

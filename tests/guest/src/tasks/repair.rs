@@ -19,6 +19,7 @@ const FOUR_PAGES: u64 = 0x4010_0000;
 const HALF_MAPPED: u64 = 0x4020_0000;
 const TWO_LANES: [u64; 2] = [0x4030_0000, 0x4030_8000];
 const CACHED: u64 = 0x4040_0000;
+const KEPT: u64 = 0x4048_0000;
 const LATE: u64 = 0x4050_0000;
 const MANY: u64 = 0x4060_0000;
 
@@ -46,7 +47,7 @@ pub fn run(opaque: u64) -> Result<(), Failed> {
     for iova in TWO_LANES {
         assigned.unmap(iova, 1)?;
     }
-    assigned.detach()?;
+    detach_with_a_cached_page(&mut assigned)?;
 
     let device = &assigned.device;
     let (groups, responses, stray) = (device.groups(), device.responses(), device.stray());
@@ -193,6 +194,19 @@ fn an_unmapped_page_leaves_the_device_tlb(bench: &mut Bench) -> Result<(), Faile
     assigned.start_read(0, CACHED, CACHE)?;
     server.serve(1, |group| give(assigned, group, CACHED, &PAGES[9]))?;
     assigned.expect_read(0, &PAGES[9])
+}
+
+/// Detaches while the device keeps a translation: it must be told to forget that too.
+fn detach_with_a_cached_page(assigned: &mut Assigned) -> Result<(), Failed> {
+    PAGES[11].fill(8);
+    assigned.map(KEPT, &PAGES[11], Access::Read)?;
+    assigned.start_read(0, KEPT, CACHE)?;
+    assigned.expect_read(0, &PAGES[11])?;
+
+    let invalidations = assigned.device.invalidations();
+    assigned.detach()?;
+    ensure!(assigned.device.invalidations() > invalidations, "a detachment reached no device TLB");
+    Ok(())
 }
 
 /// The request comes while the guest sleeps, with nothing else to wake it.

@@ -15,8 +15,9 @@
 //! - a departure has two steps: what stops admission, and the drain with the evictions and what comes after.
 //!
 //! States that differ only in how groups, devices and guests are numbered, in counts, in the order of slots, and in what is
-//! still to be skipped of groups that were answered (an announcement, a timer), are the same; so are those that differ in
-//! the cookies that were used up. In each state all cookies that its path used up are tried, and some that never were.
+//! still to be skipped of groups that were answered (an announcement, a timer), are the same. In each state the
+//! cookie that each slot had before is tried, those that the way there used up, those of the other guest, and some that
+//! never were.
 #![expect(clippy::expect_used, reason = "a test that is surprised has failed")]
 
 use broker::{
@@ -623,6 +624,42 @@ fn send(seen: &mut Seen, answer: broker::Answer<'_, SLOTS>) {
 }
 
 impl Real<'_, '_> {
+    /// Lets each guest have had one cookie of each of its slots: a third device asked, was answered, and is gone.
+    fn use_up_cookies(&mut self) {
+        let gone = stream(DEVICES);
+        let limits = Limits::with_requests(SLOTS as u32);
+        for queue in 0..QUEUES {
+            let device = self.ledger.add_device(gone, &limits).expect("there is room");
+            let requests = Requests::Plain;
+            let policy = Policy {
+                stream: gone,
+                requests,
+                device,
+                queue: self.queues[queue],
+                name: name(DEVICES),
+                opaque: 0,
+            };
+            let attachment = self.ledger.attach(&policy).expect("there is room");
+            for index in 0..SLOTS as u16 {
+                let tag = GroupTag { pasid: None, index };
+                let (iova, perms) = (Iova(0), Perms::READ);
+                let request = PageRequest { stream: gone, tag, iova, perms, last: true };
+                assert_eq!(self.broker.admit(request, self.now_us), Verdict::Forward { queue });
+            }
+            while let Some(group) = self.inboxes[queue].next(self.now_us) {
+                let settled =
+                    self.ledger.settle(self.queues[queue], group.cookie, Outcome::Invalid, self.now_us);
+                let Ok(Settled::Now(answer)) = settled else { panic!("it is outstanding: {settled:?}") };
+                assert!(answer.send(|_| Ok::<(), (PageResponse, ())>(())).is_ok());
+                self.told.push((queue, group.cookie)).expect("there are six");
+            }
+            self.ledger.leave(attachment);
+            self.ledger.detach(attachment);
+            self.ledger.remove_device(device);
+        }
+        assert_eq!(self.told.len(), QUEUES * SLOTS);
+    }
+
     fn expire(&mut self, seen: &mut Seen) {
         loop {
             match self.broker.expire(self.now_us) {
@@ -850,6 +887,7 @@ fn expand(
         .partition(|(_, after, _)| after.is_same(state));
     // What changes nothing but counts is done one after the other.
     with_real(world.has_one_page, |real| {
+        real.use_up_cookies();
         path.iter().for_each(|&op| drop(real.apply(op)));
         real.assert_same(state);
         real.try_bad_cookies(state);

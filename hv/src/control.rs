@@ -338,8 +338,15 @@ impl Space {
 
     /// Gives the tables of a space that was blocked back.
     fn free(self, hv: &Hypervisor, share: &Share, leaving: Leaving) {
+        let Attachment { stream, pasid, domain, .. } = self.attachment;
         hv.tables.with(|tables| tables.finish(leaving));
         share.with(hv.pool, |frames| self.tree.take_down(frames));
+        defmt::debug!(
+            "detach stream={=u32:#x} pasid={=u32:#x} domain={=u16:#x}",
+            stream.0,
+            pasid.map_or(u32::MAX, Pasid::value),
+            domain.0
+        );
     }
 
     /// Ends a space whose page requests went to nobody.

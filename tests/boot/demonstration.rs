@@ -95,7 +95,7 @@ fn what_does_not_run_on_qemus_own_iommu_alone_says_so() {
 }
 
 #[test]
-fn qemu_saw_each_removed_mapping_invalidated_and_no_device_bypass_translation() {
+fn qemu_saw_each_removal_invalidated_and_no_device_bypass_translation() {
     let Some(shown) = &*SHOWN else { return };
 
     for machine in MACHINES {
@@ -104,6 +104,8 @@ fn qemu_saw_each_removed_mapping_invalidated_and_no_device_bypass_translation() 
         assert!(trace.clean(), "{machine}: {:?}", trace.findings);
         assert!(trace.unmaps > 0, "{machine}: the scene allow removes a mapping, and none was logged");
         assert_eq!((trace.bypassed, trace.invalidated), (0, trace.unmaps), "{machine}");
+        assert!(trace.detachments > 0, "{machine}: the scene allow detaches, and nothing was logged");
+        assert_eq!(trace.detached, trace.detachments, "{machine}");
     }
 }
 

@@ -133,7 +133,9 @@ impl<const Q: usize, const S: usize, const D: usize, const A: usize> Ledger<Q, S
         let (word, queue) = self.words.get(index).zip(self.queues.get(index)).ok_or(Error::NoQueue)?;
         let before = word.load(Relaxed);
         let is_closed = before & STATE == CLOSED;
-        let claimed = before & !STATE | CLAIMED;
+        let opened = ((before >> 8) as u32).wrapping_add(1);
+        // The name from before means nothing any more: its owner would reach what is the next one's.
+        let claimed = u64::from(opened) << 8 | CLAIMED;
         if !is_closed || word.compare_exchange(before, claimed, Acquire, Relaxed).is_err() {
             return Err(Error::NoQueue);
         }
@@ -143,7 +145,6 @@ impl<const Q: usize, const S: usize, const D: usize, const A: usize> Ledger<Q, S
         };
         self.owners[index].store(number, Relaxed);
         queue.open((index as u64 + 1) << 40);
-        let opened = ((before >> 8) as u32).wrapping_add(1);
         word.store(u64::from(opened) << 8 | OPEN, Release);
         Ok(QueueId { index: index as u32, opened })
     }

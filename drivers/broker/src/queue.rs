@@ -275,7 +275,8 @@ pub(crate) struct Queue<const S: usize> {
     slots: [Slot; S],
     /// Bit n of word w set: slot w * 64 + n is free. Whoever answers sets, the interrupt handler alone clears.
     free: [AtomicU64; WORDS],
-    /// Bit w clear: word w of `free` is 0.
+    /// Bit w clear: word w of `free` is 0, or someone is about to set the bit. Set, the word may be 0 all the same: the slot
+    /// was taken before whoever freed it set the bit.
     summary: AtomicU64,
     /// What is added to a slot's generation to make a cookie, so that no two queues make the same one.
     first: AtomicU64,
@@ -333,25 +334,32 @@ impl<const S: usize> Queue<S> {
 
     /// Takes out a free slot. The interrupt handler alone calls it.
     fn take(&self) -> Option<u16> {
-        let summary = self.summary.load(Acquire);
-        if summary == 0 {
-            return None;
-        }
-        let word = summary.trailing_zeros() as usize;
-        let free = self.free[word].load(Acquire);
-        let bit = free.trailing_zeros() as usize;
-        // The word is not 0: this side alone takes from it, and clears its bit of the summary when it took the last.
-        if bit == WORD {
-            return None;
-        }
-        if self.free[word].fetch_and(!(1 << bit), AcqRel) == 1 << bit {
-            self.summary.fetch_and(!(1 << word), AcqRel);
-            // ORDER: whoever freed one meanwhile set the bit before it was cleared, and is seen here, or sets it after.
-            if self.free[word].load(Acquire) != 0 {
-                self.summary.fetch_or(1 << word, AcqRel);
+        // At most one round for each word that was said to have a free slot after that was taken.
+        for _ in 0..=WORDS {
+            let summary = self.summary.load(Acquire);
+            if summary == 0 {
+                return None;
             }
+            let word = summary.trailing_zeros() as usize;
+            let bit = self.free[word].load(Acquire).trailing_zeros() as usize;
+            if bit < WORD {
+                if self.free[word].fetch_and(!(1 << bit), AcqRel) == 1 << bit {
+                    self.exhaust(word);
+                }
+                return Some((word * WORD + bit) as u16);
+            }
+            self.exhaust(word);
         }
-        Some((word * WORD + bit) as u16)
+        None
+    }
+
+    /// Takes note that a word of free slots was seen empty.
+    fn exhaust(&self, word: usize) {
+        self.summary.fetch_and(!(1 << word), AcqRel);
+        // ORDER: whoever freed one meanwhile set the bit before it was cleared, and is seen here, or sets it after.
+        if self.free[word].load(Acquire) != 0 {
+            self.summary.fetch_or(1 << word, AcqRel);
+        }
     }
 
     /// Takes a free slot for a new group. The interrupt handler alone calls it.
@@ -400,16 +408,9 @@ impl<const S: usize> Queue<S> {
         slot.announced.swap(1, AcqRel) == 0
     }
 
-    /// Announces each group that waits to a ring that is new, and takes back what was announced before. The interrupt
-    /// handler alone calls it.
-    pub fn announce_anew(&self, mut announce: impl FnMut(u16)) {
-        for (at, slot) in (0..).zip(&self.slots) {
-            let is_waiting = State::of(slot.word.load(Acquire)) == State::Waiting;
-            slot.announced.store(is_waiting.into(), Release);
-            if is_waiting {
-                announce(at);
-            }
-        }
+    /// Returns whether a slot is on its way to its owner's core, or was when its ring went away.
+    pub fn is_announced(&self, slot: u16) -> bool {
+        self.slots.get(usize::from(slot)).is_some_and(|slot| slot.announced.load(Acquire) != 0)
     }
 
     /// Returns the pages of a group that is being put together.
@@ -583,5 +584,20 @@ impl<const S: usize> Queue<S> {
         if let Some(slot) = self.slots.get(usize::from(slot)) {
             slot.pages().for_each(f);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_word_that_is_said_to_have_a_free_slot_and_has_none_does_not_hide_those_of_others() {
+        let queue = std::boxed::Box::new(Queue::<130>::new());
+        queue.open(0);
+        (0..128).for_each(|slot| assert_eq!(queue.take(), Some(slot)));
+
+        queue.summary.fetch_or(0b11, AcqRel);
+        assert_eq!([queue.take(), queue.take(), queue.take()], [Some(128), Some(129), None]);
     }
 }

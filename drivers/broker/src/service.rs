@@ -147,20 +147,19 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
         }
     }
 
-    /// Connects queue number `queue` with the core of its owner, which has an [`Inbox`](crate::Inbox) for the other end.
-    ///
-    /// What waits there already is announced to it. If the queue had another ring before, the inbox of that is not used any
-    /// more. Looks at `S` slots.
+    /// Connects queue number `queue` with the core of its owner, which has an [`Inbox`](crate::Inbox) for the other end of the
+    /// ring, an empty one. Groups that wait already, or were announced through a ring that is gone, are announced.
     pub fn connect(&mut self, queue: usize, mut ring: Producer<'l, u16>) -> Result<(), RingError> {
-        let (place, queue) =
-            self.rings.get_mut(queue).zip(self.ledger.any_queue(queue)).ok_or(RingError::NoQueue)?;
+        let place = self.rings.get_mut(queue).ok_or(RingError::NoQueue)?;
         if ring.capacity() < S {
             return Err(RingError::TooSmall { capacity: ring.capacity(), needed: S });
         }
-        queue.announce_anew(|slot| {
-            // There is room for all of them.
-            let _ = ring.enqueue(slot);
-        });
+        if let Some(queue) = self.ledger.any_queue(queue) {
+            for slot in (0..S as u16).filter(|&slot| queue.is_announced(slot)) {
+                // There is room for every slot.
+                let _ = ring.enqueue(slot);
+            }
+        }
         *place = Some(ring);
         Ok(())
     }

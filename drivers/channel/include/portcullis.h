@@ -78,7 +78,11 @@ enum portcullis_call {
     PORTCULLIS_CALL_REPORT = 258,
     /* Demonstration: the task is done. Argument: 1 if all went as expected. */
     PORTCULLIS_CALL_FINISH = 259,
-    /* Demonstration: waits for an interrupt, or for so many microseconds. Argument: microseconds. */
+    /* Demonstration: waits for an interrupt, or for so many microseconds. Argument: microseconds.
+     *
+     * An interrupt that is pending, even while the guest masks its interrupts, ends the wait at once. A guest that looks
+     * whether something came and then calls this masks its interrupts before the look, and unmasks them after the call:
+     * else there is a window between the two, in which an interrupt comes, is taken, and leaves nothing that ends the wait. */
     PORTCULLIS_CALL_SLEEP = 260,
 };
 

@@ -56,6 +56,10 @@ numbered! {
         /// Demonstration: the task is done. Argument: 1 if all went as expected.
         Finish = 0x103,
         /// Demonstration: waits for an interrupt, or for so many microseconds. Argument: microseconds.
+        ///
+        /// An interrupt that is pending, even while the guest masks its interrupts, ends the wait at once. A guest that looks
+        /// whether something came and then calls this masks its interrupts before the look, and unmasks them after the call:
+        /// else there is a window between the two, in which an interrupt comes, is taken, and leaves nothing that ends the wait.
         Sleep = 0x104,
     }
 }

@@ -37,6 +37,7 @@ struct Lane {
     data: u64,
     length: u32,
     pasid: u32,
+    delay_us: u32,
     control: u32,
     stage: Stage,
     /// The operation that the lane last began.
@@ -128,6 +129,12 @@ impl Device {
         }
         // No two neighbours both start an operation.
         turn.or(self.write_word(offset | 4, (value >> 32) as u32))
+    }
+
+    /// Returns how long after it became due `turn` is to be taken, in microseconds of the guest's time.
+    pub(crate) fn delay_us(&self, turn: Turn) -> u32 {
+        let is_first = |lane: &&Lane| lane.serial == turn.serial && lane.answer.is_none();
+        self.lanes.get(turn.lane).filter(is_first).map_or(0, |lane| lane.delay_us)
     }
 
     fn read_word(&self, offset: u64) -> u32 {
@@ -294,6 +301,7 @@ impl Lane {
             }
             LaneWord::Rounds => self.rounds,
             LaneWord::Pages => self.pages,
+            LaneWord::Delay => self.delay_us,
         }
     }
 
@@ -309,9 +317,10 @@ impl Lane {
             LaneWord::DataHigh => set_high(&mut self.data, value),
             LaneWord::Len => self.length = value,
             LaneWord::Pasid => self.pasid = value & 0xf_ffff,
+            LaneWord::Delay => self.delay_us = value,
             LaneWord::Control if value & control::GO != 0 => {
-                let Self { address, data, length, pasid, .. } = *self;
-                *self = Self { address, data, length, pasid, control: value, ..Self::default() };
+                let Self { address, data, length, pasid, delay_us, .. } = *self;
+                *self = Self { address, data, length, pasid, delay_us, control: value, ..Self::default() };
                 self.stage = Stage::Due;
                 return true;
             }
@@ -385,6 +394,21 @@ mod tests {
         device.write(LANE_2 + 0x14, 0xffff_ffff, 4);
 
         assert_eq!(device.read(LANE_2 + 0x14, 4), 0xf_ffff);
+    }
+
+    #[test]
+    fn an_operation_is_delayed_until_it_starts_and_its_answers_are_not() {
+        let mut device = Device::default();
+        device.write(LANE_2 + 0x2c, 50_000, 4);
+
+        let turn = device.write(LANE_2 + 0x18, control::GO.into(), 4).expect("the lane is idle");
+        assert_eq!((device.delay_us(turn), status(&device, 2)), (50_000, 1));
+        device.take(turn).expect("the turn is due");
+        let prgi = device.open_group(turn, ACCESS, true).expect("an index is free");
+        let answered = device.respond(Pasid(Some(5)), prgi, 0).expect("the group is outstanding");
+
+        assert_eq!(device.delay_us(answered), 0);
+        assert_eq!(device.read(LANE_2 + 0x2c, 4), 50_000, "DELAY");
     }
 
     #[test]

@@ -15,7 +15,7 @@ use crate::{
     qemu::{
         Class, Errno, Error, Ids, IdsAt, InterfaceInfo, IotlbEntry, IotlbNotifier, MemTx, MemoryRegion,
         MemoryRegionOps, PageRequest, Pci, PciDevice, PriNotifier, PriResponse, Qemu, Realize, Sizes, Space,
-        TypeInfo, ValidSizes,
+        Timer, TypeInfo, ValidSizes,
     },
     registers::BAR_BYTES,
     say,
@@ -174,6 +174,8 @@ unsafe extern "C" fn reset(opaque: *mut c_void) {
 struct Scheduled {
     endpoint: &'static Endpoint,
     turn: Turn,
+    /// Of a turn that is delayed. QEMU is done with it before it calls.
+    timer: Timer,
 }
 
 /// # Safety
@@ -181,7 +183,7 @@ struct Scheduled {
 /// `opaque` is a `Scheduled` that was boxed for this call.
 unsafe extern "C" fn run(opaque: *mut c_void) {
     // SAFETY: boxed for us, as promised, and QEMU calls once.
-    let Scheduled { endpoint, turn } = *unsafe { Box::<Scheduled>::from_raw(opaque.cast()) };
+    let Scheduled { endpoint, turn, .. } = *unsafe { Box::<Scheduled>::from_raw(opaque.cast()) };
     engine::run(&endpoint.device, turn, &endpoint);
 }
 
@@ -192,9 +194,17 @@ impl Endpoint {
     /// refuses to deliver an interrupt or to enter the IOMMU again.
     fn schedule(&'static self, turn: Option<Turn>) {
         let Some(turn) = turn else { return };
-        let scheduled = Box::into_raw(Box::new(Scheduled { endpoint: self, turn }));
-        // SAFETY: `run` expects what was just boxed.
-        unsafe { self.pci.schedule(run, scheduled.cast()) };
+        let after_us = self.device.borrow().delay_us(turn);
+        let scheduled = Box::into_raw(Box::new(Scheduled { endpoint: self, turn, timer: Timer::ZEROED }));
+        if after_us == 0 {
+            // SAFETY: `run` expects what was just boxed.
+            unsafe { self.pci.schedule(run, scheduled.cast()) };
+            return;
+        }
+        // SAFETY: boxed above, and not freed before `run`.
+        let timer = unsafe { &raw mut (*scheduled).timer };
+        // SAFETY: `run` expects what was just boxed, of which the timer is a part: it stays until `run` frees both.
+        unsafe { self.pci.schedule_after(timer, after_us, run, scheduled.cast()) };
     }
 
     /// Takes a page group response.

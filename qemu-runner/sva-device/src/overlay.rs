@@ -125,7 +125,7 @@ unsafe extern "C" fn complete(notifier: *mut MachineDone, _: *mut c_void) {
     // SAFETY: the machine, and the overlay in it, stay; `OPS` expects an overlay.
     unsafe { overlay.beneath.cover(overlay.region.get(), &OPS, opaque, REGISTER_BYTES) };
     // SAFETY: the same; `answer` expects an overlay.
-    unsafe { overlay.beneath.init_timer(overlay.timer.get(), answer, opaque) };
+    unsafe { machine.qemu.init_timer(overlay.timer.get(), answer, opaque) };
     // SAFETY: the same; `reset` expects an overlay.
     unsafe { machine.qemu.on_reset(reset, opaque) };
     overlay.say(format_args!("it has a PRI queue now"));
@@ -262,7 +262,7 @@ impl Beneath for Overlay {
     fn respond_later(&self, answer: Answer) {
         self.answers.borrow_mut().push(answer);
         // SAFETY: made a timer when the overlay was.
-        unsafe { self.beneath.set_timer(self.timer.get(), OWN_ANSWER_NS) };
+        unsafe { self.machine.qemu.set_timer(self.timer.get(), OWN_ANSWER_NS) };
     }
 
     fn invalidate(&self, stream: u32, first: u64, last: u64) {

@@ -216,6 +216,8 @@ impl IotlbAnswer {
     }
 }
 
+/// `QEMU_CLOCK_VIRTUAL`, which stands still with the guest.
+const VIRTUAL_CLOCK: c_uint = 1;
 /// `PCI_NO_PASID`.
 const NO_PASID: u32 = u32::MAX;
 /// `MEMTXATTRS_UNSPECIFIED`: of the eight bytes of `MemTxAttrs`, passed in a register, the fifth is `unspecified`.
@@ -465,6 +467,32 @@ impl Qemu {
         // SAFETY: passed on; QEMU fills in the links.
         unsafe { (self.qemu_add_machine_init_done_notifier)(notifier) };
     }
+
+    /// Makes `timer` one that calls `callback` with `opaque`.
+    ///
+    /// # Safety
+    ///
+    /// `timer` stays for as long as QEMU runs, and `callback` may be called with `opaque` under the big QEMU lock.
+    pub(crate) unsafe fn init_timer(&self, timer: *mut Timer, callback: Callback, opaque: *mut c_void) {
+        /// `SCALE_NS`.
+        const NANOSECONDS: c_int = 1;
+        // SAFETY: passed on; null is the main loop's timers, and there are no attributes.
+        unsafe {
+            (self.timer_init_full)(timer, null_mut(), VIRTUAL_CLOCK, NANOSECONDS, 0, callback, opaque);
+        }
+    }
+
+    /// Has `timer` call once, `after_ns` nanoseconds of the guest's time from now, and not before.
+    ///
+    /// # Safety
+    ///
+    /// `timer` comes from [`Self::init_timer`].
+    pub(crate) unsafe fn set_timer(&self, timer: *mut Timer, after_ns: i64) {
+        // SAFETY: clocks exist before any machine.
+        let now = unsafe { (self.qemu_clock_get_ns)(VIRTUAL_CLOCK) };
+        // SAFETY: passed on.
+        unsafe { (self.timer_mod)(timer, now.saturating_add(after_ns)) };
+    }
 }
 
 /// Returns every index at which both classes have the two words that are known of each.
@@ -588,6 +616,24 @@ impl Pci {
         unsafe {
             (self.qemu.aio_bh_schedule_oneshot_full)(context, callback, opaque, c"sva-dev".as_ptr());
         }
+    }
+
+    /// Has `callback` called with `opaque` once, `after_us` microseconds of the guest's time from now, by `timer`.
+    ///
+    /// # Safety
+    ///
+    /// `timer` is zeroed and stays until `callback` is called with `opaque`, which may be under the big QEMU lock.
+    pub(crate) unsafe fn schedule_after(
+        &self,
+        timer: *mut Timer,
+        after_us: u32,
+        callback: Callback,
+        opaque: *mut c_void,
+    ) {
+        // SAFETY: passed on.
+        unsafe { self.qemu.init_timer(timer, callback, opaque) };
+        // SAFETY: it was just made.
+        unsafe { self.qemu.set_timer(timer, i64::from(after_us) * 1000) };
     }
 
     /// Returns the requester id: bus 15:8, device 7:3, function 2:0.

@@ -71,6 +71,7 @@ pub(crate) enum LaneWord {
     Response,
     Rounds,
     Pages,
+    Delay,
 }
 
 impl Word {
@@ -111,6 +112,7 @@ impl LaneWord {
             0x20 => Self::Response,
             0x24 => Self::Rounds,
             0x28 => Self::Pages,
+            0x2c => Self::Delay,
             _ => return None,
         })
     }
@@ -132,11 +134,12 @@ mod tests {
         assert_eq!(Word::at(0x100), Some(Word::Lane(0, LaneWord::AddrLow)));
         assert_eq!(Word::at(0x100 + 3 * 0x40 + 0x1c), Some(Word::Lane(3, LaneWord::Status)));
         assert_eq!(Word::at(0x100 + 7 * 0x40 + 0x28), Some(Word::Lane(7, LaneWord::Pages)));
+        assert_eq!(Word::at(0x100 + 0x2c), Some(Word::Lane(0, LaneWord::Delay)));
     }
 
     #[test]
     fn nothing_is_between_the_registers_or_past_the_last_lane() {
-        for offset in [0x02c, 0x0fc, 0x102, 0x12c, 0x100 + 8 * 0x40, BAR_BYTES - 4, u64::MAX] {
+        for offset in [0x02c, 0x0fc, 0x102, 0x130, 0x100 + 8 * 0x40, BAR_BYTES - 4, u64::MAX] {
             assert_eq!(Word::at(offset), None, "{offset:#x}");
         }
     }

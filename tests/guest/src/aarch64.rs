@@ -259,6 +259,19 @@ pub fn call(number: u64, arguments: [u64; 4]) -> [u64; 4] {
     results
 }
 
+/// Takes no interrupts until [`unmask`].
+pub fn mask() {
+    // SAFETY: the handler only counts, and code that is not interrupted is as good. The call orders memory, so that
+    // nothing that is looked at after it is loaded before.
+    unsafe { asm!("msr daifset, #2", options(nostack)) };
+}
+
+/// Takes interrupts again; one that is pending before this returns.
+pub fn unmask() {
+    // SAFETY: the vectors are in place.
+    unsafe { asm!("msr daifclr, #2", "isb", options(nostack)) };
+}
+
 /// Returns the number of interrupts taken so far.
 pub fn interrupts() -> u64 {
     INTERRUPTS.load(Ordering::Relaxed)

@@ -1,6 +1,6 @@
 //! What the guest asks of the hypervisor.
 
-use crate::{machine, say, say::Failed};
+use crate::{ensure, machine, say, say::Failed};
 use channel::{Call, Status};
 
 /// The hypervisor did not do what it was asked.
@@ -39,6 +39,34 @@ pub fn demand(call: Call, arguments: [u64; 4]) -> Result<[u64; 3], Failed> {
 /// Waits for an interrupt, or for `micros` microseconds.
 pub fn sleep(micros: u64) -> Result<(), Failed> {
     demand(Call::Sleep, [micros, 0, 0, 0]).map(drop)
+}
+
+/// The longest wait for the channel, in microseconds.
+const WAIT_US: u64 = 2_000_000;
+
+/// Sleeps until the channel has interrupted the guest and `found` gives something; it gives nothing if no interrupt came
+/// within 2 s, and none of its records may have come then.
+///
+/// From the look until the sleep the guest is masked: a record that comes in between leaves its interrupt pending, and that
+/// ends the sleep at once.
+pub fn wait_interrupted<T>(
+    mut found: impl FnMut() -> Result<Option<T>, Failed>,
+) -> Result<Option<T>, Failed> {
+    loop {
+        let taken = machine::interrupts();
+        machine::mask();
+        let looked = found();
+        let slept = if matches!(looked, Ok(None)) { sleep(WAIT_US) } else { Ok(()) };
+        machine::unmask();
+        if let Some(found) = looked? {
+            return Ok(Some(found));
+        }
+        slept?;
+        if machine::interrupts() == taken {
+            ensure!(found()?.is_none(), "the channel has a record and sent no interrupt");
+            return Ok(None);
+        }
+    }
 }
 
 /// Reports `values`, numbered from 0.

@@ -37,6 +37,7 @@ const LANE_CONTROL: u64 = 0x18;
 const LANE_STATUS: u64 = 0x1C;
 const LANE_ROUNDS: u64 = 0x24;
 const LANE_PAGES: u64 = 0x28;
+const LANE_DELAY: u64 = 0x2C;
 
 const GO: u32 = 1 << 0;
 /// In an operation's `control`: memory is written; otherwise it is read.
@@ -132,12 +133,18 @@ impl Device {
 
     /// Starts `operation` on `lane`, which must not be busy.
     pub fn start(&self, lane: u64, operation: &Operation) -> Result<(), Failed> {
+        self.start_after(0, lane, operation)
+    }
+
+    /// Starts `operation` on `lane`, which must not be busy, `delay_us` microseconds from now. The lane is busy until then.
+    pub fn start_after(&self, delay_us: u32, lane: u64, operation: &Operation) -> Result<(), Failed> {
         let status = self.status(lane);
         ensure!(status != Status::Busy, "lane {lane} is busy and cannot start anything");
         self.write64(lane, LANE_ADDR, operation.address);
         self.write64(lane, LANE_DATA, operation.data);
         self.write32(lane, LANE_LEN, operation.bytes);
         self.write32(lane, LANE_PASID, operation.pasid);
+        self.write32(lane, LANE_DELAY, delay_us);
         // ORDER: what was stored for the device is in memory before it starts.
         fence(Ordering::SeqCst);
         self.write32(lane, LANE_CONTROL, operation.control | GO);

@@ -31,6 +31,12 @@ const DEVICE: u64 = 1;
 /// What a forged or late answer gets, given alone.
 const REFUSED: Answered = Answered { handled: 1, refused: 1 };
 
+/// When an operation starts that is to find the guest asleep, in microseconds from now.
+const LATE_US: u32 = 50_000;
+/// When the alarm comes: before a wait for the channel ends by itself.
+const ALARM_US: u32 = 1_000_000;
+const ALARM_LANE: u64 = 7;
+
 const EVENT: u64 = 1;
 const WATCH: u64 = 2;
 const REPAIR: u64 = 3;
@@ -171,8 +177,28 @@ impl Assigned {
     }
 
     fn start(&self, lane: u64, address: u64, bytes: u32, data: u64, control: u32) -> Result<(), Failed> {
+        self.device.start(lane, &self.operation(address, bytes, data, control))
+    }
+
+    /// Starts an operation in [`LATE_US`], so that the guest is asleep by then, and sets the alarm by which it must have been
+    /// woken.
+    fn start_late(&self, lane: u64, address: u64, bytes: u32, data: u64, control: u32) -> Result<(), Failed> {
+        // An operation on nothing: it fails as soon as it starts, and does nothing else.
+        let alarm = Operation { address: 0, bytes: 0, pasid: 0, data: 0, control: 0 };
+        self.device.start_after(ALARM_US, ALARM_LANE, &alarm)?;
+        self.device.start_after(LATE_US, lane, &self.operation(address, bytes, data, control))
+    }
+
+    /// Checks that the alarm of [`start_late`](Self::start_late) has not come yet: what woke the guest was no end of a wait.
+    fn expect_early(&self) -> Result<(), Failed> {
+        let status = self.device.status(ALARM_LANE);
+        ensure!(status == Status::Busy, "nobody woke the guest before its alarm: {status:?}");
+        Ok(())
+    }
+
+    fn operation(&self, address: u64, bytes: u32, data: u64, control: u32) -> Operation {
         let (pasid, without) = self.pasid.map_or((0, NO_PASID), |pasid| (pasid.value(), 0));
-        self.device.start(lane, &Operation { address, bytes, pasid, data, control: control | without })
+        Operation { address, bytes, pasid, data, control: control | without }
     }
 
     /// Checks that `group` asks for `access` to `pages`, in this order, and says so in every bit of its records.

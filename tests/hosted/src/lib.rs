@@ -16,6 +16,10 @@ pub mod sync;
 mod tapped;
 mod threads;
 
+// What `core` is beside `sync`, where this package stands in for it.
+#[doc(no_inline)]
+pub use core::{iter, mem, ops, ptr};
+
 pub use machine::{Machine, needs, unit};
 pub use memory::{TableFrames, Window};
 pub use models::memory::{grant, root};

@@ -29,6 +29,12 @@ pub mod atomic {
         }
 
         /// See the real one.
+        pub fn swap(&self, value: u64, order: Ordering) -> u64 {
+            access();
+            self.0.swap(value, order)
+        }
+
+        /// See the real one.
         pub fn compare_exchange(
             &self,
             current: u64,
@@ -44,6 +50,18 @@ pub mod atomic {
         pub fn fetch_add(&self, value: u64, order: Ordering) -> u64 {
             access();
             self.0.fetch_add(value, order)
+        }
+
+        /// See the real one.
+        pub fn fetch_sub(&self, value: u64, order: Ordering) -> u64 {
+            access();
+            self.0.fetch_sub(value, order)
+        }
+
+        /// See the real one.
+        pub fn fetch_max(&self, value: u64, order: Ordering) -> u64 {
+            access();
+            self.0.fetch_max(value, order)
         }
 
         /// See the real one.

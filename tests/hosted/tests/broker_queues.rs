@@ -2,10 +2,11 @@
 
 use broker::{
     Broker, Cookie, Error, Inbox, Ledger, Limits, Missed, Owner, POISONED, Policy, Refusal, Requests,
-    Restraint, RingError, Tally, Whose,
+    Restraint, RingError, Tally, Verdict, Whose,
 };
+use heapless::spsc;
 use hosted::rig::{Did, Rig, last, part, response};
-use iommu::{GroupTag, Outcome, PageRequest, Pasid, StreamId};
+use iommu::{GroupTag, Iova, Outcome, PageRequest, Pasid, Perms, StreamId};
 
 const DISK: StreamId = StreamId(0x20);
 const NIC: StreamId = StreamId(0x28);
@@ -419,4 +420,33 @@ fn a_response_failure_takes_page_requests_from_one_device_and_never_reaches_hard
     assert_eq!((tally.failed, tally.declined, tally.succeeded, tally.refused), (1, 0, 1, 2));
     world.assert_balance(disk, 0);
     world.assert_balance(nic, 1);
+}
+
+#[test]
+fn a_ring_that_is_connected_late_or_anew_announces_what_waits() {
+    const N: usize = 2 + POISONED;
+    let ledger = Box::new(Ledger::<1, 2, 8, 8>::new(64));
+    let queue = ledger.open(Owner::Pager).expect("there is one");
+    let device = ledger.add_device(StreamId(1), &Limits::with_requests(2)).expect("there is room");
+    let policy = Policy { stream: StreamId(1), requests: Requests::Plain, device, queue, name: 0, opaque: 0 };
+    ledger.attach(&policy).expect("there is room");
+    let (mut first, mut second) = (spsc::Queue::<u16, 3>::new(), spsc::Queue::<u16, 3>::new());
+    let (producer, _) = first.split();
+    let (other_producer, consumer) = second.split();
+    let mut broker = Box::new(Broker::<1, 2, 8, 8, N>::new(&ledger));
+    let admit = |broker: &mut Broker<'_, 1, 2, 8, 8, N>, index| {
+        let tag = GroupTag { pasid: None, index };
+        let request =
+            PageRequest { stream: StreamId(1), tag, iova: Iova(0x1000), perms: Perms::READ, last: true };
+        assert_eq!(broker.admit(request, 0), Verdict::Forward { queue: 0 });
+    };
+
+    admit(&mut broker, 1);
+    broker.connect(0, producer).expect("it is large enough");
+    admit(&mut broker, 2);
+    broker.connect(0, other_producer).expect("it is large enough");
+
+    let mut inbox = Inbox::new(&ledger, 0, consumer);
+    let indices = core::iter::from_fn(|| inbox.next(0)).map(|group| group.tag.index);
+    assert_eq!(indices.collect::<Vec<_>>(), [1, 2]);
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 //! QEMU's SMMUv3: its registers, its interrupt outputs, and a place in front of it.
 
-use super::{Callback, Irq, MemoryRegion, MemoryRegionOps, Object, Qemu, Space, Timer, UNSPECIFIED, symbol};
+use super::{Irq, MemoryRegion, MemoryRegionOps, Object, Qemu, Space, UNSPECIFIED, symbol};
 use std::{
     ffi::{c_int, c_uint, c_void},
     ptr::{NonNull, null_mut},
@@ -9,8 +9,6 @@ use std::{
 
 /// `MO_32`: in `memory_region_dispatch_*`, an access of four bytes in the byte order of a little-endian host.
 const FOUR_BYTES: c_uint = 2;
-/// `QEMU_CLOCK_VIRTUAL`, which stands still with the guest.
-const VIRTUAL_CLOCK: c_uint = 1;
 
 /// The one SMMUv3 of a machine.
 pub(crate) struct ArmSmmu {
@@ -175,31 +173,5 @@ impl ArmSmmu {
             // SAFETY: an interrupt line lives as long as the machine.
             unsafe { (self.qemu.qemu_set_irq)(output.as_ptr(), level) };
         }
-    }
-
-    /// Makes `timer` one that calls `callback` with `opaque`.
-    ///
-    /// # Safety
-    ///
-    /// `timer` stays for as long as QEMU runs, and `callback` may be called with `opaque` under the big QEMU lock.
-    pub(crate) unsafe fn init_timer(&self, timer: *mut Timer, callback: Callback, opaque: *mut c_void) {
-        /// `SCALE_NS`.
-        const NANOSECONDS: c_int = 1;
-        // SAFETY: passed on; null is the main loop's timers, and there are no attributes.
-        unsafe {
-            (self.qemu.timer_init_full)(timer, null_mut(), VIRTUAL_CLOCK, NANOSECONDS, 0, callback, opaque);
-        }
-    }
-
-    /// Has `timer` call once, `after_ns` nanoseconds of the guest's time from now, and not before.
-    ///
-    /// # Safety
-    ///
-    /// `timer` comes from [`Self::init_timer`].
-    pub(crate) unsafe fn set_timer(&self, timer: *mut Timer, after_ns: i64) {
-        // SAFETY: clocks exist before any machine.
-        let now = unsafe { (self.qemu.qemu_clock_get_ns)(VIRTUAL_CLOCK) };
-        // SAFETY: passed on.
-        unsafe { (self.qemu.timer_mod)(timer, now.saturating_add(after_ns)) };
     }
 }

@@ -16,20 +16,22 @@ use iommu::{Iova, Pasid, Perms};
 const OPAQUE: u64 = 0xE7E47;
 
 /// Where the device writes, one after the other.
-const ADDRESSES: [u64; 2] = [0x5000_3000, 0x5000_5000];
+const ADDRESSES: [u64; 3] = [0x5000_3000, 0x5000_5000, 0x5000_7000];
 
 /// Reports: events, interrupts, groups of page requests.
 pub fn run() -> Result<(), Failed> {
     let mut bench = Bench::set_up(OPAQUE, NONE)?;
     let mut before = None;
     for address in ADDRESSES {
-        refused_write(&mut bench, address, before)?;
-        bench.server.wait_interrupt()?;
+        // The last one finds the guest asleep, which then can only be woken.
+        let is_late = address == ADDRESSES[2];
+        refused_write(&mut bench, address, before, is_late)?;
+        bench.server.expect_interrupt()?;
         before = Some(address);
     }
     bench.assigned.detach()?;
     while let Some(event) = bench.server.next_event() {
-        check(&bench, &event, ADDRESSES[1])?;
+        check(&bench, &event, ADDRESSES[2])?;
     }
     ensure!(bench.server.next_group()?.is_none(), "a write without page requests made one");
     report(&[bench.server.events, machine::interrupts(), bench.server.groups])
@@ -38,15 +40,28 @@ pub fn run() -> Result<(), Failed> {
 /// Has the device write to `address`, where nothing is mapped; this must become an event.
 ///
 /// A machine may split an access and report each part, so the address `before` may come once more.
-fn refused_write(bench: &mut Bench, address: u64, before: Option<u64>) -> Result<(), Failed> {
-    bench.assigned.start(0, address, 8, 0xBAD, UNTRANSLATED | WRITE)?;
-    bench.assigned.device.expect_failure(0, DMA_ERROR)?;
+fn refused_write(bench: &mut Bench, address: u64, before: Option<u64>, is_late: bool) -> Result<(), Failed> {
+    const CONTROL: u32 = UNTRANSLATED | WRITE;
+    if is_late {
+        while let Some(event) = bench.server.next_event() {
+            check(bench, &event, before.unwrap_or(address))?;
+        }
+        bench.assigned.start_late(0, address, 8, 0xBAD, CONTROL)?;
+    } else {
+        bench.assigned.start(0, address, 8, 0xBAD, CONTROL)?;
+        bench.assigned.device.expect_failure(0, DMA_ERROR)?;
+    }
     loop {
         let event = bench.server.wait_event()?;
-        if before != Some(event.iova.0) {
-            return check(bench, &event, address);
+        if before == Some(event.iova.0) {
+            check(bench, &event, event.iova.0)?;
+            continue;
         }
-        check(bench, &event, event.iova.0)?;
+        if is_late {
+            bench.assigned.expect_early()?;
+            bench.assigned.device.expect_failure(0, DMA_ERROR)?;
+        }
+        return check(bench, &event, address);
     }
 }
 

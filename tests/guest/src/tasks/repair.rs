@@ -19,6 +19,8 @@ const FOUR_PAGES: u64 = 0x4010_0000;
 const HALF_MAPPED: u64 = 0x4020_0000;
 const TWO_LANES: [u64; 2] = [0x4030_0000, 0x4030_8000];
 const CACHED: u64 = 0x4040_0000;
+const KEPT: u64 = 0x4048_0000;
+const LATE: u64 = 0x4050_0000;
 const MANY: u64 = 0x4060_0000;
 
 /// Pages that the last step asks for, one after the other.
@@ -33,16 +35,19 @@ pub fn run(opaque: u64) -> Result<(), Failed> {
     a_refused_group_writes_nothing(&mut bench)?;
     two_lanes_are_answered_in_reverse(&mut bench)?;
     an_unmapped_page_leaves_the_device_tlb(&mut bench)?;
+    a_sleeping_guest_is_woken(&mut bench)?;
     many_pages_are_read(&mut bench)?;
 
     let Bench { server, mut assigned } = bench;
-    for (iova, pages) in [(ONE_PAGE, 1), (FOUR_PAGES, 4), (HALF_MAPPED, 1), (CACHED, 1), (MANY, MANY_PAGES)] {
+    for (iova, pages) in
+        [(ONE_PAGE, 1), (FOUR_PAGES, 4), (HALF_MAPPED, 1), (CACHED, 1), (LATE, 1), (MANY, MANY_PAGES)]
+    {
         assigned.unmap(iova, pages)?;
     }
     for iova in TWO_LANES {
         assigned.unmap(iova, 1)?;
     }
-    assigned.detach()?;
+    detach_with_a_cached_page(&mut assigned)?;
 
     let device = &assigned.device;
     let (groups, responses, stray) = (device.groups(), device.responses(), device.stray());
@@ -189,6 +194,31 @@ fn an_unmapped_page_leaves_the_device_tlb(bench: &mut Bench) -> Result<(), Faile
     assigned.start_read(0, CACHED, CACHE)?;
     server.serve(1, |group| give(assigned, group, CACHED, &PAGES[9]))?;
     assigned.expect_read(0, &PAGES[9])
+}
+
+/// Detaches while the device keeps a translation: it must be told to forget that too.
+fn detach_with_a_cached_page(assigned: &mut Assigned) -> Result<(), Failed> {
+    PAGES[11].fill(8);
+    assigned.map(KEPT, &PAGES[11], Access::Read)?;
+    assigned.start_read(0, KEPT, CACHE)?;
+    assigned.expect_read(0, &PAGES[11])?;
+
+    let invalidations = assigned.device.invalidations();
+    assigned.detach()?;
+    ensure!(assigned.device.invalidations() > invalidations, "a detachment reached no device TLB");
+    Ok(())
+}
+
+/// The request comes while the guest sleeps, with nothing else to wake it.
+fn a_sleeping_guest_is_woken(bench: &mut Bench) -> Result<(), Failed> {
+    let Bench { server, assigned } = bench;
+    PAGES[10].fill(7);
+    assigned.start_late(0, LATE, PAGE_SIZE as u32, 0, 0)?;
+    server.serve(1, |group| {
+        assigned.expect_early()?;
+        give(assigned, group, LATE, &PAGES[10])
+    })?;
+    assigned.expect_read(0, &PAGES[10])
 }
 
 fn many_pages_are_read(bench: &mut Bench) -> Result<(), Failed> {

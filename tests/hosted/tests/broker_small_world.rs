@@ -1,23 +1,26 @@
 //! Every state of a small world: two devices, two guests with a queue of three slots each.
 //!
-//! A breadth-first search does every operation in every state that can be reached, on the broker and on a reference that
-//! is a list of groups, and compares what comes out: answers, deliveries, counts, slots and requests in use. For each
-//! state the broker is made anew and led there again. The search ends when there is no state left that it has not seen.
+//! A breadth-first search does every operation in every state that can be reached, on the broker and on a
+//! reference that is a list of groups, and compares what comes out: answers, deliveries, counts, slots and
+//! requests in use. For each state the broker is made anew and led there again. The search ends when there is
+//! no state left that it has not seen.
 //!
 //! What the world is bounded by:
 //!
-//! - each device has one PASID, two group numbers, and two page requests that may be outstanding; it is attached once;
-//! - a deadline has come or not: `Wait` lets those of all whole groups come, `Stall` those of half-seen ones as well;
-//! - each request is for another page, so no answer is held back; in a world of its own one device asks for one page
-//!   again and again, and a guest that is doubted four times claims nothing any more;
+//! - each device has one PASID, two group numbers, and two page requests that may be outstanding; it is
+//!   attached once;
+//! - a deadline has come or not: `Wait` lets those of all whole groups come, `Stall` those of half-seen ones
+//!   as well;
+//! - each request is for another page, so no answer is held back; in a world of its own one device asks for
+//!   one page again and again, and a guest that is doubted four times claims nothing any more;
 //! - expiries restrain nobody (`broker_devices.rs` has that), a response failure does;
 //! - an answer is sent at once (`broker_interleaved.rs` does something else in between);
 //! - a departure has two steps: what stops admission, and the drain with the evictions and what comes after.
 //!
-//! States that differ only in how groups, devices and guests are numbered, in counts, in the order of slots, and in what is
-//! still to be skipped of groups that were answered (an announcement, a timer), are the same. In each state the
-//! cookie that each slot had before is tried, those that the way there used up, those of the other guest, and some that
-//! never were.
+//! States that differ only in how groups, devices and guests are numbered, in counts, in the order of slots,
+//! and in what is still to be skipped of groups that were answered (an announcement, a timer), are the same.
+//! In each state the cookie that each slot had before is tried, those that the way there used up, those of
+//! the other guest, and some that never were.
 #![expect(clippy::expect_used, reason = "a test that is surprised has failed")]
 
 use broker::{
@@ -157,7 +160,8 @@ struct Device {
     /// A guest answered with a response failure.
     is_off: bool,
     groups: [Option<Group>; INDICES],
-    /// A guest said that it repaired the page that is asked for again and again, and it was not asked for since.
+    /// A guest said that it repaired the page that is asked for again and again, and it was not asked for
+    /// since.
     is_claimed: bool,
     /// How often such claims were none, less how often pages were asked for without.
     doubt: u8,
@@ -624,7 +628,8 @@ fn send(seen: &mut Seen, answer: broker::Answer<'_, SLOTS>) {
 }
 
 impl Real<'_, '_> {
-    /// Lets each guest have had one cookie of each of its slots: a third device asked, was answered, and is gone.
+    /// Lets each guest have had one cookie of each of its slots: a third device asked, was answered, and is
+    /// gone.
     fn use_up_cookies(&mut self) {
         let gone = stream(DEVICES);
         let limits = Limits::with_requests(SLOTS as u32);
@@ -792,7 +797,8 @@ impl Real<'_, '_> {
         }
     }
 
-    /// Answers with every cookie that is used up, foreign or made up: nothing changes but the counts of refusals.
+    /// Answers with every cookie that is used up, foreign or made up: nothing changes but the counts of
+    /// refusals.
     fn try_bad_cookies(&self, reference: &Reference) {
         let is_live = |cookie| {
             (0..DEVICES).any(|device| {
@@ -867,7 +873,8 @@ struct Found {
     state: Reference,
 }
 
-/// Does everything that can be done in one state; returns how much that was, and what of it leads to unknown states.
+/// Does everything that can be done in one state; returns how much that was, and what of it leads to unknown
+/// states.
 fn expand(
     world: World,
     path: &[Op],
@@ -969,7 +976,7 @@ fn visit(world: World) -> Visited {
     visited.complete = level.is_empty();
     let Visited { states, transitions, depth, .. } = visited;
     println!(
-        "{} devices, {} guests, {SLOTS} slots each, {}: {states} states, {transitions} transitions, depth {depth}, {}",
+        "{} devices, {} guests, {SLOTS} slots each, {}: {states} states, {transitions} transitions, depth {depth}: {}",
         world.devices,
         world.queues,
         if world.has_one_page { "one page" } else { "any page" },

@@ -551,7 +551,8 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
         let (queue, slot) = Self::slot_of(place);
         let ledger = self.ledger;
         let (queue, device) = (ledger.any_queue(queue as usize)?, ledger.devices.at(entry.device.0.place)?);
-        let is_holding = entry.stage == Stage::Holding;
+        let left_us = entry.deadline_us.saturating_sub(passed_us(entry.since_us, now_us));
+        let is_holding = entry.stage == Stage::Holding && left_us > 0;
         let pick = |state: State, _: u32, _: u32| match state {
             State::HeldSuccess => Some(Outcome::Success),
             // The guest still has time.
@@ -560,7 +561,6 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
         };
         let Some((won, state)) = queue.end(slot, pick) else {
             if is_holding && queue.is_outstanding(slot) {
-                let left_us = entry.deadline_us.saturating_sub(passed_us(entry.since_us, now_us));
                 self.places[place as usize].stage = Stage::Waiting;
                 self.deadlines.arm(place, now_us, left_us);
             } else {

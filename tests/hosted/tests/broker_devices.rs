@@ -384,7 +384,8 @@ fn a_device_is_added_once() {
 
 // Success without repair.
 
-/// A device asks for the same page, its guest says at once that it is there; returns after how long hardware hears it.
+/// A device asks for the same page, its guest says at once that it is there; returns after how long hardware
+/// hears it.
 fn claim(world: &mut World, page: u64, now_us: u64) -> u64 {
     assert_eq!(world.admit(last(DISK, 1, page), now_us), Did::Forwarded(0));
     let cookie = world.deliver_one(0, now_us).cookie;

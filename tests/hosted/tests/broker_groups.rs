@@ -1,8 +1,8 @@
 //! How page requests become groups: assembly, poison, duplicates, overflow.
 //!
-//! The broker's scenarios are in four files: this one, `broker_queues.rs`, `broker_devices.rs`, `broker_departure.rs`.
-//! Tests that stand for an entry of the list of known mistakes of others name its subject. Entries that have no test
-//! among the four, and why:
+//! The broker's scenarios are in four files: this one, `broker_queues.rs`, `broker_devices.rs`,
+//! `broker_departure.rs`. Tests that stand for an entry of the list of known mistakes of others name its
+//! subject. Entries that have no test among the four, and why:
 //!
 //! | subject | why not here |
 //! |---|---|
@@ -117,7 +117,8 @@ fn groups_that_arrive_interleaved_do_not_mix() {
     let six = broker::Policy { requests: Pasid::new(6).into(), ..world.policy(DISK, disk, 0) };
     let _ = world.ledger.attach(&six).expect("there is room");
     let _ = world.attached(NIC, &LIMITS, 0);
-    // One device and two numbers; the same number with another PASID; the same number and PASID of another device.
+    // One device and two numbers; the same number with another PASID; the same number and PASID of another
+    // device.
     let tag = GroupTag { pasid: Pasid::new(6), index: 1 };
     let firsts = [
         part(DISK, 1, 0x10),
@@ -141,7 +142,8 @@ fn groups_that_arrive_interleaved_do_not_mix() {
     }
 }
 
-/// "iommu: Handle iommu faults for a bad iopf setup"; "(latent) non-LAST request without handler is answered".
+/// "iommu: Handle iommu faults for a bad iopf setup"; "(latent) non-LAST request without handler is
+/// answered".
 #[test]
 fn a_request_that_nobody_owns_is_answered_only_if_it_ends_its_group() {
     let mut world = World::new();
@@ -456,7 +458,8 @@ fn an_overflow_discards_half_groups_and_answers_their_tails_with_success_once() 
 
 #[test]
 fn a_group_that_was_poisoned_before_an_overflow_is_answered_with_success_as_well() {
-    // Its last request may have been among the lost ones: then the device was answered, and uses the number again.
+    // Its last request may have been among the lost ones: then the device was answered, and uses the number
+    // again.
     let mut world = World::new();
     let disk = world.attached(DISK, &LIMITS, 0);
     for page in 0..=PAGES as u64 {

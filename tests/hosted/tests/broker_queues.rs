@@ -334,7 +334,8 @@ fn a_cookie_that_is_not_outstanding_changes_nothing_and_is_counted_by_kind() {
     let settle = |world: &World, cookie| world.settle(0, cookie, Outcome::Success, 0).err();
 
     assert_eq!(settle(&world, first), Some(Refusal::Late), "answered, and nothing came after it");
-    // A cookie is slot (11:0) and generation: the next one in this slot is known in advance, and means nothing yet.
+    // A cookie is slot (11:0) and generation: the next one in this slot is known in advance, and means
+    // nothing yet.
     let next = Cookie(first.0 + 0x1000);
     assert_eq!(settle(&world, next), Some(Refusal::Unknown), "free");
     assert_eq!(world.admit(part(DISK, 2, 1), 0), Did::Nothing);

@@ -1,21 +1,26 @@
 //! Every state of a small world: two devices, two guests with a queue of three slots each.
 //!
-//! A breadth-first search does every operation in every state that can be reached, on the broker and on a reference that
-//! is a list of groups, and compares what comes out: answers, deliveries, counts, slots and requests in use. For each
-//! state the broker is made anew and led there again. The search ends when there is no state left that it has not seen.
+//! A breadth-first search does every operation in every state that can be reached, on the broker and on a
+//! reference that is a list of groups, and compares what comes out: answers, deliveries, counts, slots and
+//! requests in use. For each state the broker is made anew and led there again. The search ends when there is
+//! no state left that it has not seen.
 //!
 //! What the world is bounded by:
 //!
-//! - each device has one PASID, two group numbers, and two page requests that may be outstanding; it is attached once;
-//! - a deadline has come or not: `Wait` lets those of all whole groups come, `Stall` those of half-seen ones as well;
-//! - each request is for another page, so no answer is held back, and expiries restrain nobody (`broker_devices.rs` has
-//!   both); a response failure does restrain;
+//! - each device has one PASID, two group numbers, and two page requests that may be outstanding; it is
+//!   attached once;
+//! - a deadline has come or not: `Wait` lets those of all whole groups come, `Stall` those of half-seen ones
+//!   as well;
+//! - each request is for another page, so no answer is held back; in a world of its own one device asks for
+//!   one page again and again, and a guest that is doubted four times claims nothing any more;
+//! - expiries restrain nobody (`broker_devices.rs` has that), a response failure does;
 //! - an answer is sent at once (`broker_interleaved.rs` does something else in between);
 //! - a departure has two steps: what stops admission, and the drain with the evictions and what comes after.
 //!
-//! States that differ only in how groups, devices and guests are numbered, in counts, in the order of slots, and in what is
-//! still to be skipped of groups that were answered (an announcement, a timer), are the same; so are those that differ in
-//! the cookies that were used up. In each state all cookies that its path used up are tried, and some that never were.
+//! States that differ only in how groups, devices and guests are numbered, in counts, in the order of slots,
+//! and in what is still to be skipped of groups that were answered (an announcement, a timer), are the same.
+//! In each state the cookie that each slot had before is tried, those that the way there used up, those of
+//! the other guest, and some that never were.
 #![expect(clippy::expect_used, reason = "a test that is surprised has failed")]
 
 use broker::{
@@ -33,7 +38,10 @@ const INDICES: usize = 2;
 /// Page requests that a device may have outstanding.
 const REQUESTS: u8 = 2;
 
-/// How long a guest may take.
+/// Doubts above which a guest does not claim repairs any more, in the world of one page.
+const DOUBT: u8 = 3;
+
+/// How long a guest may take; an answer that is held back is so for as long.
 const DEADLINE_US: u64 = 1_000;
 /// Long enough for every guest's deadline, and far too short for a half-seen group's.
 const WAIT_US: u64 = 3_000;
@@ -105,6 +113,8 @@ enum Stage {
     Lost,
     Waiting,
     Delivered,
+    /// Its guest answered with success, which is held back.
+    Held,
     /// The device used its number again: it will be refused.
     Doubled,
 }
@@ -114,11 +124,17 @@ struct Group {
     stage: Stage,
     pages: u8,
     is_due: bool,
+    /// Its guest is doubted: a success that comes before it is due is held back until then.
+    is_doubted: bool,
 }
 
 impl Group {
+    fn new(stage: Stage, pages: u8) -> Self {
+        Self { stage, pages, is_due: false, is_doubted: false }
+    }
+
     fn is_whole(self) -> bool {
-        matches!(self.stage, Stage::Waiting | Stage::Delivered | Stage::Doubled)
+        matches!(self.stage, Stage::Waiting | Stage::Delivered | Stage::Held | Stage::Doubled)
     }
 
     fn has_slot(self) -> bool {
@@ -144,6 +160,11 @@ struct Device {
     /// A guest answered with a response failure.
     is_off: bool,
     groups: [Option<Group>; INDICES],
+    /// A guest said that it repaired the page that is asked for again and again, and it was not asked for
+    /// since.
+    is_claimed: bool,
+    /// How often such claims were none, less how often pages were asked for without.
+    doubt: u8,
     tally: Tally,
 }
 
@@ -151,6 +172,8 @@ struct Device {
 struct Reference {
     devices: [Device; DEVICES],
     is_shut: [bool; QUEUES],
+    /// All requests are for one page.
+    has_one_page: bool,
 }
 
 impl Device {
@@ -170,6 +193,19 @@ impl Device {
         self.groups().filter(|group| group.has_slot()).map(|group| group.pages).sum()
     }
 
+    /// A group is whole.
+    fn ask(&mut self, index: usize) {
+        if core::mem::take(&mut self.is_claimed) {
+            self.tally.unrepaired += 1;
+            self.doubt += 1;
+        } else {
+            self.doubt = self.doubt.saturating_sub(1);
+        }
+        if let Some(group) = &mut self.groups[index] {
+            group.is_doubted = self.doubt >= 2;
+        }
+    }
+
     fn slots(&self) -> usize {
         self.groups().filter(|group| group.has_slot()).count()
     }
@@ -182,15 +218,17 @@ impl Device {
 }
 
 impl Reference {
-    fn new() -> Self {
+    fn new(has_one_page: bool) -> Self {
         let device = Device {
             attached: Attached::No,
             is_quiesced: false,
             is_off: false,
             groups: [None; INDICES],
+            is_claimed: false,
+            doubt: 0,
             tally: Tally::default(),
         };
-        Self { devices: [device; DEVICES], is_shut: [false; QUEUES] }
+        Self { devices: [device; DEVICES], is_shut: [false; QUEUES], has_one_page }
     }
 
     /// Returns whether nothing but counts differs.
@@ -241,13 +279,13 @@ impl Reference {
                 tally.opened += 1;
                 let is_admitted = is_wanted && is_within_budget && has_room;
                 let stage = if last { Stage::Waiting } else { Stage::Half };
-                *group = is_admitted.then_some(Group { stage, pages: 1, is_due: false });
+                *group = is_admitted.then_some(Group::new(stage, 1));
                 !is_admitted
             }
             Some(Group { stage: Stage::Half, pages, .. }) => {
                 let is_admitted = is_wanted && is_within_budget;
                 let stage = if last { Stage::Waiting } else { Stage::Half };
-                *group = is_admitted.then_some(Group { stage, pages: pages + 1, is_due: false });
+                *group = is_admitted.then_some(Group::new(stage, pages + 1));
                 !is_admitted
             }
             Some(Group { stage: Stage::Poisoned, .. }) if last => {
@@ -274,7 +312,9 @@ impl Reference {
             seen.respond(at, index, Outcome::Invalid);
         } else if refuse {
             tally.poisoned += 1;
-            *group = Some(Group { stage: Stage::Poisoned, pages: 0, is_due: false });
+            *group = Some(Group::new(Stage::Poisoned, 0));
+        } else if group.is_some_and(|group| group.stage == Stage::Waiting) {
+            device.ask(index);
         }
     }
 
@@ -285,6 +325,10 @@ impl Reference {
                 let Some(group) = place.take_if(|group| which(*group)) else { continue };
                 match group.stage {
                     Stage::Waiting | Stage::Delivered => device.tally.expired += 1,
+                    Stage::Held => {
+                        device.tally.succeeded += 1;
+                        device.is_claimed = self.has_one_page;
+                    }
                     Stage::Doubled => {
                         device.tally.poisoned += 1;
                         device.tally.refused += 1;
@@ -292,8 +336,9 @@ impl Reference {
                     Stage::Half | Stage::Poisoned => device.tally.discarded += 1,
                     Stage::Lost => {}
                 }
+                let is_held = group.stage == Stage::Held;
                 if group.is_whole() {
-                    seen.respond(at, index, Outcome::Invalid);
+                    seen.respond(at, index, if is_held { Outcome::Success } else { Outcome::Invalid });
                 }
             }
         }
@@ -333,7 +378,7 @@ impl Reference {
                 for device in &mut self.devices {
                     for group in device.groups.iter_mut().flatten() {
                         if matches!(group.stage, Stage::Half | Stage::Poisoned) {
-                            *group = Group { stage: Stage::Lost, pages: 0, is_due: false };
+                            *group = Group::new(Stage::Lost, 0);
                             device.tally.discarded += 1;
                         }
                     }
@@ -354,9 +399,21 @@ impl Reference {
             }
             Op::Answer { device: at, index, outcome } => {
                 let device = &mut self.devices[at];
+                if outcome == Outcome::Success
+                    && let Some(group) = device.groups[index].as_mut()
+                    && group.is_doubted
+                    && !group.is_due
+                {
+                    group.stage = Stage::Held;
+                    device.tally.held += 1;
+                    return seen;
+                }
                 device.groups[index] = None;
                 match outcome {
-                    Outcome::Success => device.tally.succeeded += 1,
+                    Outcome::Success => {
+                        device.tally.succeeded += 1;
+                        device.is_claimed = self.has_one_page;
+                    }
                     Outcome::Invalid => device.tally.declined += 1,
                     Outcome::Failure => {
                         device.tally.failed += 1;
@@ -403,8 +460,9 @@ impl Reference {
             Op::Reset { device } => {
                 self.drain();
                 self.evict(device, &mut seen);
-                self.devices[device].is_quiesced = false;
-                self.devices[device].is_off = false;
+                let device = &mut self.devices[device];
+                (device.is_quiesced, device.is_off) = (false, false);
+                (device.is_claimed, device.doubt) = (false, 0);
             }
         }
         seen
@@ -414,12 +472,13 @@ impl Reference {
     fn operations(&self, world: World) -> Vec<Op> {
         let mut ops = Vec::with_capacity(40);
         for device in 0..world.devices {
-            let Device { attached, is_quiesced, groups, .. } = self.devices[device];
+            let Device { attached, is_quiesced, groups, doubt, .. } = self.devices[device];
             for (index, group) in groups.iter().enumerate() {
                 ops.push(Op::Request { device, index, last: false });
                 ops.push(Op::Request { device, index, last: true });
                 if group.is_some_and(|group| group.stage == Stage::Delivered) {
-                    for outcome in [Outcome::Success, Outcome::Invalid, Outcome::Failure] {
+                    let outcomes = [Outcome::Success, Outcome::Invalid, Outcome::Failure];
+                    for &outcome in &outcomes[usize::from(doubt >= DOUBT)..] {
                         ops.push(Op::Answer { device, index, outcome });
                     }
                 }
@@ -443,10 +502,10 @@ impl Reference {
     }
 
     /// Returns what the future depends on, the same for states that differ in numbers alone.
-    fn key(&self) -> u32 {
+    fn key(&self) -> u64 {
         let device = |at: usize, is_swapped: bool| {
-            let Device { attached, is_quiesced, is_off, groups, .. } = self.devices[at];
-            let queue = |queue: usize| (queue ^ usize::from(is_swapped)) as u32;
+            let Device { attached, is_quiesced, is_off, groups, is_claimed, doubt, .. } = self.devices[at];
+            let queue = |queue: usize| (queue ^ usize::from(is_swapped)) as u64;
             let attached = match attached {
                 Attached::No => 0,
                 Attached::To(to) => 1 + queue(to),
@@ -455,27 +514,21 @@ impl Reference {
                 Attached::LeavingNone => 6,
             };
             let mut groups = groups.map(|group| {
-                group.map_or(0, |Group { stage, pages, is_due }| {
-                    let pages = u32::from(pages);
-                    match stage {
-                        Stage::Poisoned => 1,
-                        Stage::Lost => 2,
-                        Stage::Half => 2 + pages,
-                        Stage::Waiting => 4 + pages + 2 * u32::from(is_due),
-                        Stage::Delivered => 8 + pages + 2 * u32::from(is_due),
-                        Stage::Doubled => 12 + pages + 2 * u32::from(is_due),
-                    }
+                group.map_or(0, |Group { stage, pages, is_due, is_doubted }| {
+                    let stage = stage as u64 + 1;
+                    stage << 4 | u64::from(pages) << 2 | u64::from(is_due) << 1 | u64::from(is_doubted)
                 })
             });
             groups.sort_unstable();
-            let flags = u32::from(is_quiesced) << 1 | u32::from(is_off);
-            attached << 12 | flags << 10 | groups[0] << 5 | groups[1]
+            let flags = u64::from(is_quiesced) << 2 | u64::from(is_off) << 1 | u64::from(is_claimed);
+            assert!(doubt < 8 && groups[1] < 1 << 7);
+            groups[0] << 16 | groups[1] << 9 | attached << 6 | flags << 3 | u64::from(doubt)
         };
         let keys = [false, true].map(|is_swapped| {
             let mut devices = [0, 1].map(|at| device(at, is_swapped));
             devices.sort_unstable();
-            let shut = |at: usize| u32::from(self.is_shut[at ^ usize::from(is_swapped)]);
-            devices[0] << 17 | devices[1] << 2 | shut(0) << 1 | shut(1)
+            let shut = |at: usize| u64::from(self.is_shut[at ^ usize::from(is_swapped)]);
+            devices[0] << 32 | devices[1] << 2 | shut(0) << 1 | shut(1)
         });
         keys[0].min(keys[1])
     }
@@ -495,6 +548,7 @@ struct Real<'l, 'b> {
     devices: [DeviceId; DEVICES],
     attachments: [Option<(AttachmentId, usize)>; DEVICES],
     now_us: u64,
+    has_one_page: bool,
     /// The page that was asked for last, of whomever.
     page: u64,
     /// The pages that were asked for last in each group.
@@ -524,7 +578,7 @@ fn tag(index: usize) -> GroupTag {
 }
 
 /// Lets `body` have a new broker.
-fn with_real<R>(body: impl FnOnce(&mut Real<'_, '_>) -> R) -> R {
+fn with_real<R>(has_one_page: bool, body: impl FnOnce(&mut Real<'_, '_>) -> R) -> R {
     let ledger = Hv::new(64);
     let mut broker = Broker::new(&ledger);
     let mut rings: [spsc::Queue<u16, { SLOTS + 1 }>; QUEUES] = [const { spsc::Queue::new() }; QUEUES];
@@ -549,6 +603,7 @@ fn with_real<R>(body: impl FnOnce(&mut Real<'_, '_>) -> R) -> R {
         devices,
         attachments: [None; DEVICES],
         now_us: 0,
+        has_one_page,
         page: 0,
         asked: Default::default(),
         cookies: Default::default(),
@@ -573,6 +628,43 @@ fn send(seen: &mut Seen, answer: broker::Answer<'_, SLOTS>) {
 }
 
 impl Real<'_, '_> {
+    /// Lets each guest have had one cookie of each of its slots: a third device asked, was answered, and is
+    /// gone.
+    fn use_up_cookies(&mut self) {
+        let gone = stream(DEVICES);
+        let limits = Limits::with_requests(SLOTS as u32);
+        for queue in 0..QUEUES {
+            let device = self.ledger.add_device(gone, &limits).expect("there is room");
+            let requests = Requests::Plain;
+            let policy = Policy {
+                stream: gone,
+                requests,
+                device,
+                queue: self.queues[queue],
+                name: name(DEVICES),
+                opaque: 0,
+            };
+            let attachment = self.ledger.attach(&policy).expect("there is room");
+            for index in 0..SLOTS as u16 {
+                let tag = GroupTag { pasid: None, index };
+                let (iova, perms) = (Iova(0), Perms::READ);
+                let request = PageRequest { stream: gone, tag, iova, perms, last: true };
+                assert_eq!(self.broker.admit(request, self.now_us), Verdict::Forward { queue });
+            }
+            while let Some(group) = self.inboxes[queue].next(self.now_us) {
+                let settled =
+                    self.ledger.settle(self.queues[queue], group.cookie, Outcome::Invalid, self.now_us);
+                let Ok(Settled::Now(answer)) = settled else { panic!("it is outstanding: {settled:?}") };
+                assert!(answer.send(|_| Ok::<(), (PageResponse, ())>(())).is_ok());
+                self.told.push((queue, group.cookie)).expect("there are six");
+            }
+            self.ledger.leave(attachment);
+            self.ledger.detach(attachment);
+            self.ledger.remove_device(device);
+        }
+        assert_eq!(self.told.len(), QUEUES * SLOTS);
+    }
+
     fn expire(&mut self, seen: &mut Seen) {
         loop {
             match self.broker.expire(self.now_us) {
@@ -597,7 +689,7 @@ impl Real<'_, '_> {
         let mut seen = Seen::default();
         match op {
             Op::Request { device, index, last } => {
-                self.page += 1;
+                self.page += u64::from(!self.has_one_page);
                 let asked = &mut self.asked[device][index];
                 *asked = [asked[1], self.page];
                 let iova = Iova(self.page * PAGE_SIZE);
@@ -638,7 +730,7 @@ impl Real<'_, '_> {
                 let settled = self.ledger.settle(self.queues[queue], cookie, outcome, self.now_us);
                 match settled.expect("it is outstanding") {
                     Settled::Now(answer) => send(&mut seen, answer),
-                    Settled::Held => panic!("each page is asked for once"),
+                    Settled::Held => assert!(self.has_one_page, "each page is asked for once"),
                 }
             }
             Op::Wait => self.now_us += WAIT_US,
@@ -705,7 +797,8 @@ impl Real<'_, '_> {
         }
     }
 
-    /// Answers with every cookie that is used up, foreign or made up: nothing changes but the counts of refusals.
+    /// Answers with every cookie that is used up, foreign or made up: nothing changes but the counts of
+    /// refusals.
     fn try_bad_cookies(&self, reference: &Reference) {
         let is_live = |cookie| {
             (0..DEVICES).any(|device| {
@@ -756,6 +849,7 @@ impl Real<'_, '_> {
 struct World {
     devices: usize,
     queues: usize,
+    has_one_page: bool,
 }
 
 /// States after which a search is given up: far more than there are.
@@ -773,19 +867,20 @@ struct Visited {
 
 /// A state that was found: by what, and from which.
 struct Found {
-    key: u32,
+    key: u64,
     op: Op,
     from: u32,
     state: Reference,
 }
 
-/// Does everything that can be done in one state; returns how much that was, and what of it leads to unknown states.
+/// Does everything that can be done in one state; returns how much that was, and what of it leads to unknown
+/// states.
 fn expand(
     world: World,
     path: &[Op],
     state: &Reference,
     from: u32,
-    known: &HashSet<u32>,
+    known: &HashSet<u64>,
 ) -> (usize, Vec<Found>) {
     let mut found: Vec<Found> = Vec::new();
     let (stays, leads): (Vec<_>, Vec<_>) = state
@@ -798,7 +893,8 @@ fn expand(
         })
         .partition(|(_, after, _)| after.is_same(state));
     // What changes nothing but counts is done one after the other.
-    with_real(|real| {
+    with_real(world.has_one_page, |real| {
+        real.use_up_cookies();
         path.iter().for_each(|&op| drop(real.apply(op)));
         real.assert_same(state);
         real.try_bad_cookies(state);
@@ -812,7 +908,7 @@ fn expand(
     });
     let transitions = stays.len() + leads.len();
     for (op, after, expected) in leads {
-        with_real(|real| {
+        with_real(world.has_one_page, |real| {
             path.iter().for_each(|&op| drop(real.apply(op)));
             assert_eq!(real.apply(op).sorted(), expected, "{op:?} after {path:?}");
             real.assert_same(&after);
@@ -826,7 +922,7 @@ fn expand(
 }
 
 fn visit(world: World) -> Visited {
-    let start = Reference::new();
+    let start = Reference::new(world.has_one_page);
     let mut known = HashSet::from([start.key()]);
     // How each state was reached: from which, and by what.
     let mut ways: Vec<(u32, Op)> = vec![(0, Op::Wait)];
@@ -880,9 +976,10 @@ fn visit(world: World) -> Visited {
     visited.complete = level.is_empty();
     let Visited { states, transitions, depth, .. } = visited;
     println!(
-        "{} devices, {} guests, {SLOTS} slots each: {states} states, {transitions} transitions, depth {depth}, {}",
+        "{} devices, {} guests, {SLOTS} slots each, {}: {states} states, {transitions} transitions, depth {depth}: {}",
         world.devices,
         world.queues,
+        if world.has_one_page { "one page" } else { "any page" },
         if visited.complete { "all there are" } else { "cut off" },
     );
     visited
@@ -890,21 +987,28 @@ fn visit(world: World) -> Visited {
 
 #[test]
 fn one_device_of_one_guest_behaves_in_every_state_there_is() {
-    let visited = visit(World { devices: 1, queues: 1 });
+    let visited = visit(World { devices: 1, queues: 1, has_one_page: false });
 
     assert!(visited.complete && visited.states > 100);
 }
 
 #[test]
 fn one_device_behaves_in_every_state_there_is_while_it_changes_hands() {
-    let visited = visit(World { devices: 1, queues: 2 });
+    let visited = visit(World { devices: 1, queues: 2, has_one_page: false });
 
     assert!(visited.complete && visited.states > 500);
 }
 
 #[test]
+fn one_device_that_asks_for_one_page_behaves_in_every_state_there_is() {
+    let visited = visit(World { devices: 1, queues: 2, has_one_page: true });
+
+    assert!(visited.complete && visited.states > 5_000);
+}
+
+#[test]
 fn two_devices_of_two_guests_behave_in_every_state_there_is() {
-    let visited = visit(World { devices: 2, queues: 2 });
+    let visited = visit(World { devices: 2, queues: 2, has_one_page: false });
 
     assert!(visited.complete && visited.states > 10_000);
 }

@@ -1,9 +1,10 @@
-//! The broker under long random walks: devices that obey no rule, guests that answer what they like, things that come
-//! and go. What is checked is what a device sees: each group that it ended is answered once, and never later.
+//! The broker under long random walks: devices that obey no rule, guests that answer what they like, things
+//! that come and go. What is checked is what a device sees: each group that it ended is answered once, and
+//! never later.
 //!
 //! Ten million operations by default, a million forged cookies; more on request, with their progress:
-//! `PORTCULLIS_SOAK=1000000000 cargo test -p hosted --test broker_soak --release -- --nocapture`. The walk is the same in
-//! every run, and another one with another `PORTCULLIS_SEED`.
+//! `PORTCULLIS_SOAK=1000000000 cargo test -p hosted --test broker_soak --release -- --nocapture`. The walk is
+//! the same in every run, and another one with another `PORTCULLIS_SEED`.
 #![expect(clippy::expect_used, reason = "a test that is surprised has failed")]
 
 use broker::{
@@ -189,8 +190,8 @@ impl<const Q: usize, const S: usize, const N: usize> Walk<Q, S, N> {
             Did::Answered(response) => {
                 assert!(last, "a part is not answered");
                 assert_eq!((response.stream, response.tag), (self.devices[at].stream, tag(number)));
-                // The tail of a group that an overflow discarded was counted as that; a stray of a device that
-                // is being reset is nobody's.
+                // The tail of a group that an overflow discarded was counted as that; a stray of a device
+                // that is being reset is nobody's.
                 let is_tail = response.outcome == Outcome::Success;
                 let is_nobodys = is_quiesced && self.rig.ledger.strays() > strays;
                 self.take(&response);

@@ -5,7 +5,10 @@
 //! here: [`Host`].
 #![expect(clippy::expect_used, reason = "a test that is surprised has failed")]
 
-use broker::{AttachmentId, Attachments, Broker, Cookie, Policy, Queue, Verdict};
+use broker::{
+    Answer, AttachmentId, Broker, Cookie, DeviceId, Escalation, Expiry, Inbox, Ledger, Limits, Owner,
+    POISONED, Policy, QueueId, Settled, TICK_US, Tally, Verdict, Whose,
+};
 use channel::{
     Record,
     guest::Guest,
@@ -13,6 +16,7 @@ use channel::{
     record::{self, Request},
     ring::FRAMES,
 };
+use heapless::spsc;
 use hosted::{Machine, Random, Window};
 use iommu::{
     Attachment, Commands, Event, Features, GroupTag, Invalidation, Iova, Outcome, PAGE_SIZE, PageRequest,
@@ -20,13 +24,12 @@ use iommu::{
 };
 use models::vtd::{Config, Refusal, Requested};
 use pgtable::{Tree, VTD_FIRST_STAGE};
-use std::collections::VecDeque;
 
 const DISK: StreamId = StreamId(0x20);
 const NIC: StreamId = StreamId(0x28);
 const ALL: Features = Features { device_tlb: true, page_requests: true, pasid: true };
 const HERE: Iova = Iova(0x4000_0000);
-const DEADLINE_US: u64 = 1_000;
+const DEADLINE_US: u64 = 8 * TICK_US;
 const SLOTS: usize = 16;
 
 fn pasid() -> Option<Pasid> {
@@ -37,17 +40,17 @@ fn pasid() -> Option<Pasid> {
 struct Owned {
     attachment: Attachment,
     id: AttachmentId,
+    device: DeviceId,
     tree: Tree,
 }
 
 /// What a hypervisor does between the parts, for one guest with a channel.
 struct Host {
     machine: Machine,
-    queue: &'static Queue<SLOTS>,
-    attachments: &'static Attachments<4>,
-    broker: Broker<'static, 1, SLOTS, 4>,
-    /// Slots that wait for the guest's home core.
-    announced: VecDeque<u8>,
+    ledger: &'static Ledger<1, SLOTS, 8, 8>,
+    queue: QueueId,
+    broker: Box<Broker<'static, 1, SLOTS, 8, 8, { SLOTS + POISONED }>>,
+    inbox: Inbox<'static, 1, SLOTS, 8, 8>,
     channel: host::Host,
     window: Window,
     now_us: u64,
@@ -57,16 +60,19 @@ impl Host {
     fn new() -> Self {
         let machine = Machine::new(Config::full());
         // They live as long as the process, as a hypervisor's do.
-        let queue: &Queue<SLOTS> = Box::leak(Box::new(Queue::new(1)));
-        let attachments: &Attachments<4> = Box::leak(Box::default());
+        let ledger: &Ledger<1, SLOTS, 8, 8> = Box::leak(Box::new(Ledger::new(127)));
+        let ring: &mut spsc::Queue<u16, { SLOTS + 1 }> = Box::leak(Box::default());
+        let (producer, consumer) = ring.split();
+        let mut broker = Box::new(Broker::new(ledger));
+        broker.connect(0, producer).expect("it is large enough");
         let frames = [(); FRAMES].map(|()| machine.memory.take(512, 512));
         let window = Window::new(machine.memory.clone(), frames[0].phys());
         Self {
             machine,
-            queue,
-            attachments,
-            broker: Broker::new([queue], attachments),
-            announced: VecDeque::new(),
+            ledger,
+            queue: ledger.open(Owner::Guest(1)).expect("there is one"),
+            broker,
+            inbox: Inbox::new(ledger, 0, consumer),
             channel: host::Host::new(frames),
             window,
             now_us: 0,
@@ -77,21 +83,18 @@ impl Host {
         Guest::open(self.window.clone()).expect("the host made it")
     }
 
-    /// Gives `stream` to the guest, which has `budget` groups.
-    fn give(&mut self, stream: StreamId, budget: u8) -> Owned {
+    /// Gives `stream` to the guest, which may have `budget` requests.
+    fn give(&mut self, stream: StreamId, budget: u32) -> Owned {
         let tree = self.machine.tree(VTD_FIRST_STAGE);
         self.machine.assign(stream, ALL);
         let attachment = self.machine.attach(stream, pasid(), &tree);
-        let id = self.attachments.add(Policy {
-            stream,
-            pasid: pasid(),
-            queue: 0,
-            budget,
-            device: stream.0 / 8,
-            opaque: 0xFEED,
-            deadline_us: DEADLINE_US,
-        });
-        Owned { attachment, id: id.expect("there is room"), tree }
+        let escalation = Escalation { warn: 0, throttle: 0, requests_off: 0, block: 0 };
+        let limits = Limits { escalation, deadline_us: DEADLINE_US, ..Limits::with_requests(budget) };
+        let device = self.ledger.add_device(stream, &limits).expect("there is room");
+        let requests = pasid().into();
+        let (queue, name) = (self.queue, stream.0 / 8);
+        let id = self.ledger.attach(&Policy { stream, requests, device, queue, name, opaque: 0xFEED });
+        Owned { attachment, id: id.expect("there is room"), device, tree }
     }
 
     /// The service core's pass: drain, admit, expire.
@@ -99,21 +102,21 @@ impl Host {
         for event in self.machine.pass() {
             match event {
                 Event::PageRequest(request) => match self.broker.admit(request, self.now_us) {
-                    Verdict::Forward { slot, .. } => self.announced.push_back(slot),
-                    Verdict::Answer(response) => {
+                    Verdict::Refuse(response) => {
                         assert_eq!(self.machine.vtd.commands.respond(response), Ok(()));
                     }
-                    Verdict::Nothing => {}
+                    Verdict::End(answer) => self.send(answer),
+                    Verdict::Forward { .. } | Verdict::Nothing => {}
                 },
                 Event::RequestsLost => self.broker.overflowed(self.now_us),
                 Event::Fault(fault) => {
-                    if let Some((_, policy)) = self.attachments.find(fault.stream, fault.pasid) {
+                    if let Some((_, device, opaque)) = self.ledger.owner_of(fault.stream, fault.pasid) {
                         let event = record::Event {
                             number: 0,
                             lost: 0,
-                            device: policy.device,
+                            device,
                             pasid: fault.pasid,
-                            opaque: policy.opaque,
+                            opaque,
                             iova: fault.iova,
                             perms: Perms::READ,
                             reason: fault.reason.into(),
@@ -124,21 +127,28 @@ impl Host {
                 other => panic!("{other:?}"),
             }
         }
-        while let Some(answer) = self.broker.expire(self.now_us) {
-            assert!(answer.send(|response| self.machine.vtd.commands.respond(response)).is_ok());
+        loop {
+            match self.broker.expire(self.now_us) {
+                Expiry::Expired { answer, .. } | Expiry::Held(answer) => self.send(answer),
+                Expiry::Nothing => {}
+                Expiry::Done => return,
+            }
         }
+    }
+
+    fn send(&mut self, answer: Answer<'static, SLOTS>) {
+        assert!(answer.send(|response| self.machine.vtd.commands.respond(response)).is_ok());
     }
 
     /// The home core's part: slots to records.
     fn forward(&mut self) {
-        while let Some(slot) = self.announced.pop_front() {
-            let Some(group) = self.queue.deliver(slot) else { continue };
+        while let Some(group) = self.inbox.next(self.now_us) {
             let pages = group.pages.len() as u32;
             let records = (0..pages as usize).map(|index| {
                 let page = group.pages[index];
                 Record::request(&Request {
                     cookie: group.cookie.0,
-                    device: group.device,
+                    device: group.name,
                     pasid: group.tag.pasid,
                     opaque: group.opaque,
                     group: group.tag.index,
@@ -154,30 +164,34 @@ impl Host {
 
     /// The guest's answer; returns whether it was taken.
     fn settle(&mut self, cookie: u64, outcome: Outcome) -> bool {
-        match self.queue.settle(Cookie(cookie), outcome) {
-            Ok(answer) => {
-                assert!(answer.send(|response| self.machine.vtd.commands.respond(response)).is_ok());
+        match self.ledger.settle(self.queue, Cookie(cookie), outcome, self.now_us) {
+            Ok(Settled::Now(answer)) => {
+                self.send(answer);
                 true
             }
+            Ok(Settled::Held) => true,
             Err(_) => false,
         }
     }
 
     /// Takes `stream` away from the guest: design 5.1, in its order.
     fn take_away(&mut self, stream: StreamId, owned: Owned) {
-        self.attachments.leave(owned.id);
+        self.ledger.leave(owned.id);
         let (device, mut invalidations) = self.machine.vtd.tables.block(stream).expect("it is assigned");
         invalidations.push(Invalidation::PageRequestDrain).expect("there is room for it");
         self.machine.invalidate(&invalidations);
         // The drain epoch of the service core: everything that was queued before is looked at.
         self.service();
         self.broker.discard_leaving();
-        while let Some(answer) = self.queue.evict(stream, pasid()) {
-            assert!(answer.send(|response| self.machine.vtd.commands.respond(response)).is_ok());
+        while let Some(answer) = self.ledger.evict(self.queue, Whose::Attachment(owned.id), self.now_us) {
+            self.send(answer);
         }
         self.machine.detach(owned.attachment);
         self.machine.vtd.tables.finish(device);
-        self.attachments.remove(owned.id);
+        self.ledger.detach(owned.id);
+        let tally = self.ledger.tally(owned.device).expect("it is there");
+        assert_eq!(tally.opened, tally.answered() + tally.discarded, "{tally:?}");
+        self.ledger.remove_device(owned.device);
         owned.tree.take_down(&mut self.machine.frames);
     }
 }
@@ -324,7 +338,7 @@ fn a_departure_ends_every_request_wherever_it_is_and_gives_everything_back() {
     assert_eq!([0, 1, 2, 3, 4, 5].map(count), [(1, 0), (1, 0), (0, 0), (1, 0), (0, 0), (0, 1)]);
     assert_eq!(host.machine.unit.waiting_groups(), [(NIC, ask(NIC, 0, 0, true).tag)], "the other's waits on");
     assert!(!host.settle(known, Outcome::Success), "the guest is too late");
-    assert_eq!(host.queue.outstanding(), 1);
+    assert_eq!(host.ledger.outstanding(host.queue), 1);
     assert!(
         host.machine.ats_read(DISK, pasid(), HERE).is_err()
             && host.machine.read(DISK, pasid(), HERE).is_err()
@@ -332,11 +346,9 @@ fn a_departure_ends_every_request_wherever_it_is_and_gives_everything_back() {
     assert!(host.machine.frames.in_use() < tables, "its tables went back");
 
     host.take_away(NIC, nic);
-    assert_eq!((host.queue.outstanding(), host.machine.frames.in_use()), (0, 0));
+    assert_eq!((host.ledger.outstanding(host.queue), host.machine.frames.in_use()), (0, 0));
     // The context table of their bus is kept for the next device.
     assert_eq!(host.machine.vtd.tables.frames_free(), frames - 1);
-    let tally = host.queue.counters().tally();
-    assert_eq!(tally.opened, tally.answered() + tally.discarded, "{tally:?}");
     host.machine.unit.forget_page_requests(DISK);
     let again = host.give(DISK, 2);
     host.machine.map(&again.tree, HERE, 8);
@@ -372,9 +384,7 @@ impl Device {
 fn every_group_is_answered_once_whatever_overflows_is_late_or_is_silent() {
     let mut random = Random::new(17);
     let mut host = Host::new();
-    for stream in [DISK, NIC] {
-        host.give(stream, 6);
-    }
+    let owned = [DISK, NIC].map(|stream| host.give(stream, 12));
     let mut guest = host.guest();
     let mut devices = [DISK, NIC].map(|stream| Device { stream, begun: [None; 8], finished: 0 });
     let mut overflows = 0;
@@ -406,7 +416,7 @@ fn every_group_is_answered_once_whatever_overflows_is_late_or_is_silent() {
     }
     // Whatever was begun stays half; everything else ends.
     host.service();
-    host.now_us += DEADLINE_US;
+    host.now_us += DEADLINE_US + TICK_US;
     host.service();
 
     let finished: usize = devices.iter().map(|device| device.finished).sum();
@@ -414,7 +424,8 @@ fn every_group_is_answered_once_whatever_overflows_is_late_or_is_silent() {
     assert_eq!(ours + own, finished, "one answer for each group");
     assert!(finished > 5_000 && own > 100 && overflows > 1_000, "{finished} {own} {overflows}");
     assert_eq!(host.machine.unit.waiting_groups(), []);
-    let tally = host.queue.counters().tally();
+    let mut tally = Tally::default();
+    owned.iter().for_each(|owned| tally += host.ledger.tally(owned.device).expect("it is there"));
     assert!(
         tally.succeeded > 100 && tally.declined > 100 && tally.expired > 100 && tally.refused > 100,
         "{tally:?}"

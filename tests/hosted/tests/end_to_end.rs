@@ -6,7 +6,7 @@
 #![expect(clippy::expect_used, reason = "a test that is surprised has failed")]
 
 use broker::{
-    Answer, AttachmentId, Broker, Cookie, DeviceId, Escalation, Expiry, Inbox, Ledger, Limits, Owner,
+    Answer, AttachmentId, Broker, Cookie, DeviceId, Escalation, Expiry, Group, Inbox, Ledger, Limits, Owner,
     POISONED, Policy, QueueId, Settled, TICK_US, Tally, Verdict, Whose,
 };
 use channel::{
@@ -17,13 +17,20 @@ use channel::{
     ring::FRAMES,
 };
 use heapless::spsc;
-use hosted::{Machine, Random, Window};
+use hosted::{Ends, Machine, Random, Window};
 use iommu::{
-    Attachment, Commands, Event, Features, GroupTag, Invalidation, Iova, Outcome, PAGE_SIZE, PageRequest,
-    Pasid, Perms, StreamId, Tables,
+    Attachment, Commands, Event, Events, Features, GroupTag, Invalidation, Iova, Outcome, PAGE_SIZE,
+    PageRequest, Pasid, Perms, StreamId, Tables,
 };
-use models::vtd::{Config, Refusal, Requested};
+use models::vtd::{Config, Refusal, Requested, VtdUnit};
 use pgtable::{Tree, VTD_FIRST_STAGE};
+use std::{
+    sync::{
+        Mutex,
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst},
+    },
+    thread,
+};
 
 const DISK: StreamId = StreamId(0x20);
 const NIC: StreamId = StreamId(0x28);
@@ -31,6 +38,7 @@ const ALL: Features = Features { device_tlb: true, page_requests: true, pasid: t
 const HERE: Iova = Iova(0x4000_0000);
 const DEADLINE_US: u64 = 8 * TICK_US;
 const SLOTS: usize = 16;
+const PLACES: usize = SLOTS + POISONED;
 
 fn pasid() -> Option<Pasid> {
     Pasid::new(5)
@@ -49,7 +57,7 @@ struct Host {
     machine: Machine,
     ledger: &'static Ledger<1, SLOTS, 8, 8>,
     queue: QueueId,
-    broker: Box<Broker<'static, 1, SLOTS, 8, 8, { SLOTS + POISONED }>>,
+    broker: Box<Broker<'static, 1, SLOTS, 8, 8, PLACES>>,
     inbox: Inbox<'static, 1, SLOTS, 8, 8>,
     channel: host::Host,
     window: Window,
@@ -143,22 +151,7 @@ impl Host {
     /// The home core's part: slots to records.
     fn forward(&mut self) {
         while let Some(group) = self.inbox.next(self.now_us) {
-            let pages = group.pages.len() as u32;
-            let records = (0..pages as usize).map(|index| {
-                let page = group.pages[index];
-                Record::request(&Request {
-                    cookie: group.cookie.0,
-                    device: group.name,
-                    pasid: group.tag.pasid,
-                    opaque: group.opaque,
-                    group: group.tag.index,
-                    iova: page.iova,
-                    perms: page.perms,
-                    pages,
-                    index: index as u32,
-                })
-            });
-            assert_eq!(self.channel.push_group(records), Ok(Pushed::Yes));
+            assert_eq!(self.channel.push_group(records(&group)), Ok(Pushed::Yes));
         }
     }
 
@@ -194,6 +187,23 @@ impl Host {
         self.ledger.remove_device(owned.device);
         owned.tree.take_down(&mut self.machine.frames);
     }
+}
+
+/// A group, as its guest sees it.
+fn records(group: &Group) -> impl ExactSizeIterator<Item = Record> {
+    group.pages.iter().enumerate().map(|(index, page)| {
+        Record::request(&Request {
+            cookie: group.cookie.0,
+            device: group.name,
+            pasid: group.tag.pasid,
+            opaque: group.opaque,
+            group: group.tag.index,
+            iova: page.iova,
+            perms: page.perms,
+            pages: group.pages.len() as u32,
+            index: index as u32,
+        })
+    })
 }
 
 fn ask(stream: StreamId, index: u16, page: u64, last: bool) -> PageRequest {
@@ -365,11 +375,14 @@ struct Device {
 }
 
 impl Device {
-    fn step(&mut self, host: &Host, random: &mut Random) {
-        let index = random.below(8) as u16;
+    fn step(&mut self, unit: &VtdUnit, random: &mut Random) {
+        self.go_on(unit, random.below(8) as u16, random);
+    }
+
+    fn go_on(&mut self, unit: &VtdUnit, index: u16, random: &mut Random) {
         let left = self.begun[usize::from(index)].unwrap_or_else(|| random.below(3));
         let request = ask(self.stream, index, u64::from(index) * 4 + left, left == 0);
-        match host.machine.unit.page_request(request) {
+        match unit.page_request(request) {
             Requested::GroupBusy => {}
             Requested::Queued | Requested::Lost => {
                 self.begun[usize::from(index)] = left.checked_sub(1);
@@ -394,7 +407,7 @@ fn every_group_is_answered_once_whatever_overflows_is_late_or_is_silent() {
         let burst = if round % 16 == 0 { 400 } else { random.below(12) };
         for _ in 0..burst {
             let which = random.below(2) as usize;
-            devices[which].step(&host, &mut random);
+            devices[which].step(host.machine.unit, &mut random);
             if round % 16 == 0 {
                 let part = ask(devices[which].stream, 100 + random.below(50) as u16, 0, false);
                 overflows += usize::from(host.machine.unit.page_request(part) == Requested::Lost);
@@ -431,4 +444,180 @@ fn every_group_is_answered_once_whatever_overflows_is_late_or_is_silent() {
         "{tally:?}"
     );
     host.machine.assert_lawful();
+}
+
+/// What all cores of the last test see.
+struct Cores<C> {
+    unit: &'static VtdUnit,
+    ledger: &'static Ledger<1, SLOTS, 8, 8>,
+    queue: QueueId,
+    commands: Mutex<C>,
+    now_us: AtomicU64,
+    /// Devices that have asked for all that they want.
+    finished: AtomicUsize,
+    /// All is over, or someone has failed.
+    done: AtomicBool,
+}
+
+impl<C: Commands> Cores<C> {
+    fn send(&self, answer: Answer<'_, SLOTS>) {
+        let mut commands = self.commands.lock().expect("no core has failed");
+        assert!(answer.send(|response| commands.respond(response)).is_ok());
+    }
+
+    /// The service core: drain, admit, expire, on a clock that ticks once a pass.
+    fn service(&self, events: &mut impl Events, broker: &mut Broker<'static, 1, SLOTS, 8, 8, PLACES>) {
+        let _ends = Ends(&self.done);
+        while !self.done.load(SeqCst) {
+            let is_last = self.finished.load(SeqCst) == 2 && self.unit.waiting_groups().is_empty();
+            let now_us = self.now_us.fetch_add(TICK_US / 8, SeqCst);
+            events.acknowledge();
+            while let Some(event) = events.next_event() {
+                match event {
+                    Event::PageRequest(request) => match broker.admit(request, now_us) {
+                        Verdict::Refuse(response) => {
+                            let sent = self.commands.lock().expect("no core has failed").respond(response);
+                            assert_eq!(sent, Ok(()));
+                        }
+                        Verdict::End(answer) => self.send(answer),
+                        Verdict::Forward { .. } | Verdict::Nothing => {}
+                    },
+                    Event::RequestsLost => broker.overflowed(now_us),
+                    other => panic!("{other:?}"),
+                }
+            }
+            loop {
+                match broker.expire(now_us) {
+                    Expiry::Expired { answer, .. } | Expiry::Held(answer) => self.send(answer),
+                    Expiry::Nothing => {}
+                    Expiry::Done => break,
+                }
+            }
+            if is_last {
+                return;
+            }
+            thread::yield_now();
+        }
+    }
+
+    /// The home core: from the ring to the channel.
+    fn forward(&self, inbox: &mut Inbox<'static, 1, SLOTS, 8, 8>, channel: &mut host::Host) {
+        let _ends = Ends(&self.done);
+        while !self.done.load(SeqCst) {
+            while let Some(group) = inbox.peek(self.now_us.load(SeqCst)) {
+                match channel.push_group(records(group)) {
+                    Ok(Pushed::Yes) => inbox.done(),
+                    Ok(Pushed::Full) => break,
+                    other => panic!("{other:?}"),
+                }
+            }
+            thread::yield_now();
+        }
+    }
+
+    /// The guest: it forgets one group in five, and answers some twice.
+    fn answer(&self, mut guest: Guest<Window>) {
+        let _ends = Ends(&self.done);
+        let mut random = Random::new(5);
+        let mut before = 0;
+        while !self.done.load(SeqCst) {
+            let Some(request) = guest.next_request() else {
+                thread::yield_now();
+                continue;
+            };
+            // Whatever the channel shows is one group after the other, and each is whole.
+            let of_group = u64::from(request.group) * 4 + u64::from(request.pages - 1 - request.index);
+            assert_eq!(request.iova, Iova(HERE.0 + of_group * PAGE_SIZE), "{request:?}");
+            assert_eq!(request.cookie == before, request.index > 0, "{request:?}");
+            before = request.cookie;
+            if request.index + 1 < request.pages || random.below(5) == 0 {
+                continue;
+            }
+            for _ in 0..=random.below(4) / 3 {
+                let (cookie, now_us) = (Cookie(request.cookie), self.now_us.load(SeqCst));
+                match self.ledger.settle(self.queue, cookie, Outcome::Success, now_us) {
+                    Ok(Settled::Now(answer)) => self.send(answer),
+                    Ok(Settled::Held) | Err(_) => {}
+                }
+            }
+        }
+    }
+
+    /// The control path: ends a group of a device now and then.
+    fn control(&self, devices: [DeviceId; 2]) {
+        let _ends = Ends(&self.done);
+        let mut random = Random::new(7);
+        while !self.done.load(SeqCst) {
+            let whose = Whose::Device(devices[random.below(2) as usize]);
+            if random.below(64) == 0
+                && let Some(answer) = self.ledger.evict(self.queue, whose, self.now_us.load(SeqCst))
+            {
+                self.send(answer);
+            }
+            thread::yield_now();
+        }
+    }
+
+    /// A device that asks for so many groups, and finishes those that it has begun.
+    fn ask(&self, stream: StreamId, groups: usize) -> usize {
+        let mut random = Random::new(stream.0.into());
+        let mut device = Device { stream, begun: [None; 8], finished: 0 };
+        while device.finished < groups && !self.done.load(SeqCst) {
+            device.step(self.unit, &mut random);
+            thread::yield_now();
+        }
+        for index in 0..8 {
+            while device.begun[usize::from(index)].is_some() && !self.done.load(SeqCst) {
+                device.go_on(self.unit, index, &mut random);
+                thread::yield_now();
+            }
+        }
+        self.finished.fetch_add(1, SeqCst);
+        device.finished
+    }
+}
+
+#[test]
+fn every_group_is_answered_once_when_all_who_take_part_run_at_the_same_time() {
+    let mut host = Host::new();
+    let owned = [DISK, NIC].map(|stream| host.give(stream, 12));
+    let (guest, devices) = (host.guest(), [owned[0].device, owned[1].device]);
+    let Host { machine, ledger, queue, mut broker, mut inbox, mut channel, .. } = host;
+    let vtd::Vtd { mut events, commands, .. } = machine.vtd;
+    let cores = Cores {
+        unit: machine.unit,
+        ledger,
+        queue,
+        commands: Mutex::new(commands),
+        now_us: AtomicU64::new(0),
+        finished: AtomicUsize::new(0),
+        done: AtomicBool::new(false),
+    };
+
+    let finished = thread::scope(|scope| {
+        scope.spawn(|| cores.forward(&mut inbox, &mut channel));
+        scope.spawn(|| cores.answer(guest));
+        scope.spawn(|| cores.control(devices));
+        let asked = [DISK, NIC].map(|stream| {
+            scope.spawn({
+                let cores = &cores;
+                move || cores.ask(stream, 4_000)
+            })
+        });
+        cores.service(&mut events, &mut broker);
+        asked.map(|device| device.join().expect("it ends"))
+    });
+
+    let (ours, own) = (cores.unit.answers().len(), cores.unit.auto_answered().len());
+    assert_eq!(ours + own, finished.iter().sum::<usize>(), "one answer for each group");
+    assert_eq!((cores.unit.waiting_groups(), ledger.outstanding(queue)), (vec![], 0));
+    let mut tally = Tally::default();
+    for device in devices {
+        tally += ledger.tally(device).expect("it is there");
+        assert_eq!(ledger.outstanding_requests(device), 0);
+    }
+    println!("{tally:?}, {own} answered by the unit");
+    assert_eq!(tally.opened, tally.answered() + tally.discarded, "{tally:?}");
+    assert!(tally.succeeded > 100 && tally.expired > 0 && tally.evicted > 0, "{tally:?}");
+    assert!(cores.unit.violations().is_empty(), "{:?}", cores.unit.violations());
 }

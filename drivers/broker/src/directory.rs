@@ -180,6 +180,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "it takes minutes, and has one thread")]
     fn two_places_of_three_can_be_filled_with_keys_of_every_kind() {
         let patterns: [fn(u64) -> u64; 4] = [|n| n, |n| n << 32 | 5, |n| n << 35, |n| 0x20 << 32 | n];
         for pattern in patterns {

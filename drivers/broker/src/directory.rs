@@ -175,6 +175,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "it takes minutes, and has one thread")]
     fn two_places_of_three_can_be_filled_with_keys_of_every_kind() {
         let patterns: [fn(u64) -> u64; 4] = [|n| n, |n| n << 32 | 5, |n| n << 35, |n| 0x20 << 32 | n];
         for pattern in patterns {
@@ -193,7 +194,7 @@ mod tests {
     fn two_cores_that_add_at_once_get_two_places() {
         let directory = Directory::<8>::new();
         let add = |key| directory.add(key, |_| ()).expect("there is room");
-        for _ in 0..2_000 {
+        for _ in 0..if cfg!(miri) { 20 } else { 2_000 } {
             let (first, second) = std::thread::scope(|scope| {
                 let other = scope.spawn(|| add(0x28));
                 (add(0x20), other.join().expect("it does not panic"))

@@ -57,6 +57,14 @@ const DISK: StreamId = StreamId(0x20);
 const GROUP: u64 = 3;
 const DEADLINE_US: u64 = 100_000;
 
+/// How often a group was asked for, shown to its guest, and answered.
+#[derive(Clone, Copy, Debug, Default)]
+struct Counts {
+    asked: usize,
+    shown: usize,
+    answered: usize,
+}
+
 /// A queue of `S` slots and everybody who uses it.
 struct World<const S: usize, const N: usize> {
     ledger: &'static Ledger<1, S, 8, 8>,
@@ -69,8 +77,8 @@ struct World<const S: usize, const N: usize> {
     /// The device asks for the same pages in each run, so that the guest's claims to have repaired them are not believed.
     is_doubted: bool,
     run: Cell<u64>,
-    /// Of each group that was admitted in this run, by its number: how often it was answered, and how often it was asked for.
-    answers: RefCell<Vec<(usize, usize)>>,
+    /// The groups that were admitted in this run, by their numbers.
+    groups: RefCell<Vec<Counts>>,
     /// The cookie that the guest was told last.
     told: Cell<Option<Cookie>>,
 }
@@ -150,7 +158,7 @@ impl<const S: usize, const N: usize> World<S, N> {
             now_us: Cell::new(0),
             is_doubted,
             run: Cell::new(0),
-            answers: RefCell::default(),
+            groups: RefCell::default(),
             told: Cell::new(None),
         })
     }
@@ -178,13 +186,13 @@ impl<const S: usize, const N: usize> World<S, N> {
             }
             Action::Expire => self.expire(),
             Action::Admit => {
-                let number = self.answers.borrow().len();
-                self.answers.borrow_mut().push((0, 1));
+                let number = self.groups.borrow().len();
+                self.groups.borrow_mut().push(Counts { asked: 1, ..Counts::default() });
                 self.ask(number);
             }
             Action::Repeat => {
-                let Some(number) = self.answers.borrow().len().checked_sub(1) else { return };
-                self.answers.borrow_mut()[number].1 += 1;
+                let Some(number) = self.groups.borrow().len().checked_sub(1) else { return };
+                self.groups.borrow_mut()[number].asked += 1;
                 self.ask(number);
             }
         }
@@ -210,7 +218,9 @@ impl<const S: usize, const N: usize> World<S, N> {
     fn next(&self) -> Option<Group> {
         let group = self.inbox.borrow_mut().next(self.now_us.get())?;
         // A group whose number was used twice may have begun before the answer to the first, and is new from there on.
-        let (_, asked) = self.answers.borrow()[usize::from(group.tag.index)];
+        let counts = &mut self.groups.borrow_mut()[usize::from(group.tag.index)];
+        counts.shown += 1;
+        let asked = counts.asked;
         let pages = group.pages.len() as u64;
         assert!(pages == GROUP || asked > 1 && pages < GROUP, "{group:?}");
         let number = |page: &Page| page.iova.0 >> 12 & 0xFFFF;
@@ -254,19 +264,23 @@ impl<const S: usize, const N: usize> World<S, N> {
     }
 
     fn count(&self, response: &PageResponse) {
-        self.answers.borrow_mut()[usize::from(response.tag.index)].0 += 1;
+        self.groups.borrow_mut()[usize::from(response.tag.index)].answered += 1;
     }
 
     /// Ends what is left, and says what is wrong.
     fn end(&self) -> Result<(), String> {
-        // What still waits was told, or is announced.
+        // What still waits was shown, or is announced. Of a number that was used twice nobody may be told.
         while self.next().is_some() {}
+        let groups = self.groups.borrow().clone();
+        if groups.iter().any(|group| group.asked == 1 && group.answered == 0 && group.shown == 0) {
+            return Err(format!("{groups:?}: its announcement was lost"));
+        }
         self.expire();
         self.expire();
-        let (ledger, answers) = (self.ledger, self.answers.take());
+        let (ledger, groups) = (self.ledger, self.groups.take());
         // A number that was used twice at a time has one answer.
-        if !answers.iter().all(|&(times, asked)| (1..=asked).contains(&times)) {
-            return Err(format!("{answers:?} answers"));
+        if !groups.iter().all(|group| (1..=group.asked).contains(&group.answered)) {
+            return Err(format!("{groups:?}"));
         }
         let outstanding = (ledger.outstanding(self.queue), ledger.outstanding_requests(self.device));
         if outstanding != (0, 0) {

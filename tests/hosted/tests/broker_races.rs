@@ -27,7 +27,7 @@ const NUMBERS: usize = 64;
 
 /// Groups that the device asks for. `RACES_GROUPS` says so, if it is there.
 fn groups() -> usize {
-    let usual = if cfg!(miri) { 300 } else { 100_000 };
+    let usual = if cfg!(miri) { 60 } else { 100_000 };
     std::env::var("RACES_GROUPS").map_or(usual, |groups| groups.parse().expect("it is a number"))
 }
 

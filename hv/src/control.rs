@@ -217,6 +217,11 @@ impl Guest {
         released
     }
 
+    /// Returns whether there is something for [`restrain_devices`](Self::restrain_devices) to do.
+    pub fn must_restrain(&self) -> bool {
+        self.devices.iter().any(|given| self.hv.ledger.restraint(given.id) != given.restraint)
+    }
+
     /// Does to the guest's devices what the broker holds them to: the part that is neither refusing nor waiting.
     pub fn restrain_devices(&mut self) {
         for given in &mut self.devices {
@@ -226,6 +231,7 @@ impl Guest {
                 continue;
             }
             let before = core::mem::replace(&mut given.restraint, restraint);
+            self.hv.homes[self.index].restraints[restraint as usize].fetch_add(1, Relaxed);
             if restraint >= Restraint::RequestsOff && before < Restraint::RequestsOff {
                 // The broker admits nothing more, so what is outstanding ends here.
                 while let Some(answer) =

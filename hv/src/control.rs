@@ -355,6 +355,24 @@ impl Space {
     }
 }
 
+/// Tells the log what an entry of a guest's array had forgotten, for whoever compares it with the unit's own.
+pub fn tell_invalidated(entry: usize, invalidation: &Invalidation) {
+    let Invalidation::Pages { attachment: Attachment { stream, pasid, domain, .. }, iova, pages } =
+        *invalidation
+    else {
+        return;
+    };
+    defmt::debug!(
+        "invalidate stream={=u32:#x} pasid={=u32:#x} domain={=u16:#x} iova={=u64:#x} pages={=u64} entry={=usize}",
+        stream.0,
+        pasid.map_or(0, Pasid::value),
+        domain.0,
+        iova.0,
+        pages,
+        entry
+    );
+}
+
 /// Attaches a device, or a PASID of it, to empty tables of its own.
 fn attach(hv: &Hypervisor, share: &Share, policy: &Policy, pasid: Option<Pasid>) -> Result<Owned, Error> {
     // The broker first: a request that comes as soon as the unit lets it must find its owner.

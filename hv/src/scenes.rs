@@ -574,5 +574,5 @@ fn isolation(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
     expect(report(hv, 0, 0) > 0 && report(hv, 0, 0) == report(hv, 0, 1), "a try was not refused")?;
     expect(hv.homes[0].refused_accesses.load(Relaxed) == report(hv, 0, 2), "an access was refused unseen")?;
     expect(report(hv, 1, 0) == 0 && report(hv, 1, 2) == 0, "the other guest was told of it")?;
-    Ok("every try by code, call and device was refused and reported; the bytes are unchanged")
+    Ok("every try by code, call, entry and device was refused and reported; the bytes are unchanged")
 }

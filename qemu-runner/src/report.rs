@@ -176,9 +176,13 @@ impl Report {
                 0 => "0 detachments told".into(),
                 told => format!("{} of {told} detachments complete", trace.detached),
             };
+            let entries = match trace.entries {
+                0 => String::new(),
+                told => format!("; {} of {told} guest entries invalidated", trace.forgotten),
+            };
             let _ = writeln!(
                 text,
-                "QEMU's trace ({machine}): {} bypassed translations; {} of {} unmaps invalidated; {detachments}.",
+                "QEMU's trace ({machine}): {} bypassed translations; {} of {} unmaps invalidated; {detachments}{entries}.",
                 trace.bypassed, trace.invalidated, trace.unmaps
             );
             for finding in &trace.findings {

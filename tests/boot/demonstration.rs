@@ -122,6 +122,7 @@ fn qemu_saw_each_removal_invalidated_and_no_device_bypass_translation() {
         assert_eq!((trace.bypassed, trace.invalidated), (0, trace.unmaps), "{machine}");
         assert!(trace.detachments > 0, "{machine}: the scene allow detaches, and nothing was logged");
         assert_eq!(trace.detached, trace.detachments, "{machine}");
+        assert_eq!(trace.forgotten, trace.entries, "{machine}");
     }
 }
 

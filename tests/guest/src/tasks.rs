@@ -1,6 +1,7 @@
 //! What a guest may be told to do, and the steps that the tasks share.
 
 mod claims;
+mod entries;
 mod event;
 mod forgery;
 mod hold;

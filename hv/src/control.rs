@@ -217,6 +217,11 @@ impl Guest {
         released
     }
 
+    /// Returns whether there is something for [`restrain_devices`](Self::restrain_devices) to do.
+    pub fn must_restrain(&self) -> bool {
+        self.devices.iter().any(|given| self.hv.ledger.restraint(given.id) != given.restraint)
+    }
+
     /// Does to the guest's devices what the broker holds them to: the part that is neither refusing nor waiting.
     pub fn restrain_devices(&mut self) {
         for given in &mut self.devices {
@@ -226,6 +231,7 @@ impl Guest {
                 continue;
             }
             let before = core::mem::replace(&mut given.restraint, restraint);
+            self.hv.homes[self.index].restraints[restraint as usize].fetch_add(1, Relaxed);
             if restraint >= Restraint::RequestsOff && before < Restraint::RequestsOff {
                 // The broker admits nothing more, so what is outstanding ends here.
                 while let Some(answer) =
@@ -348,6 +354,24 @@ impl Space {
         self.free(hv, share, leaving);
         Ok(())
     }
+}
+
+/// Tells the log what an entry of a guest's array had forgotten, for whoever compares it with the unit's own.
+pub fn tell_invalidated(entry: usize, invalidation: &Invalidation) {
+    let Invalidation::Pages { attachment: Attachment { stream, pasid, domain, .. }, iova, pages } =
+        *invalidation
+    else {
+        return;
+    };
+    defmt::debug!(
+        "invalidate stream={=u32:#x} pasid={=u32:#x} domain={=u16:#x} iova={=u64:#x} pages={=u64} entry={=usize}",
+        stream.0,
+        pasid.map_or(0, Pasid::value),
+        domain.0,
+        iova.0,
+        pages,
+        entry
+    );
 }
 
 /// Attaches a device, or a PASID of it, to empty tables of its own.

@@ -265,8 +265,13 @@ impl Guest {
 
     /// Lets the core sleep until the guest has an interrupt, or until `end_us`, or until the guest shall go.
     pub fn sleep(&mut self, inbox: &mut Inbox, end_us: u64) {
-        let _masked = cpu::mask();
         loop {
+            // A guest that sleeps for long holds up no restraint of its devices.
+            self.restrain_devices();
+            let _masked = cpu::mask();
+            if self.must_restrain() {
+                continue;
+            }
             let now_us = cpu::now_us();
             let stop = self.home().stop.load(SeqCst);
             // The guest may have made room since the rings were last looked at. A broken channel is `run`'s to deal with.
@@ -366,7 +371,7 @@ pub fn start(hv: &Hypervisor, index: usize, task: [u64; 3], devices: &[usize]) {
     for (place, value) in home.task.iter().zip(task) {
         place.store(value, SeqCst);
     }
-    for counter in home.reports.iter().chain([
+    for counter in home.reports.iter().chain(&home.restraints).chain([
         &home.refused_accesses,
         &home.refused_calls,
         &home.unmapped,

@@ -228,7 +228,7 @@ impl Guest {
         Ok(words)
     }
 
-    /// Makes the unit forget what an array names: one batch, and one wait, for all of a call.
+    /// Makes the unit forget what an array names: one batch, and one wait, for all of a call that the unit takes at once.
     fn invalidate(&mut self, layout: u64, array: u64, entries: u64) -> Result<Values, Refused> {
         // No guest binds a first stage of its own here, so there is nothing that the other types could name.
         let layout = Layout::from_number(layout).filter(|&layout| layout == Layout::Pages);
@@ -248,10 +248,25 @@ impl Guest {
             Ok(())
         });
         if !batch.is_empty() {
-            self.hv.invalidate(&batch).map_err(control::Error::Unit)?;
+            self.invalidate_all(&batch).map_err(control::Error::Unit)?;
+            for (entry, invalidation) in batch.iter().enumerate() {
+                control::tell_invalidated(entry, invalidation);
+            }
         }
         let [why, bits] = refusal.map_or([0; 2], Refusal::values);
         Ok([handled as u64, why, bits])
+    }
+
+    /// Makes the unit forget all of a batch: in one submission, or in as few as the unit takes so much in.
+    fn invalidate_all(&self, batch: &[Invalidation]) -> Result<(), iommu::Error> {
+        match self.hv.invalidate(batch) {
+            Err(iommu::Error::Exhausted { .. }) if batch.len() > 1 => {
+                let (first, rest) = batch.split_at(batch.len() / 2);
+                self.invalidate_all(first)?;
+                self.invalidate_all(rest)
+            }
+            invalidated => invalidated,
+        }
     }
 
     /// Writes what was counted of a device into the guest's memory.

@@ -122,6 +122,9 @@ pub struct Order {
     pub devices: Vec<usize, DEVICES_PER_GUEST>,
 }
 
+/// Kinds of [`broker::Restraint`].
+const RESTRAINTS: usize = broker::Restraint::Blocked as usize + 1;
+
 /// One home core, as the others see it.
 pub struct Home {
     /// What to make a guest for; taken by the home core.
@@ -150,6 +153,8 @@ pub struct Home {
     pub tally: Locked<Tally>,
     /// Which of the last guest's answers were refused; complete once it ended.
     pub missed: Locked<Missed>,
+    /// How often a device of the guest came to be held to each restraint, by its number.
+    pub restraints: [AtomicU64; RESTRAINTS],
     /// Groups that have no answer although the guest is gone.
     pub left: AtomicU64,
     /// The longest time seen from report to record, in microseconds.
@@ -174,6 +179,7 @@ impl Home {
             queue: Locked::new(None),
             tally: Locked::new(Tally::ZERO),
             missed: Locked::new(Missed::ZERO),
+            restraints: [const { AtomicU64::new(0) }; RESTRAINTS],
             left: AtomicU64::new(0),
             longest_to_record_us: AtomicU64::new(0),
             answer_times: Locked::new([0; BUCKETS]),

@@ -11,7 +11,7 @@ use crate::{
     service,
 };
 use arch::cpu;
-use broker::{Missed, Tally};
+use broker::{Missed, Restraint, Tally};
 use core::sync::atomic::Ordering::{Relaxed, SeqCst};
 use heapless::Vec;
 use iommu::{Bus, Features, Gpa, Iova, PAGE_SIZE, Perms};
@@ -27,6 +27,9 @@ mod task {
     pub const RELEASE: u64 = 7;
     pub const LEAVE: u64 = 8;
     pub const ISOLATION: u64 = 9;
+    pub const RESTRAINT: u64 = 10;
+    pub const NEIGHBOUR: u64 = 11;
+    pub const CLAIMS: u64 = 12;
 }
 
 /// How long a scene waits for a guest, in microseconds of the machine's time.
@@ -51,13 +54,15 @@ type Unexpected = &'static str;
 type Scene = fn(&Hypervisor, &Seen) -> Result<&'static str, Unexpected>;
 
 /// Each scene: its name, whether it needs devices that send page requests, and itself.
-const SCENES: [(&str, bool, Scene); 8] = [
+const SCENES: [(&str, bool, Scene); 10] = [
     ("deny", false, deny),
     ("allow", false, allow),
     ("event", true, event),
     ("repair", true, repair),
     ("silence", true, silence),
     ("forgery", true, forgery),
+    ("restraint", true, restraint),
+    ("claims", true, claims),
     ("departure", true, departure),
     ("isolation", true, isolation),
 ];
@@ -369,9 +374,7 @@ fn repair(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
     seen.count("unmaps", unmapped);
     let longest = |of: fn(&crate::hypervisor::Home) -> u64| hv.homes.iter().map(of).max().unwrap_or(0);
     seen.count("longest_to_record_us", longest(|home| home.longest_to_record_us.load(Relaxed)));
-    let times = hv.homes.iter().map(|home| home.answer_times.with(|times| *times));
-    let bucket = times.filter_map(|times| times.iter().rposition(|&count| count > 0)).max().unwrap_or(0);
-    seen.count("longest_to_answer_less_than_us", 1 << bucket);
+    seen.count("longest_to_answer_less_than_us", longest_answer_us(hv, &[0, 1]));
     Ok(
         "both guests at once: request, interrupt, ring, map, answer by cookie; the data is right, each group has one answer",
     )
@@ -430,6 +433,95 @@ fn forgery(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
     )
 }
 
+/// Runs `task` on guest 0 while the other guest repairs the faults of its own device; returns how many that were.
+fn perform_beside_neighbour(hv: &Hypervisor, task: u64, devices: &[usize]) -> Result<u64, Unexpected> {
+    guest::start(hv, 1, [task::NEIGHBOUR, 0, 0], &devices[1..]);
+    let there = wait_for(hv, PATIENCE_US, || report(hv, 1, 0) > 0);
+    let before = report(hv, 1, 0);
+    let performed = perform(hv, 0, [task, 0, 0], devices[0]);
+    let during = report(hv, 1, 0) - before;
+    let still_there = hv.homes[1].ending.with(|ending| ending.is_none());
+    hv.homes[1].task[0].store(task::RELEASE, SeqCst);
+    let released = passes(hv, 1);
+    expect(there, "the other guest repairs nothing")?;
+    performed.and(released)?;
+    let (neighbours, missed) = tally_of(hv, 1)?;
+    expect(still_there && during > 0, "the other guest's device was not served meanwhile")?;
+    expect(
+        neighbours.succeeded == neighbours.opened && missed == Missed::ZERO && report(hv, 1, 1) == 0,
+        "the other guest's device was touched",
+    )?;
+    let restraints = hv.homes[1].restraints.iter().map(|count| count.load(Relaxed)).sum::<u64>();
+    expect(restraints == 0, "the other guest's device was restrained")?;
+    Ok(during)
+}
+
+/// A guest leaves requests unanswered, again and again: its device is warned, throttled, and may ask no more.
+fn restraint(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
+    let devices = requesters(hv);
+    let during = perform_beside_neighbour(hv, task::RESTRAINT, &devices)?;
+    let (tally, missed) = tally_of(hv, 0)?;
+    let held_to = |restraint| hv.homes[0].restraints[restraint as usize].load(Relaxed);
+    let [lifted, warned, throttled, off] =
+        [Restraint::None, Restraint::Warned, Restraint::Throttled, Restraint::RequestsOff].map(held_to);
+    seen.count("expired", tally.expired);
+    seen.count("late_answers_refused", missed.late);
+    seen.count("answered_in_time", tally.succeeded);
+    seen.count("refused_at_once", tally.refused);
+    seen.count("warned", warned);
+    seen.count("throttled", throttled);
+    seen.count("lifted", lifted);
+    seen.count("requests_off", off);
+    seen.count("groups_of_the_neighbour", during);
+    seen.count("longest_to_answer_of_the_neighbour_less_than_us", longest_answer_us(hv, &[1]));
+    let told = [0, 1, 2, 3, 4].map(|number: usize| report(hv, 0, number));
+    let counted = [tally.expired, missed.late, tally.succeeded, tally.refused, tally.opened];
+    expect(told == counted, "guest and hypervisor count different groups")?;
+    expect(report(hv, 0, 5) == 0, "the device got an answer that it did not ask for")?;
+    expect(
+        tally.expired == 24 && (warned, throttled, lifted, off) == (4, 2, 3, 1),
+        "a restraint was not applied, or not lifted",
+    )?;
+    perform(hv, 0, [task::REPAIR, 0x4E, 0], devices[0])?;
+    let (next, _) = tally_of(hv, 0)?;
+    seen.count("groups_of_the_next_owner", next.opened);
+    expect(next.succeeded > 0 && next.refused == 0, "the next owner's requests were refused")?;
+    Ok(
+        "warned, throttled, lifted by an answer; off after 16 in a row; the neighbour was served, the next owner starts afresh",
+    )
+}
+
+/// A guest claims repairs that are none, then gives its device's page requests up.
+fn claims(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
+    let devices = requesters(hv);
+    let during = perform_beside_neighbour(hv, task::CLAIMS, &devices)?;
+    let (tally, _) = tally_of(hv, 0)?;
+    seen.count("unrepaired", tally.unrepaired);
+    seen.count("held", tally.held);
+    seen.count("answered_success", tally.succeeded);
+    seen.count("answered_failure", tally.failed);
+    seen.count("evicted", tally.evicted);
+    seen.count("longest_to_answer_less_than_us", longest_answer_us(hv, &[0]));
+    seen.count("groups_of_the_neighbour", during);
+    let told = [0, 1, 2, 3].map(|number: usize| report(hv, 0, number));
+    expect(
+        told == [tally.unrepaired, tally.held, tally.succeeded, tally.failed],
+        "guest and hypervisor count different groups",
+    )?;
+    expect(tally.held > 0 && tally.expired == 0, "answers were not held back, or beyond their deadline")?;
+    expect(tally.failed == 1 && tally.evicted == 1, "a failure did not end what was outstanding")?;
+    expect(report(hv, 0, 4) == 0, "the device got an answer that it did not ask for")?;
+    Ok(
+        "false claims are held back for longer each time, trust returns; a response failure ends its own device's requests alone",
+    )
+}
+
+/// Returns the end of the bucket of the longest answer among the guests of these homes, in microseconds.
+fn longest_answer_us(hv: &Hypervisor, homes: &[usize]) -> u64 {
+    let times = homes.iter().map(|&index| hv.homes[index].answer_times.with(|times| *times));
+    1 << times.filter_map(|times| times.iter().rposition(|&count| count > 0)).max().unwrap_or(0)
+}
+
 /// A guest goes with requests outstanding; a new one takes its device over.
 fn departure(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
     let devices = requesters(hv);
@@ -482,5 +574,5 @@ fn isolation(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
     expect(report(hv, 0, 0) > 0 && report(hv, 0, 0) == report(hv, 0, 1), "a try was not refused")?;
     expect(hv.homes[0].refused_accesses.load(Relaxed) == report(hv, 0, 2), "an access was refused unseen")?;
     expect(report(hv, 1, 0) == 0 && report(hv, 1, 2) == 0, "the other guest was told of it")?;
-    Ok("every try by code, call and device was refused and reported; the bytes are unchanged")
+    Ok("every try by code, call, entry and device was refused and reported; the bytes are unchanged")
 }

@@ -26,13 +26,15 @@ pub(crate) struct Scene {
 /// The scenes of [`Machine::X86_64`], in the order in which they are shown.
 ///
 /// The plugin adds an endpoint only: translation, page request queue, interrupt and response are those of QEMU's VT-d.
-const X86_64_SCENES: [Scene; 8] = [
+const X86_64_SCENES: [Scene; 10] = [
     Scene { name: "deny", page_requests: false, test_double: false },
     Scene { name: "allow", page_requests: false, test_double: false },
     Scene { name: "event", page_requests: true, test_double: false },
     Scene { name: "repair", page_requests: true, test_double: false },
     Scene { name: "silence", page_requests: true, test_double: false },
     Scene { name: "forgery", page_requests: true, test_double: false },
+    Scene { name: "restraint", page_requests: true, test_double: false },
+    Scene { name: "claims", page_requests: true, test_double: false },
     Scene { name: "departure", page_requests: true, test_double: false },
     Scene { name: "isolation", page_requests: true, test_double: false },
 ];
@@ -41,13 +43,15 @@ const X86_64_SCENES: [Scene; 8] = [
 ///
 /// Translation and event queue are those of QEMU's SMMUv3, which has no page requests: where a scene rests on those, the
 /// plugin's PRI queue stands in.
-const AARCH64_SCENES: [Scene; 8] = [
+const AARCH64_SCENES: [Scene; 10] = [
     Scene { name: "deny", page_requests: false, test_double: false },
     Scene { name: "allow", page_requests: false, test_double: false },
     Scene { name: "event", page_requests: true, test_double: false },
     Scene { name: "repair", page_requests: true, test_double: true },
     Scene { name: "silence", page_requests: true, test_double: true },
     Scene { name: "forgery", page_requests: true, test_double: true },
+    Scene { name: "restraint", page_requests: true, test_double: true },
+    Scene { name: "claims", page_requests: true, test_double: true },
     Scene { name: "departure", page_requests: true, test_double: true },
     Scene { name: "isolation", page_requests: true, test_double: false },
 ];
@@ -160,7 +164,10 @@ mod tests {
         };
 
         assert_eq!(doubles(Machine::X86_64), [""; 0]);
-        assert_eq!(doubles(Machine::Aarch64), ["repair", "silence", "forgery", "departure"]);
+        assert_eq!(
+            doubles(Machine::Aarch64),
+            ["repair", "silence", "forgery", "restraint", "claims", "departure"]
+        );
     }
 
     #[test]

@@ -18,7 +18,8 @@ Boots Portcullis in QEMU, shows its scenes, and judges them.
 Options:
   --machine NAME     boot this machine only (x86_64, aarch64)
   --scene NAME       show this scene only; may be given several times
-                     (deny allow event repair silence forgery departure isolation)
+                     (deny allow event repair silence forgery restraint
+                     claims departure isolation)
   --keep             keep each boot's files (serial.bin, log.txt, trace.txt, stderr.txt) and say where
   --offline          download nothing
   --timeout SECONDS  limit for each boot (60)

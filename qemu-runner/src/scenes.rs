@@ -10,14 +10,16 @@
 //! demonstration end scenes=8 passed=8
 //! ```
 //!
-//! and at any level, each time a mapping has been removed, or an address space detached, and its invalidation has completed:
+//! and at any level, each time a mapping has been removed, an address space detached, or an entry of a guest's own array of
+//! invalidations handled, and the invalidation has completed:
 //!
 //! ```text
 //! unmap stream=0x18 pasid=0x1 domain=0x5 iova=0x40000000 pages=4
 //! detach stream=0x18 pasid=0x1 domain=0x5
+//! invalidate stream=0x18 pasid=0x1 domain=0x5 iova=0x40000000 pages=4 entry=0
 //! ```
 //!
-//! For accesses without PASID, the first has `pasid=0x0` and the second `pasid=0xffffffff`.
+//! For accesses without PASID, a detachment has `pasid=0xffffffff` and the others `pasid=0x0`.
 
 use std::collections::BTreeMap;
 
@@ -45,6 +47,8 @@ impl<'l> Message<'l> {
             unmap(fields)
         } else if let Some(fields) = text.strip_prefix("detach stream=") {
             detach(fields)
+        } else if let Some(fields) = text.strip_prefix("invalidate stream=") {
+            invalidate(fields)
         } else if line.level != Level::Info {
             return Ok(None);
         } else if let Some(rest) = text.strip_prefix("scene ") {
@@ -91,6 +95,18 @@ fn unmap(fields: &str) -> Option<Message<'static>> {
     let (iova, pages) = rest.split_once(" pages=")?;
     let part = Part::Pages { iova: hex(iova)?, pages: pages.parse().ok()? };
     Some(Message::Removal(Removal { stream: hex(stream)?, pasid: hex(pasid)?, domain: hex(domain)?, part }))
+}
+
+/// Reads the fields of `invalidate stream=…` after the `=`.
+fn invalidate(fields: &str) -> Option<Message<'static>> {
+    let (pages, number) = fields.split_once(" entry=")?;
+    let Message::Removal(Removal { part: Part::Pages { iova, pages }, stream, pasid, domain }) =
+        unmap(pages)?
+    else {
+        return None;
+    };
+    let part = Part::Entry { number: number.parse().ok()?, iova, pages };
+    Some(Message::Removal(Removal { stream, pasid, domain, part }))
 }
 
 /// Reads the fields of `detach stream=…` after the `=`.
@@ -285,6 +301,17 @@ mod tests {
     }
 
     #[test]
+    fn an_entry_of_a_guests_array_is_read() {
+        let text = "invalidate stream=0x18 pasid=0x1 domain=0x5 iova=0x40000000 pages=4 entry=2";
+        let line = logged(Level::Debug, text);
+
+        let message = Message::read(&line).unwrap().unwrap();
+
+        let part = Part::Entry { number: 2, iova: 0x4000_0000, pages: 4 };
+        assert_eq!(message, Message::Removal(Removal { stream: 0x18, pasid: 1, domain: 5, part }));
+    }
+
+    #[test]
     fn a_detachment_is_read_at_any_level_with_a_pasid_or_without() {
         for (text, pasid) in [
             ("detach stream=0x18 pasid=0x1 domain=0x5", 1),
@@ -345,6 +372,7 @@ mod tests {
             "unmap stream=18 pasid=0x1 domain=0x5 iova=0x0 pages=4",
             "unmap stream=0x18 pasid=0x1 domain=0x5 pages=4",
             "detach stream=0x18 pasid=none domain=0x5",
+            "invalidate stream=0x18 pasid=0x1 domain=0x5 iova=0x0 pages=4",
             "detach stream=0x18 pasid=0x1 domain=0x5 iova=0x0",
         ] {
             let complaints = transcript(&[text]).complaints;

@@ -42,10 +42,19 @@ pub(crate) enum Part {
     Pages { iova: u64, pages: u64 },
     /// All of it: the address space was detached.
     All,
+    /// Nothing: the pages stay, and what was remembered of them is forgotten, because a guest asked. It is entry `number` of
+    /// its array, whose entries are submitted together.
+    Entry { number: u64, iova: u64, pages: u64 },
 }
 
 /// First address and the address after the last.
 type Range = (u64, u64);
+
+/// Where `pages` pages of so many bytes end that start at `start`; `None` if that is past the last address.
+fn end(start: u64, pages: u64, bytes: u64) -> Option<u64> {
+    let end = u128::from(start) + u128::from(pages) * u128::from(bytes);
+    u64::try_from(end).ok().or((end == 1 << 64).then_some(u64::MAX))
+}
 
 /// All addresses.
 const EVERYWHERE: Range = (0, u64::MAX);
@@ -54,7 +63,9 @@ impl Removal {
     /// The addresses to be forgotten; `None` if they leave the address space.
     fn range(&self) -> Option<Range> {
         match self.part {
-            Part::Pages { iova, pages } => Some((iova, iova.checked_add(pages.checked_mul(PAGE)?)?)),
+            Part::Pages { iova, pages } | Part::Entry { iova, pages, .. } => {
+                Some((iova, end(iova, pages, PAGE)?))
+            }
             Part::All => Some(EVERYWHERE),
         }
     }
@@ -62,7 +73,7 @@ impl Removal {
     /// What has to happen for it, in order: each cache is filled from the one before.
     fn steps(&self, machine: Machine, has_device_tlb: bool) -> Vec<Step> {
         let steps: &[Step] = match self.part {
-            Part::Pages { .. } => &[Step::Translations, Step::DeviceTlb],
+            Part::Pages { .. } | Part::Entry { .. } => &[Step::Translations, Step::DeviceTlb],
             Part::All => &[Step::Configuration, Step::Translations, Step::DeviceTlb, Step::Drain],
         };
         let needed = |step: &Step| match step {
@@ -80,6 +91,7 @@ impl fmt::Display for Removal {
         match self.part {
             Part::Pages { iova, pages } => write!(f, "the unmap of {pages} pages at {iova:#x}")?,
             Part::All => f.write_str("the detachment")?,
+            Part::Entry { iova, pages, .. } => write!(f, "a guest's entry of {pages} pages at {iova:#x}")?,
         }
         write!(f, " (stream {:#x}, pasid {:#x}, domain {:#x})", self.stream, self.pasid, self.domain)
     }
@@ -170,6 +182,10 @@ pub struct Trace {
     pub detachments: u64,
     /// Detachments for which the trace has all steps.
     pub detached: u64,
+    /// Entries of guests' own arrays of invalidations.
+    pub entries: u64,
+    /// Entries for which the trace has an invalidation.
+    pub forgotten: u64,
     /// What is wrong, the first few in words.
     pub findings: Vec<String>,
 }
@@ -181,6 +197,7 @@ impl Trace {
             && self.bypassed == 0
             && self.invalidated == self.unmaps
             && self.detached == self.detachments
+            && self.forgotten == self.entries
             && self.findings.is_empty()
     }
 
@@ -194,7 +211,7 @@ impl Trace {
     ///
     /// `with_device_tlb` are the streams of the devices that keep translations of their own. A step counts when the
     /// hypervisor has waited for it: when a completion follows in its batch. Each batch accounts for one removal at most,
-    /// so that a step which was forgotten is not excused by a twin. Where there were unmaps there are detachments in the end;
+    /// so that a step which was forgotten is not excused by a twin; the entries of one array share theirs. Where there were unmaps there are detachments in the end;
     /// that none is told is a finding only if they must be.
     pub(crate) fn judge(
         machine: Machine,
@@ -212,19 +229,34 @@ impl Trace {
         if detachments_must_be_told && !told && !removals.is_empty() {
             trace.find("the hypervisor removed mappings and told of no detachment".into());
         }
-        // Where the search for an address space's next batch begins.
-        let mut next = HashMap::<(u64, u64), usize>::new();
+        // Where the search for an address space's next batch begins, and whether that one is of entries before.
+        let mut next = HashMap::<(u64, u64), (usize, bool)>::new();
         for removal in removals {
             let steps = removal.steps(machine, with_device_tlb.contains(&removal.stream));
-            let from = next.entry((removal.stream, removal.pasid)).or_default();
+            let (from, of_entries) = next.entry((removal.stream, removal.pasid)).or_default();
+            let is_entry = matches!(removal.part, Part::Entry { .. });
+            let goes_on = matches!(removal.part, Part::Entry { number: 1.., .. });
+            if *of_entries && !goes_on {
+                batches[*from].clear();
+                *from += 1;
+                *of_entries = false;
+            }
             let found = search(&batches[*from..], removal, &steps, told);
             if let Ok(at) = found {
-                batches[*from + at].clear();
-                *from += at + 1;
+                if *of_entries && at > 0 {
+                    batches[*from].clear();
+                }
+                *from += at;
+                *of_entries = is_entry;
+                if !is_entry {
+                    batches[*from].clear();
+                    *from += 1;
+                }
             }
             let (all, complete) = match removal.part {
                 Part::Pages { .. } => (&mut trace.unmaps, &mut trace.invalidated),
                 Part::All => (&mut trace.detachments, &mut trace.detached),
+                Part::Entry { .. } => (&mut trace.entries, &mut trace.forgotten),
             };
             *all += 1;
             *complete += u64::from(found.is_ok());
@@ -283,7 +315,7 @@ impl Trace {
 /// An unmap is not looked for beyond the detachment of its address space, if all detachments are `told`: one that was logged
 /// before has taken its batch already, and what it left empty is none.
 fn search(batches: &[Batch], removal: &Removal, steps: &[Step], told: bool) -> Result<usize, Step> {
-    let is_unmap = matches!(removal.part, Part::Pages { .. });
+    let is_unmap = matches!(removal.part, Part::Pages { .. } | Part::Entry { .. });
     let mut furthest = if is_unmap { Step::Translations } else { Step::Configuration };
     for (at, batch) in batches.iter().enumerate() {
         if is_unmap && told && is_detachment(batch, removal) {
@@ -731,6 +763,33 @@ mod tests {
 
         for words in &WORDS {
             assert_eq!(words.judge(&[words.all], &[impossible]).invalidated, 0);
+        }
+    }
+
+    #[test]
+    fn entries_of_one_array_share_a_batch_and_nothing_else_does() {
+        let entry = |number, iova, pages| Removal { part: Part::Entry { number, iova, pages }, ..FOUR_PAGES };
+        let halves = [entry(0, 0x4000_0000, 2), entry(1, 0x4000_2000, 2)];
+        for words in &WORDS {
+            let together = [words.pages, words.wait];
+            let trace = |removals: &[Removal]| words.judge(&together, removals);
+
+            assert!(trace(&halves).clean(), "{:?}", trace(&halves));
+            assert_eq!((trace(&halves).entries, trace(&halves).unmaps), (2, 0));
+            // Another array, or an unmap, wants a batch of its own.
+            assert_eq!(trace(&[halves[0], entry(0, 0x4000_2000, 2)]).forgotten, 1);
+            assert_eq!(trace(&[halves[0], FOUR_PAGES]).invalidated, 0);
+            assert_eq!(trace(&[FOUR_PAGES, halves[0]]).forgotten, 0);
+            assert_eq!(trace(&[entry(0, 0x4000_4000, 1)]).forgotten, 0);
+        }
+    }
+
+    #[test]
+    fn the_last_page_ends_where_addresses_do() {
+        let last = Removal { part: Part::Pages { iova: u64::MAX - 4095, pages: 1 }, ..FOUR_PAGES };
+
+        for words in &WORDS {
+            assert_eq!(words.judge(&[words.all, words.wait], &[last]).invalidated, 1);
         }
     }
 

@@ -14,12 +14,28 @@ use qemu_runner::{Demonstration, Error, Options, Report};
 const MACHINES: [&str; 2] = ["x86_64", "aarch64"];
 
 /// The scenes of each machine, in the order in which they are shown.
-const SCENES: [&str; 8] =
-    ["deny", "allow", "event", "repair", "silence", "forgery", "departure", "isolation"];
+const SCENES: [&str; 10] = [
+    "deny",
+    "allow",
+    "event",
+    "repair",
+    "silence",
+    "forgery",
+    "restraint",
+    "claims",
+    "departure",
+    "isolation",
+];
 
 /// The scenes and machines for which a part of ours stands in for one that QEMU lacks: page requests on SMMUv3.
-const TEST_DOUBLES: [(&str, &str); 4] =
-    [("aarch64", "repair"), ("aarch64", "silence"), ("aarch64", "forgery"), ("aarch64", "departure")];
+const TEST_DOUBLES: [(&str, &str); 6] = [
+    ("aarch64", "repair"),
+    ("aarch64", "silence"),
+    ("aarch64", "forgery"),
+    ("aarch64", "restraint"),
+    ("aarch64", "claims"),
+    ("aarch64", "departure"),
+];
 
 /// What became of the one boot of each machine that all tests look at.
 struct Shown {
@@ -106,6 +122,7 @@ fn qemu_saw_each_removal_invalidated_and_no_device_bypass_translation() {
         assert_eq!((trace.bypassed, trace.invalidated), (0, trace.unmaps), "{machine}");
         assert!(trace.detachments > 0, "{machine}: the scene allow detaches, and nothing was logged");
         assert_eq!(trace.detached, trace.detachments, "{machine}");
+        assert_eq!(trace.forgotten, trace.entries, "{machine}");
     }
 }
 
@@ -134,13 +151,20 @@ fn what_the_scenes_counted_adds_up() {
         for (name, key, other) in [
             ("silence", "expired", "late_answers_refused"),
             ("forgery", "forged", "refused"),
+            ("restraint", "expired", "late_answers_refused"),
             ("isolation", "tries", "refused"),
         ] {
             assert_eq!(count(name, key), count(name, other), "{machine} {name}: {key} and {other}");
         }
-        for (name, key) in
-            [("repair", "groups"), ("silence", "expired"), ("forgery", "forged"), ("isolation", "tries")]
-        {
+        for (name, key) in [
+            ("repair", "groups"),
+            ("silence", "expired"),
+            ("forgery", "forged"),
+            ("restraint", "requests_off"),
+            ("restraint", "groups_of_the_neighbour"),
+            ("claims", "held"),
+            ("isolation", "tries"),
+        ] {
             assert_ne!(count(name, key), Some(0), "{machine} {name}: {key}");
         }
         for (name, key) in

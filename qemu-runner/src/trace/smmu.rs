@@ -78,7 +78,7 @@ fn taken(event: &str, text: &str) -> Option<Taken> {
                 granule @ 1..=3 => 1 << (10 + 2 * granule),
                 _ => return None,
             };
-            let end = start.checked_add(hex(field("num_pages")?)?.checked_mul(page)?)?;
+            let end = super::end(start, hex(field("num_pages")?)?, page)?;
             Some(Taken { domain: Some(domain), range: (start, end), ..Taken::all(Step::Translations) })
         }
         _ => None,

@@ -1,7 +1,10 @@
 //! What the guest asks of the hypervisor.
 
-use crate::{ensure, machine, say, say::Failed};
-use channel::{Call, Status};
+use crate::{ensure, machine, memory::COUNTS, say, say::Failed};
+use channel::{
+    Call, Status,
+    counters::{BUCKETS, COUNTERS_WORDS, Counter, TO_ANSWER_WORD},
+};
 
 /// The hypervisor did not do what it was asked.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -67,6 +70,35 @@ pub fn wait_interrupted<T>(
             return Ok(None);
         }
     }
+}
+
+/// The counters of a device, as they were.
+pub struct Counters([u64; COUNTERS_WORDS]);
+
+impl Counters {
+    /// Returns one of them.
+    pub fn get(&self, counter: Counter) -> u64 {
+        self.0[counter as usize]
+    }
+
+    /// Returns the bucket of the time that an answer took, if there was one answer since `before`.
+    pub fn answered_since(&self, before: &Self) -> Option<usize> {
+        let counts = |counters: &Self| -> [u64; BUCKETS] {
+            core::array::from_fn(|bucket| counters.0[TO_ANSWER_WORD + bucket])
+        };
+        let (now, before) = (counts(self), counts(before));
+        let more = |bucket: usize| now[bucket] - before[bucket];
+        let all: u64 = (0..BUCKETS).map(more).sum();
+        (0..BUCKETS).find(|&bucket| more(bucket) == 1 && all == 1)
+    }
+}
+
+/// Reads the counters of a device.
+pub fn counters(device: u64) -> Result<Counters, Failed> {
+    const BYTES: u64 = COUNTERS_WORDS as u64 * 8;
+    let [written, ..] = demand(Call::Counters, [device, COUNTS.address(), BYTES, 0])?;
+    ensure!(written == BYTES, "{written} bytes of counters instead of {BYTES}");
+    Ok(Counters(core::array::from_fn(|word| COUNTS.load(word).unwrap_or(0))))
 }
 
 /// Reports `values`, numbered from 0.

@@ -53,6 +53,8 @@ pub const NOT_LAST: u32 = 1 << 7;
 /// In an operation's `control`: no PASID.
 pub const NO_PASID: u32 = 1 << 8;
 
+/// Cause of a failed lane: the device may send no page requests.
+pub const REQUEST_REFUSED: u8 = 3;
 /// Cause of a failed lane: the page requests were answered Invalid Request.
 pub const INVALID_RESPONSE: u8 = 4;
 /// Cause of a failed lane: the memory access failed.

@@ -19,6 +19,9 @@ pub struct Page([AtomicU64; PAGE_WORDS]);
 /// All pages that devices are given.
 pub static PAGES: [Page; 16] = [const { Page([const { AtomicU64::new(0) }; PAGE_WORDS]) }; 16];
 
+/// Where the hypervisor writes counters.
+pub static COUNTS: Page = Page([const { AtomicU64::new(0) }; PAGE_WORDS]);
+
 impl Page {
     /// Returns the page's guest-physical address.
     pub fn address(&self) -> u64 {
@@ -49,7 +52,8 @@ impl Page {
             .fold(0, u64::wrapping_add)
     }
 
-    fn load(&self, at: usize) -> Option<u64> {
+    /// Loads word `at`; `None` past the page.
+    pub fn load(&self, at: usize) -> Option<u64> {
         self.0.get(at).map(|word| word.load(Ordering::Relaxed))
     }
 }

@@ -1,11 +1,15 @@
 //! What a guest may be told to do, and the steps that the tasks share.
 
+mod claims;
+mod entries;
 mod event;
 mod forgery;
 mod hold;
 mod isolation;
 mod leave;
+mod neighbour;
 mod repair;
+mod restraint;
 mod silence;
 mod watch;
 
@@ -43,10 +47,13 @@ const REPAIR: u64 = 3;
 const SILENCE: u64 = 4;
 const FORGERY: u64 = 5;
 const HOLD: u64 = 6;
-/// Ends [`HOLD`].
+/// Ends [`HOLD`] and [`NEIGHBOUR`].
 const RELEASE: u64 = 7;
 const LEAVE: u64 = 8;
 const ISOLATION: u64 = 9;
+const RESTRAINT: u64 = 10;
+const NEIGHBOUR: u64 = 11;
+const CLAIMS: u64 = 12;
 
 /// Asks for the task, and does it.
 pub fn run() -> Result<(), Failed> {
@@ -62,6 +69,9 @@ pub fn run() -> Result<(), Failed> {
         HOLD => hold::run(),
         LEAVE => leave::run(),
         ISOLATION => isolation::run([first, second]),
+        RESTRAINT => restraint::run(),
+        NEIGHBOUR => neighbour::run(),
+        CLAIMS => claims::run(),
         _ => {
             say!("this guest knows no task {task}");
             Err(Failed)

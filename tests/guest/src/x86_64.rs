@@ -271,8 +271,8 @@ extern "sysv64" fn exception(frame: &mut ExceptionFrame) {
 
 /// Calls the hypervisor: a number and four arguments; returns a status and three values.
 ///
-/// It is safe because no call makes the hypervisor write to memory that Rust owns: the only memory that this program
-/// offers to a device is made of atomics ([`Page`](crate::memory::Page)).
+/// It is safe because no call makes the hypervisor write to memory that Rust owns other than as atomics: the only memory
+/// that this program offers to a device, or for counters, is made of those ([`Page`](crate::memory::Page)).
 pub fn call(number: u64, arguments: [u64; 4]) -> [u64; 4] {
     let [first, second, third, fourth] = arguments;
     let mut results = [0; 4];

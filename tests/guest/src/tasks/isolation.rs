@@ -1,6 +1,6 @@
 //! ISOLATION: neither the guest's code, nor its calls, nor its device reach what is not the guest's.
 
-use super::{Access, Bench};
+use super::{Access, Bench, entries};
 use crate::{
     calls::{Refusal, ask, ask_number, demand, report},
     device::{DMA_ERROR, INVALID_RESPONSE, NO_PASID, Operation, UNSUPPORTED, UNTRANSLATED, WRITE},
@@ -58,6 +58,7 @@ pub fn run(targets: [u64; 2]) -> Result<(), Failed> {
     let code = by_code(&bench, [targets[0], targets[1], machine::MESSAGES, page_past]);
     let call = by_call(&bench)?;
     let device = by_device(&mut bench, targets)?;
+    entries::the_good_ones_are_done(&bench)?;
     bench.assigned.detach()?;
 
     let tries = code.tries + call.tries + device.tries;
@@ -110,6 +111,16 @@ fn by_call(bench: &Bench) -> Result<Tally, Failed> {
         let answer = ask(call, arguments);
         let refused = matches!(answer, Err(Refusal::For(NotYours | Malformed)));
         tally.count(refused, format_args!("{call:?}{arguments:x?}: {answer:x?}"));
+    }
+    for (call, arguments, status) in entries::refused_calls(devices) {
+        let answer = ask(call, arguments);
+        let refused = answer == Err(Refusal::For(status));
+        tally.count(refused, format_args!("{call:?}{arguments:x?}: {answer:x?}"));
+    }
+    for (entry, why, word, bits) in entries::refused_entries(bench) {
+        let answer = entries::invalidate(&[entry]);
+        let refused = answer == entries::refused_at(0, why, word, bits);
+        tally.count(refused, format_args!("the entry {entry:x?}: {answer:x?}"));
     }
     let answer = ask_number(UNKNOWN_CALL, [0; 4]);
     let refused = answer == Err(Refusal::For(UnknownCall));

@@ -79,8 +79,8 @@ struct World<const S: usize, const N: usize> {
     run: Cell<u64>,
     /// The groups that were admitted in this run, by their numbers.
     groups: RefCell<Vec<Counts>>,
-    /// The cookie that the guest was told last.
-    told: Cell<Option<Cookie>>,
+    /// The cookie that the guest was told last, and the number of its group.
+    told: Cell<Option<(Cookie, u16)>>,
 }
 
 /// What a core may do.
@@ -169,11 +169,11 @@ impl<const S: usize, const N: usize> World<S, N> {
             Action::Forward => {
                 let mut first = None;
                 while let Some(group) = self.next() {
-                    first.get_or_insert(group.cookie);
+                    first.get_or_insert((group.cookie, group.tag.index));
                 }
-                first.into_iter().for_each(|cookie| self.settle(cookie));
+                first.into_iter().for_each(|group| self.settle(group));
             }
-            Action::Settle => self.told.get().into_iter().for_each(|cookie| self.settle(cookie)),
+            Action::Settle => self.told.get().into_iter().for_each(|group| self.settle(group)),
             Action::Evict => self.evict(Whose::All),
             Action::Leave => {
                 ledger.leave(self.attachment.get());
@@ -225,13 +225,16 @@ impl<const S: usize, const N: usize> World<S, N> {
         assert!(pages == GROUP || asked > 1 && pages < GROUP, "{group:?}");
         let number = |page: &Page| page.iova.0 >> 12 & 0xFFFF;
         assert!(group.pages.iter().all(|page| number(page) == u64::from(group.tag.index)), "{group:?}");
-        self.told.set(Some(group.cookie));
+        self.told.set(Some((group.cookie, group.tag.index)));
         Some(group)
     }
 
-    fn settle(&self, cookie: Cookie) {
+    fn settle(&self, (cookie, number): (Cookie, u16)) {
         match self.ledger.settle(self.queue, cookie, Outcome::Success, self.now_us.get()) {
-            Ok(Settled::Now(answer)) => self.send(answer),
+            Ok(Settled::Now(answer)) => {
+                assert_eq!(answer.response().tag.index, number, "a cookie answers its own group");
+                self.send(answer);
+            }
             Ok(Settled::Held) | Err(_) => {}
         }
     }
@@ -388,8 +391,8 @@ fn a_free_slot_is_found_whenever_another_is_freed() {
             beside.act(Action::Admit);
             while beside.next().is_some() {}
         };
-        let cookie = world.told.get().expect("it was told");
-        let ((), happened) = interrupted(moment, interruption, || world.settle(cookie));
+        let told = world.told.get().expect("it was told");
+        let ((), happened) = interrupted(moment, interruption, || world.settle(told));
         while world.ledger.outstanding(world.queue) < S {
             let before = world.ledger.outstanding(world.queue);
             world.act(Action::Admit);

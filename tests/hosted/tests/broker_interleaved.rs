@@ -477,3 +477,20 @@ fn an_old_name_of_a_queue_means_nothing_while_it_is_opened_anew() {
         }
     }
 }
+
+#[test]
+fn a_ring_that_is_connected_late_or_anew_announces_what_waits() {
+    let world = World::<2, { 2 + POISONED }>::new(false);
+    let rings = [(); 2].map(|()| Box::leak(Box::new(spsc::Queue::<u16, 3>::new())).split());
+    let [(first, _), (second, consumer)] = rings;
+    world.broker.replace(Broker::new(world.ledger));
+
+    world.act(Action::Admit);
+    world.broker.borrow_mut().connect(0, first).expect("it is large enough");
+    world.act(Action::Admit);
+    world.broker.borrow_mut().connect(0, second).expect("it is large enough");
+    world.inbox.replace(Inbox::new(world.ledger, 0, consumer));
+
+    let indices = std::iter::from_fn(|| world.next()).map(|group| group.tag.index);
+    assert_eq!(indices.collect::<Vec<_>>(), [0, 1]);
+}

@@ -79,8 +79,8 @@ struct World<const S: usize, const N: usize> {
     run: Cell<u64>,
     /// The groups that were admitted in this run, by their numbers.
     groups: RefCell<Vec<Counts>>,
-    /// The cookie that the guest was told last.
-    told: Cell<Option<Cookie>>,
+    /// The cookie that the guest was told last, and the number of its group.
+    told: Cell<Option<(Cookie, u16)>>,
 }
 
 /// What a core may do.
@@ -169,11 +169,11 @@ impl<const S: usize, const N: usize> World<S, N> {
             Action::Forward => {
                 let mut first = None;
                 while let Some(group) = self.next() {
-                    first.get_or_insert(group.cookie);
+                    first.get_or_insert((group.cookie, group.tag.index));
                 }
-                first.into_iter().for_each(|cookie| self.settle(cookie));
+                first.into_iter().for_each(|group| self.settle(group));
             }
-            Action::Settle => self.told.get().into_iter().for_each(|cookie| self.settle(cookie)),
+            Action::Settle => self.told.get().into_iter().for_each(|group| self.settle(group)),
             Action::Evict => self.evict(Whose::All),
             Action::Leave => {
                 ledger.leave(self.attachment.get());
@@ -225,13 +225,16 @@ impl<const S: usize, const N: usize> World<S, N> {
         assert!(pages == GROUP || asked > 1 && pages < GROUP, "{group:?}");
         let number = |page: &Page| page.iova.0 >> 12 & 0xFFFF;
         assert!(group.pages.iter().all(|page| number(page) == u64::from(group.tag.index)), "{group:?}");
-        self.told.set(Some(group.cookie));
+        self.told.set(Some((group.cookie, group.tag.index)));
         Some(group)
     }
 
-    fn settle(&self, cookie: Cookie) {
+    fn settle(&self, (cookie, number): (Cookie, u16)) {
         match self.ledger.settle(self.queue, cookie, Outcome::Success, self.now_us.get()) {
-            Ok(Settled::Now(answer)) => self.send(answer),
+            Ok(Settled::Now(answer)) => {
+                assert_eq!(answer.response().tag.index, number, "a cookie answers its own group");
+                self.send(answer);
+            }
             Ok(Settled::Held) | Err(_) => {}
         }
     }
@@ -388,8 +391,8 @@ fn a_free_slot_is_found_whenever_another_is_freed() {
             beside.act(Action::Admit);
             while beside.next().is_some() {}
         };
-        let cookie = world.told.get().expect("it was told");
-        let ((), happened) = interrupted(moment, interruption, || world.settle(cookie));
+        let told = world.told.get().expect("it was told");
+        let ((), happened) = interrupted(moment, interruption, || world.settle(told));
         while world.ledger.outstanding(world.queue) < S {
             let before = world.ledger.outstanding(world.queue);
             world.act(Action::Admit);
@@ -473,4 +476,21 @@ fn an_old_name_of_a_queue_means_nothing_while_it_is_opened_anew() {
             return;
         }
     }
+}
+
+#[test]
+fn a_ring_that_is_connected_late_or_anew_announces_what_waits() {
+    let world = World::<2, { 2 + POISONED }>::new(false);
+    let rings = [(); 2].map(|()| Box::leak(Box::new(spsc::Queue::<u16, 3>::new())).split());
+    let [(first, _), (second, consumer)] = rings;
+    world.broker.replace(Broker::new(world.ledger));
+
+    world.act(Action::Admit);
+    world.broker.borrow_mut().connect(0, first).expect("it is large enough");
+    world.act(Action::Admit);
+    world.broker.borrow_mut().connect(0, second).expect("it is large enough");
+    world.inbox.replace(Inbox::new(world.ledger, 0, consumer));
+
+    let indices = std::iter::from_fn(|| world.next()).map(|group| group.tag.index);
+    assert_eq!(indices.collect::<Vec<_>>(), [0, 1]);
 }

@@ -96,7 +96,7 @@ numbered! {
         /// The device is to send no more page requests (`Response Failure`).
         ///
         /// This is what a guest would tell its device. Hardware is told that the pages will not be there, since devices share
-        /// what a failure stops; from then on the hypervisor refuses the device's requests until it is attached anew.
+        /// what a failure stops; from then on the device may send no more requests until it has another owner.
         Failure = 15,
     }
 }

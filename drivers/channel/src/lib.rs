@@ -12,9 +12,9 @@
 //! | events, lossy and numbered | yes | each record says how many were lost before it |
 //! | losses | yes | two sums in the header, so that the last ones are seen too |
 //! | C header | yes | `include/portcullis.h`, made by [`header`] |
-//! | invalidation arrays | yes | pages, VT-d first stage, SMMUv3 commands: [`invalidate`]; the hypervisor here serves none yet |
-//! | counters of a device | layout | [`counters`]; the hypervisor here writes none yet |
-//! | response failure | as invalid | the hypervisor here goes on to take the device's requests |
+//! | invalidation arrays | yes | pages, VT-d first stage, SMMUv3 commands: [`invalidate`]; the hypervisor here serves the first |
+//! | counters of a device | yes | [`counters`] |
+//! | response failure | virtual | hardware hears that the pages are invalid; the device may ask for no more |
 #![cfg_attr(not(test), no_std)]
 #![forbid(unsafe_code)]
 

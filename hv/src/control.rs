@@ -226,12 +226,12 @@ impl Guest {
     pub fn restrain_devices(&mut self) {
         for given in &mut self.devices {
             let restraint = self.hv.ledger.restraint(given.id);
-            let Some(device) = self.hv.devices.get(given.number) else { continue };
             if restraint == given.restraint {
                 continue;
             }
             let before = core::mem::replace(&mut given.restraint, restraint);
             self.hv.homes[self.index].restraints[restraint as usize].fetch_add(1, Relaxed);
+            let Some(device) = self.hv.devices.get(given.number) else { continue };
             if restraint >= Restraint::RequestsOff && before < Restraint::RequestsOff {
                 // The broker admits nothing more, so what is outstanding ends here.
                 while let Some(answer) =

@@ -19,7 +19,7 @@ use iommu::{DmaBuf, Gpa, PAGE_SIZE, Perms};
 use pgtable::Tree;
 
 /// Frames of a guest's RAM, which starts at its address 0: 2 MiB.
-const RAM_FRAMES: usize = 512;
+pub const RAM_FRAMES: usize = 512;
 /// Where a guest's program is put, and entered.
 const ENTRY: Gpa = Gpa(0x10_0000);
 /// Where a guest finds its fault channel, once it is open.

@@ -15,6 +15,7 @@ use broker::{Missed, Restraint, Tally};
 use core::sync::atomic::Ordering::{Relaxed, SeqCst};
 use heapless::Vec;
 use iommu::{Bus, Features, Gpa, Iova, PAGE_SIZE, Perms};
+use pcie::ConfigSpace as _;
 
 /// The tasks of the guest program.
 mod task {
@@ -439,21 +440,23 @@ fn perform_beside_neighbour(hv: &Hypervisor, task: u64, devices: &[usize]) -> Re
     let there = wait_for(hv, PATIENCE_US, || report(hv, 1, 0) > 0);
     let before = report(hv, 1, 0);
     let performed = perform(hv, 0, [task, 0, 0], devices[0]);
-    let during = report(hv, 1, 0) - before;
-    let still_there = hv.homes[1].ending.with(|ending| ending.is_none());
+    let end = report(hv, 1, 0);
+    // One read may have been on its way; the next one was not.
+    let goes_on = wait_for(hv, PATIENCE_US, || report(hv, 1, 0) >= end + 2);
     hv.homes[1].task[0].store(task::RELEASE, SeqCst);
     let released = passes(hv, 1);
     expect(there, "the other guest repairs nothing")?;
     performed.and(released)?;
     let (neighbours, missed) = tally_of(hv, 1)?;
-    expect(still_there && during > 0, "the other guest's device was not served meanwhile")?;
+    expect(end > before, "the other guest's device was not served meanwhile")?;
+    expect(goes_on, "the other guest's device is not served any more")?;
     expect(
         neighbours.succeeded == neighbours.opened && missed == Missed::ZERO && report(hv, 1, 1) == 0,
         "the other guest's device was touched",
     )?;
     let restraints = hv.homes[1].restraints.iter().map(|count| count.load(Relaxed)).sum::<u64>();
     expect(restraints == 0, "the other guest's device was restrained")?;
-    Ok(during)
+    Ok(end - before)
 }
 
 /// A guest leaves requests unanswered, again and again: its device is warned, throttled, and may ask no more.
@@ -528,8 +531,11 @@ fn departure(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
     guest::start(hv, 0, [task::LEAVE, 0, 0], &[devices[0]]);
     let ready = wait_for(hv, PATIENCE_US, || report(hv, 0, 1) == 1);
     let outstanding = hv.homes[0].outstanding(hv.ledger);
+    let enables = enables_of(hv, devices[0]);
+    let ram = hv.homes[0].ram.load(Relaxed);
     guest::stop(hv, 0);
     let ending = ending_of(hv, 0)?;
+    let enables_left = enables_of(hv, devices[0]);
     expect(ready, "the guest has no requests outstanding")?;
     expect(ending == Ending::Stopped, "the guest ended by itself")?;
     let (left, _) = tally_of(hv, 0)?;
@@ -538,14 +544,59 @@ fn departure(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
     seen.count("half_seen_groups_discarded", left.discarded);
     expect(report(hv, 0, 0) == 4 && left.evicted == 4, "not every request was answered when the guest went")?;
     expect(left.discarded == 1, "the half-seen group was not discarded")?;
+    seen.count("enables", enables);
+    seen.count("enables_left", enables_left);
+    expect(enables >= 3, "a guest's device does not ask for pages")?;
+    expect(enables_left == 0, "a device that is nobody's may issue requests, of one kind or another")?;
+    let words_left = words_left_in(hv, ram)?;
+    seen.count("words_left_in_memory", words_left);
+    expect(words_left == 0, "memory is handed out with what the last owner left there")?;
 
     perform(hv, 0, [task::REPAIR, 0xDE, 0], devices[0])?;
     let (tally, _) = tally_of(hv, 0)?;
     seen.count("groups_of_the_next_owner", tally.opened);
     expect(tally.succeeded > 0 && report(hv, 0, 4) == 0, "the next owner's requests were not served")?;
     Ok(
-        "every request was answered, the device blocked, all frames came back; a new guest owns the device and repairs",
+        "every request was answered, the device switched off, its memory came back and is handed out empty; a new guest repairs",
     )
+}
+
+/// Counts what a device may do, as its configuration space has it: master the bus, translate (ATS), ask for pages (PRI), name
+/// address spaces (PASID).
+fn enables_of(hv: &Hypervisor, number: usize) -> u64 {
+    const COMMAND: u16 = 0x04;
+    const BUS_MASTER: u32 = 1 << 2;
+    const EXTENDED: u16 = 0x100;
+    /// Each capability has 8 bytes at least, so a longer chain has a loop.
+    const CAPABILITIES: usize = (0x1000 - EXTENDED as usize) / 8;
+    let read = |at| hv.devices.get(number).map_or(0, |device| hv.config.read32(device.function.id, at));
+    let mut enables = u64::from(read(COMMAND) & BUS_MASTER != 0);
+    let mut at = EXTENDED;
+    for _ in 0..CAPABILITIES {
+        let header = read(at);
+        let enable = match header as u16 {
+            0x000F => 1 << 31,
+            0x0013 => 1 << 0,
+            0x001B => 1 << 16,
+            _ => 0,
+        };
+        enables += u64::from(read(at + 4) & enable != 0);
+        at = (header >> 20) as u16 & !3;
+        if at < EXTENDED {
+            break;
+        }
+    }
+    enables
+}
+
+/// Counts the words that are not zero in the memory which the next guest would get: the last one's, that lay at `ram`.
+fn words_left_in(hv: &Hypervisor, ram: u64) -> Result<u64, Unexpected> {
+    let memory = GuestRam::new(hv.pool, guest::RAM_FRAMES).ok_or("there is no memory for a guest")?;
+    let is_the_same = memory.phys().0 == ram;
+    let left = (0..memory.bytes()).step_by(8).filter(|&at| memory.load(Gpa(at)) != Some(0)).count();
+    hv.pool.with(|pool| pool.give_back(memory.into_buffer()));
+    expect(is_the_same, "the next guest would get other memory, which shows nothing")?;
+    Ok(left as u64)
 }
 
 /// Neither a guest's code nor its device reaches memory that is not its own.

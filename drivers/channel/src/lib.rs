@@ -12,9 +12,9 @@
 //! | events, lossy and numbered | yes | each record says how many were lost before it |
 //! | losses | yes | two sums in the header, so that the last ones are seen too |
 //! | C header | yes | `include/portcullis.h`, made by [`header`] |
-//! | invalidation arrays | yes | [`invalidate`]; the hypervisor here takes [`Pages`](invalidate::Layout::Pages), since no guest binds tables of its own yet |
+//! | invalidation arrays | yes | pages, VT-d first stage, SMMUv3 commands: [`invalidate`]; the hypervisor here serves the first |
 //! | counters of a device | yes | [`counters`] |
-//! | response failure | virtual | the group is answered as invalid, and the device asks for nothing more until it has a new owner |
+//! | response failure | virtual | hardware hears that the pages are invalid; the device may ask for no more |
 #![cfg_attr(not(test), no_std)]
 #![forbid(unsafe_code)]
 

@@ -1,9 +1,11 @@
-//! LEAVE: has four groups outstanding and half of a fifth, and never answers: the guest is to be stopped like this.
+//! LEAVE: fills its memory, has four groups outstanding and half of a fifth, and never answers: the guest is to be stopped
+//! like this.
 
 use super::Bench;
 use crate::{
     calls::{report, sleep},
     device::{NOT_LAST, RAW, Status},
+    memory,
     say::Failed,
 };
 use channel::call::DEADLINE_MAX_US;
@@ -16,6 +18,8 @@ const STEP_US: u64 = 100_000;
 
 /// Reports: groups outstanding, then 1 when all is so. Does not end.
 pub fn run() -> Result<(), Failed> {
+    // What the next owner of the memory must not find.
+    memory::PAGES.iter().for_each(|page| page.fill(0x1EA7E));
     // No group may end before the guest does.
     let mut bench = Bench::set_up(0x1EA7E, DEADLINE_MAX_US)?;
     for (lane, page) in (0..).zip(PAGES) {

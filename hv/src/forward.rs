@@ -24,20 +24,28 @@ impl Guest {
         if let Some(channel) = &mut self.channel {
             // Whatever was answered before it came here is not shown.
             while let Some(group) = inbox.groups.peek(cpu::now_us()) {
-                if push(channel, group)? == Pushed::Full {
-                    break;
+                match push(channel, group)? {
+                    Pushed::Yes => news = true,
+                    Pushed::Full => break,
+                    // A group has fewer pages than a ring has places, and a guest that broke its channel is ended. If either
+                    // is ever not so the group is answered at its deadline.
+                    Pushed::TooLarge | Pushed::Ended => {}
                 }
-                news = true;
                 let taken_us = cpu::now_us().saturating_sub(group.reported_us);
                 self.hv.homes[self.index].longest_to_record_us.fetch_max(taken_us, Relaxed);
                 inbox.groups.done();
             }
             while let Some(notice) = inbox.notices.receive() {
-                if channel.push_event(&event(&notice))? == Pushed::Yes {
+                // A guest also hears of an event that found no room: perhaps it is the last for a long time.
+                if channel.push_event(&event(&notice))? != Pushed::Ended {
                     news = true;
                 }
             }
-            channel.count_lost_events(inbox.notices.take_lost());
+            let lost = inbox.notices.take_lost();
+            if lost > 0 {
+                channel.count_lost_events(lost);
+                news = true;
+            }
         }
         if news {
             self.vcpu.inject(arch::guest::FAULT_CHANNEL);

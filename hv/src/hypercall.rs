@@ -129,6 +129,7 @@ impl Guest {
                 self.sleep(inbox, cpu::now_us().saturating_add(first.min(SLEEP_US)));
                 Ok([0; 3])
             }
+            Call::Invalidate | Call::Counters => Err(Refused(Status::UnknownCall)),
             // Answered before; it has no answer.
             Call::Finish => Ok([0; 3]),
         }
@@ -195,7 +196,7 @@ impl Guest {
         for &(cookie, code) in &entries {
             let outcome = match Code::from_number(code) {
                 Some(Code::Success) => Outcome::Success,
-                Some(Code::Invalid) => Outcome::Invalid,
+                Some(Code::Invalid | Code::Failure) => Outcome::Invalid,
                 None => {
                     defmt::debug!("guest {=usize} answers with code {=u64}, which is none", self.index, code);
                     refused += 1;

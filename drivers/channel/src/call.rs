@@ -14,26 +14,6 @@ pub const DEADLINE_US: u64 = 100_000;
 /// The longest deadline that a guest can ask for, in microseconds.
 pub const DEADLINE_MAX_US: u64 = 10_000_000;
 
-macro_rules! numbered {
-    ($(#[$outer:meta])* pub enum $name:ident { $($(#[$doc:meta])* $variant:ident = $number:literal,)* }) => {
-        $(#[$outer])*
-        #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-        #[cfg_attr(feature = "defmt", derive(defmt::Format))]
-        #[repr(u64)]
-        pub enum $name { $($(#[$doc])* $variant = $number,)* }
-
-        impl $name {
-            /// Returns what `number` stands for, if it stands for anything.
-            pub const fn from_number(number: u64) -> Option<Self> {
-                match number {
-                    $($number => Some(Self::$variant),)*
-                    _ => None,
-                }
-            }
-        }
-    };
-}
-
 numbered! {
     /// An operation.
     pub enum Call {
@@ -57,6 +37,15 @@ numbered! {
         /// Answers page requests. Arguments: guest address of an array of {cookie, [`Code`]}, its length. Returns how many
         /// were handled, and how many of those were refused.
         Respond = 6,
+        /// Forgets translations. Arguments: type of the array ([`Layout`](crate::invalidate::Layout)), its guest address, its
+        /// entries. Returns how many were handled, from the first; why the one after those was refused, or 0
+        /// ([`Refused`](crate::invalidate::Refused) in 31:0, the word of the entry in 63:32); the bits that were wrong. Fewer
+        /// than all without a refusal: ask again for the rest. An empty array asks whether the type is known: the status is
+        /// [`Status::Done`] or [`Status::UnknownType`].
+        Invalidate = 7,
+        /// Reads the counters of a device. Arguments: device, guest address, bytes. Writes whole words, as many as there are
+        /// and fit ([`counters`](crate::counters)). Returns the bytes written.
+        Counters = 8,
 
         /// Demonstration: what this guest is to do. Returns a task and two values.
         Task = 0x100,
@@ -88,6 +77,8 @@ numbered! {
         NoRoom = 5,
         /// Hardware did not complete it in time. What it concerns stays blocked and out of use.
         TimedOut = 6,
+        /// The unit takes no arrays of this type.
+        UnknownType = 7,
     }
 }
 
@@ -98,6 +89,11 @@ numbered! {
         Success = 0,
         /// They will not be.
         Invalid = 1,
+        /// The device is to send no more page requests (`Response Failure`).
+        ///
+        /// This is what a guest would tell its device. Hardware is told that the pages will not be there, since devices share
+        /// what a failure stops; from then on the hypervisor refuses the device's requests until it is attached anew.
+        Failure = 15,
     }
 }
 
@@ -116,8 +112,22 @@ mod tests {
         for number in (0..16).chain(0x100..0x110) {
             assert!(Call::from_number(number).is_none_or(|call| call as u64 == number));
         }
-        assert_eq!(Call::from_number(6), Some(Call::Respond));
-        assert_eq!(Call::from_number(7), None);
-        assert_eq!(Code::from_number(15), None, "a guest cannot say response failure");
+        let [respond, invalidate, counters, none] = [6, 7, 8, 9].map(Call::from_number);
+        assert_eq!((respond, invalidate), (Some(Call::Respond), Some(Call::Invalidate)));
+        assert_eq!((counters, none), (Some(Call::Counters), None));
+    }
+
+    /// PCI Express, "Response Code": 0 success, 1 invalid request, 1111b response failure; the others are reserved.
+    #[test]
+    fn a_guest_answers_with_the_response_codes_of_its_bus() {
+        for number in 0..64 {
+            let expected = match number {
+                0 => Some(Code::Success),
+                1 => Some(Code::Invalid),
+                15 => Some(Code::Failure),
+                _ => None,
+            };
+            assert_eq!(Code::from_number(number), expected, "code {number}");
+        }
     }
 }

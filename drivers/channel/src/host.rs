@@ -4,14 +4,16 @@ use crate::{
     Record,
     record::{self, RECORD_WORDS},
     ring::{
-        CONSUMER, EVENTS, EVENTS_WORD, FRAMES, HEADER, MAGIC, MAGIC_WORD, RECORDS, REQUESTS, REQUESTS_WORD,
-        VERSION, VERSION_WORD,
+        CONSUMER, EVENTS, EVENTS_LOST_WORD, EVENTS_WORD, FRAMES, HEADER, MAGIC, MAGIC_WORD, RECORDS,
+        REQUESTS, REQUESTS_LOST_WORD, REQUESTS_WORD, VERSION, VERSION_WORD,
     },
 };
 use core::sync::atomic::{Ordering, fence};
 use iommu::DmaBuf;
 
-/// The guest wrote a consumer index that cannot be: it runs ahead of what was produced, or far behind.
+/// The guest wrote a consumer index that cannot be: it goes back, or runs ahead of what was produced.
+///
+/// It is reported once, and ends the channel.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 #[cfg_attr(feature = "defmt", derive(defmt::Format))]
 pub struct Broken {
@@ -21,7 +23,7 @@ pub struct Broken {
     pub consumed: u64,
 }
 
-/// What became of a record that was offered.
+/// What became of what was offered.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 #[cfg_attr(feature = "defmt", derive(defmt::Format))]
 #[must_use = "what did not fit is not in the ring"]
@@ -30,26 +32,94 @@ pub enum Pushed {
     Yes,
     /// There is no room now.
     Full,
+    /// A group of more pages than the ring has places: there will never be room.
+    TooLarge,
+    /// The guest broke the channel before: nothing is shown any more.
+    Ended,
+}
+
+/// What the hypervisor keeps of one ring: in frame `FRAME`, its indices in word `WORD` of header and consumer frame.
+///
+/// Indices count modulo 2^64.
+#[derive(Debug)]
+struct Ring<const FRAME: usize, const WORD: usize> {
+    produced: u64,
+    /// What the guest had consumed when it was last looked at.
+    consumed: u64,
+}
+
+impl<const FRAME: usize, const WORD: usize> Ring<FRAME, WORD> {
+    const fn counting_from(first: u64) -> Self {
+        Self { produced: first, consumed: first }
+    }
+
+    /// Returns how many records fit, by what the guest says that it has consumed.
+    ///
+    /// The guest's word is read once: what was checked is what is used.
+    fn room(&mut self, frames: &[DmaBuf; FRAMES]) -> Result<u64, Broken> {
+        let consumed = frames[CONSUMER].load(WORD);
+        let unread = self.produced.wrapping_sub(consumed);
+        // What is unread can only have become less. At most RECORDS were, so this holds them to that as well.
+        if unread > self.produced.wrapping_sub(self.consumed) {
+            return Err(Broken { produced: self.produced, consumed });
+        }
+        self.consumed = consumed;
+        Ok(RECORDS - unread)
+    }
+
+    /// Writes `record` where index `at` has its place.
+    fn write(frames: &mut [DmaBuf; FRAMES], at: u64, record: &Record) {
+        let place = (at % RECORDS) as usize * RECORD_WORDS;
+        frames[FRAME].store_all(place, record.0);
+    }
+
+    /// Makes everything before index `produced` visible.
+    fn show(&mut self, frames: &mut [DmaBuf; FRAMES], produced: u64) {
+        self.produced = produced;
+        // ORDER: the records are visible before the index that admits them.
+        fence(Ordering::Release);
+        frames[HEADER].store(WORD, produced);
+    }
 }
 
 /// The hypervisor's side of a channel. The guest's home core owns it.
 #[derive(Debug)]
 pub struct Host {
     frames: [DmaBuf; FRAMES],
-    requests: u64,
-    events: u64,
-    lost: u64,
+    requests: Ring<REQUESTS, REQUESTS_WORD>,
+    events: Ring<EVENTS, EVENTS_WORD>,
+    requests_lost: u64,
+    events_lost: u64,
+    ended: bool,
 }
 
 impl Host {
     /// Opens a channel in four frames that the guest will see one after the other, the last of them writable.
-    pub fn new(mut frames: [DmaBuf; FRAMES]) -> Self {
+    pub fn new(frames: [DmaBuf; FRAMES]) -> Self {
+        Self::counting_from(0, frames)
+    }
+
+    /// Opens a channel whose indices begin at `first`: they wrap at 2^64, and nobody can wait for that.
+    pub fn counting_from(first: u64, mut frames: [DmaBuf; FRAMES]) -> Self {
         for frame in &mut frames {
             frame.clear();
         }
+        for frame in [HEADER, CONSUMER] {
+            frames[frame].store(REQUESTS_WORD, first);
+            frames[frame].store(EVENTS_WORD, first);
+        }
         frames[HEADER].store(VERSION_WORD, VERSION | RECORDS << 32);
+        // ORDER: who finds the magic number finds everything else.
+        fence(Ordering::Release);
         frames[HEADER].store(MAGIC_WORD, MAGIC);
-        Self { frames, requests: 0, events: 0, lost: 0 }
+        Self {
+            frames,
+            requests: Ring::counting_from(first),
+            events: Ring::counting_from(first),
+            requests_lost: 0,
+            events_lost: 0,
+            ended: false,
+        }
     }
 
     /// Gives the frames back; the guest must have lost its mapping of them.
@@ -57,64 +127,63 @@ impl Host {
         self.frames
     }
 
-    /// Returns the number of events that found no room.
+    /// Returns the number of events that found no room, here or before they came here.
     pub fn events_lost(&self) -> u64 {
-        self.lost
+        self.events_lost
     }
 
     /// Makes a whole group visible at once, or nothing of it.
     pub fn push_group(&mut self, records: impl ExactSizeIterator<Item = Record>) -> Result<Pushed, Broken> {
-        let count = records.len() as u64;
-        if self.room(self.requests, REQUESTS_WORD)? < count {
+        if self.ended {
+            return Ok(Pushed::Ended);
+        }
+        let count = records.len();
+        if count as u64 > RECORDS {
+            return Ok(Pushed::TooLarge);
+        }
+        let room = self.requests.room(&self.frames).inspect_err(|_| self.ended = true)?;
+        if room < count as u64 {
             return Ok(Pushed::Full);
         }
-        for (at, record) in (self.requests..).zip(records) {
-            self.write(REQUESTS, at, &record);
+        let mut produced = self.requests.produced;
+        // An iterator may be wrong about its length; there is room for what it said.
+        for record in records.take(count) {
+            Ring::<REQUESTS, REQUESTS_WORD>::write(&mut self.frames, produced, &record);
+            produced = produced.wrapping_add(1);
         }
-        self.requests += count;
-        self.show(REQUESTS_WORD, self.requests);
+        self.requests.show(&mut self.frames, produced);
         Ok(Pushed::Yes)
     }
 
     /// Makes an event visible; if there is no room it is counted as lost. The number is the channel's to give.
     pub fn push_event(&mut self, event: &record::Event) -> Result<Pushed, Broken> {
-        // Numbers count what happened, so that a reader sees the gap.
-        let number = self.events + self.lost + 1;
-        if self.room(self.events, EVENTS_WORD)? == 0 {
-            self.lost += 1;
+        if self.ended {
+            return Ok(Pushed::Ended);
+        }
+        if self.events.room(&self.frames).inspect_err(|_| self.ended = true)? == 0 {
+            self.count_lost_events(1);
             return Ok(Pushed::Full);
         }
-        let record = Record::event(&record::Event { number, lost: self.lost, ..*event });
-        self.write(EVENTS, self.events, &record);
-        self.events += 1;
-        self.show(EVENTS_WORD, self.events);
+        let (at, lost) = (self.events.produced, self.events_lost);
+        let next = at.wrapping_add(1);
+        // Numbers count what happened, so that a reader sees the gap.
+        let record = Record::event(&record::Event { number: next.wrapping_add(lost), lost, ..*event });
+        Ring::<EVENTS, EVENTS_WORD>::write(&mut self.frames, at, &record);
+        self.events.show(&mut self.frames, next);
         Ok(Pushed::Yes)
     }
 
-    /// Counts events that were lost before they came here.
+    /// Counts events that were lost; the guest sees the sum at once, and in every event that follows.
     pub fn count_lost_events(&mut self, events: u64) {
-        self.lost = self.lost.saturating_add(events);
+        self.events_lost = self.events_lost.wrapping_add(events);
+        self.frames[HEADER].store(EVENTS_LOST_WORD, self.events_lost);
     }
 
-    /// Returns how many records fit, by what the guest says that it has consumed.
-    fn room(&self, produced: u64, word: usize) -> Result<u64, Broken> {
-        let consumed = self.frames[CONSUMER].load(word);
-        match produced.checked_sub(consumed) {
-            Some(unread) if unread <= RECORDS => Ok(RECORDS - unread),
-            _ => Err(Broken { produced, consumed }),
-        }
-    }
-
-    fn write(&mut self, ring: usize, at: u64, record: &Record) {
-        let place = (at % RECORDS) as usize * RECORD_WORDS;
-        for (i, word) in record.0.into_iter().enumerate() {
-            self.frames[ring].store(place + i, word);
-        }
-    }
-
-    fn show(&mut self, word: usize, produced: u64) {
-        // ORDER: the records are visible before the index that admits them.
-        fence(Ordering::Release);
-        self.frames[HEADER].store(word, produced);
+    /// Counts requests of the guest's devices that it is never shown; the guest sees the sum at once.
+    ///
+    /// They were refused, discarded or answered before they came here.
+    pub fn count_lost_requests(&mut self, requests: u64) {
+        self.requests_lost = self.requests_lost.wrapping_add(requests);
+        self.frames[HEADER].store(REQUESTS_LOST_WORD, self.requests_lost);
     }
 }

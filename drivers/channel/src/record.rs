@@ -27,30 +27,40 @@ descriptor! {
     pub struct Record([u64; 8]);
 }
 
-/// What a device wanted, as an enumeration.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-#[cfg_attr(feature = "defmt", derive(defmt::Format))]
-pub enum Wanted {
-    /// Neither of the others.
-    Nothing = 0,
-    /// To read.
-    Read = 1,
-    /// To write.
-    Write = 2,
-    /// To read and write.
-    ReadWrite = 3,
-    /// To fetch instructions, and to read.
-    Fetch = 4,
+numbered! {
+    /// What a record holds.
+    pub enum Kind {
+        /// A page of a page request, which waits for an answer.
+        Request = 1,
+        /// An unrecoverable fault.
+        Event = 2,
+    }
+}
+
+numbered! {
+    /// What a device wanted, as an enumeration.
+    pub enum Wanted {
+        /// Neither of the others.
+        Nothing = 0,
+        /// To read.
+        Read = 1,
+        /// To write.
+        Write = 2,
+        /// To read and write.
+        ReadWrite = 3,
+        /// To fetch instructions, and to read.
+        Fetch = 4,
+    }
 }
 
 impl From<Perms> for Wanted {
     fn from(perms: Perms) -> Self {
-        match perms {
-            Perms { execute: true, .. } => Self::Fetch,
-            Perms { read: true, write: true, .. } => Self::ReadWrite,
-            Perms { write: true, .. } => Self::Write,
-            Perms { read: true, .. } => Self::Read,
-            _ => Self::Nothing,
+        match (perms.execute, perms.write, perms.read) {
+            (false, false, false) => Self::Nothing,
+            (false, false, true) => Self::Read,
+            (false, true, false) => Self::Write,
+            (false, true, true) => Self::ReadWrite,
+            (true, _, _) => Self::Fetch,
         }
     }
 }
@@ -99,20 +109,20 @@ pub struct Event {
     pub reason: Reason,
 }
 
-/// Why an access was refused, as a guest is told.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-#[cfg_attr(feature = "defmt", derive(defmt::Format))]
-pub enum Reason {
-    /// Something else.
-    Other = 0,
-    /// The device, or this PASID of it, is attached to nothing.
-    NotAttached = 1,
-    /// No mapping at this address.
-    NotMapped = 2,
-    /// A mapping that does not permit this access.
-    NotPermitted = 3,
-    /// An address outside what can be mapped.
-    AddressSize = 4,
+numbered! {
+    /// Why an access was refused, as a guest is told.
+    pub enum Reason {
+        /// Something else.
+        Other = 0,
+        /// The device, or this PASID of it, is attached to nothing.
+        NotAttached = 1,
+        /// No mapping at this address.
+        NotMapped = 2,
+        /// A mapping that does not permit this access.
+        NotPermitted = 3,
+        /// An address outside what can be mapped.
+        AddressSize = 4,
+    }
 }
 
 impl From<FaultReason> for Reason {
@@ -127,7 +137,8 @@ impl From<FaultReason> for Reason {
     }
 }
 
-const NO_PASID: u64 = 0xFFFF_FFFF;
+/// In the PASID of a record: the access had none.
+pub const NO_PASID: u64 = 0xFFFF_FFFF;
 
 impl Record {
     const NUMBER: Field<Self> = Field::bits(63, 0);
@@ -144,8 +155,22 @@ impl Record {
     const INDEX: Field<Self> = Field::bits(383, 352);
     const LOST: Field<Self> = Field::bits(447, 384);
 
-    const REQUEST: u64 = 1;
-    const EVENT: u64 = 2;
+    /// The fields in the order of their bits, with their names in C and what they hold.
+    pub(crate) const FIELDS: [(&str, Field<Self>, &str); 13] = [
+        ("number", Self::NUMBER, "cookie of a request; number of an event, counted from 1"),
+        ("address", Self::ADDRESS, "of the page; the low 12 bits are zero"),
+        ("opaque", Self::OPAQUE, "of the attachment"),
+        ("device", Self::DEVICE, "the guest's own name for it"),
+        ("pasid", Self::PASID, "NO_PASID if the access had none"),
+        ("kind", Self::KIND, "enum portcullis_kind"),
+        ("access", Self::WANTED, "enum portcullis_access"),
+        ("privileged", Self::PRIVILEGED, "1 if it was"),
+        ("group", Self::GROUP, "index of a request's group"),
+        ("reason", Self::REASON, "of an event: enum portcullis_reason"),
+        ("pages", Self::PAGES, "of a request's group"),
+        ("index", Self::INDEX, "which of them this is, from 0"),
+        ("lost", Self::LOST, "events lost before this one"),
+    ];
 
     fn common(number: u64, device: u32, pasid: Option<Pasid>, opaque: u64, iova: Iova, perms: Perms) -> Self {
         Self::default()
@@ -162,7 +187,7 @@ impl Record {
     pub fn request(request: &Request) -> Self {
         let Request { cookie, device, pasid, opaque, iova, perms, .. } = *request;
         Self::common(cookie, device, pasid, opaque, iova, perms)
-            .with(Self::KIND, Self::REQUEST)
+            .with(Self::KIND, Kind::Request as u64)
             .with(Self::GROUP, request.group.into())
             .with(Self::PAGES, request.pages.into())
             .with(Self::INDEX, request.index.into())
@@ -172,9 +197,13 @@ impl Record {
     pub fn event(event: &Event) -> Self {
         let Event { number, device, pasid, opaque, iova, perms, .. } = *event;
         Self::common(number, device, pasid, opaque, iova, perms)
-            .with(Self::KIND, Self::EVENT)
+            .with(Self::KIND, Kind::Event as u64)
             .with(Self::REASON, event.reason as u64)
             .with(Self::LOST, event.lost)
+    }
+
+    fn holds(&self, kind: Kind) -> bool {
+        self.get(Self::KIND) == kind as u64
     }
 
     fn pasid(&self) -> Option<Pasid> {
@@ -182,18 +211,18 @@ impl Record {
     }
 
     fn perms(&self) -> Perms {
-        let wanted = self.get(Self::WANTED);
+        let wanted = Wanted::from_number(self.get(Self::WANTED));
         Perms {
-            read: matches!(wanted, 1 | 3 | 4),
-            write: matches!(wanted, 2 | 3),
-            execute: wanted == 4,
+            read: matches!(wanted, Some(Wanted::Read | Wanted::ReadWrite | Wanted::Fetch)),
+            write: matches!(wanted, Some(Wanted::Write | Wanted::ReadWrite)),
+            execute: wanted == Some(Wanted::Fetch),
             privileged: self.is_set(Self::PRIVILEGED),
         }
     }
 
     /// Returns the request that this record holds, if it holds one.
     pub fn as_request(&self) -> Option<Request> {
-        (self.get(Self::KIND) == Self::REQUEST).then(|| Request {
+        self.holds(Kind::Request).then(|| Request {
             cookie: self.get(Self::NUMBER),
             device: self.get(Self::DEVICE) as u32,
             pasid: self.pasid(),
@@ -208,14 +237,8 @@ impl Record {
 
     /// Returns the event that this record holds, if it holds one.
     pub fn as_event(&self) -> Option<Event> {
-        let reason = match self.get(Self::REASON) {
-            1 => Reason::NotAttached,
-            2 => Reason::NotMapped,
-            3 => Reason::NotPermitted,
-            4 => Reason::AddressSize,
-            _ => Reason::Other,
-        };
-        (self.get(Self::KIND) == Self::EVENT).then(|| Event {
+        let reason = Reason::from_number(self.get(Self::REASON)).unwrap_or(Reason::Other);
+        self.holds(Kind::Event).then(|| Event {
             number: self.get(Self::NUMBER),
             lost: self.get(Self::LOST),
             device: self.get(Self::DEVICE) as u32,

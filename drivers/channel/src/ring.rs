@@ -7,10 +7,29 @@
 //! | 2 | read-only | 64 records of events |
 //! | 3 | read-write | consumer indices |
 //!
-//! Indices count records from the start of the channel and never wrap; record n lies in place n modulo 64.
+//! | word | header | consumer frame |
+//! |---|---|---|
+//! | 0 | `PORTCHAN` in memory order | |
+//! | 1 | version in 31:0, records of a ring in 63:32 | |
+//! | 2 | requests produced | requests consumed |
+//! | 3 | events produced | events consumed |
+//! | 4 | requests that the guest is never shown | |
+//! | 5 | events lost | |
+//!
+//! All other words are zero. Everything counts modulo 2^64. Record n lies in place n modulo 64, so the first lies in place
+//! 0, and n starts from 0.
+//!
+//! Word 4 counts page requests of the guest's devices that were refused, discarded or answered before they came to the ring.
+//! Word 5 counts events that found no room, at the time when they were lost: after the last event was read, it minus the
+//! `lost` of that event is the number of events that were lost at the end.
+//!
+//! The guest reads a producer index with acquire, then the records, and stores its consumer index with release. That index
+//! never goes back and never passes the producer's: the hypervisor ends a channel whose guest claims so.
 
 /// Frames of a channel.
 pub const FRAMES: usize = 4;
+/// Bytes of a frame.
+pub const FRAME_BYTES: usize = 4096;
 /// Records of a ring.
 pub const RECORDS: u64 = 64;
 
@@ -36,3 +55,7 @@ pub const VERSION_WORD: usize = 1;
 pub const REQUESTS_WORD: usize = 2;
 /// Word with the number of events produced (header) or consumed (consumer frame).
 pub const EVENTS_WORD: usize = 3;
+/// Word of the header with the number of requests that the guest is never shown.
+pub const REQUESTS_LOST_WORD: usize = 4;
+/// Word of the header with the number of events lost.
+pub const EVENTS_LOST_WORD: usize = 5;

@@ -73,6 +73,25 @@ impl<T: ?Sized> Field<T> {
         }
     }
 
+    /// Returns the number of the lowest bit, over the whole descriptor.
+    pub const fn lowest(self) -> u32 {
+        self.word as u32 * 64 + self.shift
+    }
+
+    /// Returns the number of bits.
+    pub const fn width(self) -> u32 {
+        self.mask.count_ones()
+    }
+
+    /// Returns the words of a descriptor in which the field is all ones and everything else zero.
+    ///
+    /// PANICS: where the descriptor has more than `N` words; meant for constants.
+    pub const fn bits_of<const N: usize>(self) -> [u64; N] {
+        let mut words = [0; N];
+        words[self.word] = self.mask << self.shift;
+        words
+    }
+
     /// The single bit `[at]`.
     pub const fn bit(at: u32) -> Self {
         Self::bits(at, at)
@@ -117,6 +136,13 @@ mod tests {
         assert_eq!(example, Example([0xA0, u64::MAX]));
         assert_eq!(example.get(LOW), 0xA);
         assert_eq!(example.with(LOW, 0), Example([0, u64::MAX]));
+    }
+
+    #[test]
+    fn a_field_knows_its_place() {
+        assert_eq!((LOW.lowest(), LOW.width(), LOW.bits_of()), (4, 4, [0xF0, 0]));
+        assert_eq!((HIGH.lowest(), HIGH.width(), HIGH.bits_of()), (64, 64, [0, u64::MAX]));
+        assert_eq!((ADDRESS.lowest(), ADDRESS.width()), (12, 52));
     }
 
     #[test]

@@ -66,6 +66,20 @@ impl DmaBuf {
         self.word(at).write(value);
     }
 
+    /// Stores `values` in the words from `at`, each in one store, in their order.
+    ///
+    /// PANICS: when they are not all inside the buffer.
+    pub fn store_all<const N: usize>(&mut self, at: usize, values: [u64; N]) {
+        let fits = at.checked_add(N).is_some_and(|end| end <= self.words);
+        assert!(fits, "words outside the buffer");
+        for (i, value) in values.into_iter().enumerate() {
+            // SAFETY: `at + N` words are inside the memory that `new` was promised.
+            let word = unsafe { self.cpu.add(at + i) };
+            // SAFETY: `new` was promised that the address is valid and aligned for volatile access of one word.
+            unsafe { VolatilePtr::new(word) }.write(value);
+        }
+    }
+
     /// Stores zero in every word.
     pub fn clear(&mut self) {
         for at in 0..self.words {

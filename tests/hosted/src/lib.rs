@@ -5,6 +5,7 @@
 #![deny(unsafe_code)]
 #![expect(clippy::expect_used, reason = "a test that is surprised has failed")]
 
+pub mod fuzz;
 pub mod interleave;
 mod machine;
 mod memory;

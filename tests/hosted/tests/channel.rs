@@ -8,10 +8,13 @@ use channel::{
     record::{Event, Reason, Request},
     ring::{CONSUMER, EVENTS, EVENTS_WORD, FRAMES, HEADER, RECORDS, REQUESTS, REQUESTS_WORD},
 };
-use hosted::{Random, Window};
+use hosted::{Ends, Random, Window};
 use iommu::{Iova, Pasid, Perms};
 use models::memory::{Memory, UNWRITTEN};
-use std::collections::VecDeque;
+use std::{
+    collections::VecDeque,
+    sync::atomic::{AtomicBool, Ordering::Relaxed},
+};
 
 const FRAME_WORDS: u64 = 512;
 
@@ -79,15 +82,40 @@ fn a_guest_refuses_frames_that_are_no_channel_of_its_version() {
 #[test]
 fn every_word_of_every_frame_is_written_before_a_guest_sees_it() {
     let (host, window) = open();
-    let frames = host.into_frames();
+    let mut frames = host.into_frames();
+    for frame in &mut frames {
+        (0..FRAME_WORDS as usize).for_each(|word| frame.store(word, UNWRITTEN));
+    }
 
-    let words = |frame: usize| (0..FRAME_WORDS as usize).map(move |word| (frame, word));
-    let unwritten: Vec<_> = (0..FRAMES)
-        .flat_map(words)
-        .filter(|&(frame, word)| guest::Frames::load(&window, frame, word) == UNWRITTEN)
-        .collect();
-    assert_eq!(unwritten, []);
-    assert!((0..FRAME_WORDS as usize).all(|word| frames[REQUESTS].load(word) == 0));
+    let _host = Host::new(frames);
+
+    for (frame, word) in (0..FRAMES).flat_map(|frame| (0..FRAME_WORDS as usize).map(move |w| (frame, w))) {
+        let expected = match (frame, word) {
+            // "PORTCHAN", the first letter in the lowest byte; 64 records, version 1.
+            (0, 0) => 0x4E41_4843_5452_4F50,
+            (0, 1) => 0x0000_0040_0000_0001,
+            _ => 0,
+        };
+        assert_eq!(guest::Frames::load(&window, frame, word), expected, "frame {frame}, word {word}");
+    }
+}
+
+#[test]
+fn indices_and_sums_lie_in_the_header_and_the_consumer_frame_as_documented() {
+    let (mut host, window) = open();
+    let mut guest = guest(&window);
+    assert_eq!(push(&mut host, 1, 3), Ok(Pushed::Yes));
+    for n in 0..5 {
+        assert_eq!(host.push_event(&event(n)), Ok(Pushed::Yes));
+    }
+    host.count_lost_requests(0x11);
+    host.count_lost_events(0x22);
+    assert!(guest.next_request().is_some());
+    let _ = (guest.next_event(), guest.next_event());
+
+    let words = |frame| [2, 3, 4, 5, 6].map(|word| guest::Frames::load(&window, frame, word));
+    assert_eq!(words(0), [3, 5, 0x11, 0x22, 0]);
+    assert_eq!(words(3), [1, 2, 0, 0, 0]);
 }
 
 #[test]
@@ -175,6 +203,7 @@ fn groups_come_out_as_they_went_in_many_times_around() {
                     assert!(!fits);
                     full += 1;
                 }
+                other => panic!("{other:?}"),
             }
             cookie += 1;
         } else {
@@ -226,53 +255,273 @@ fn lost_events_are_counted_and_leave_a_gap_in_the_numbers() {
     assert_eq!((seen.number, seen.lost), (RECORDS + 4 + 1, 4), "4 are missing, and it says so");
 }
 
-/// A guest's consumer index that no honest guest writes.
-fn hostile_indices(produced: u64) -> [u64; 5] {
-    [produced + 1, produced + RECORDS, u64::MAX, 1 << 63, produced.wrapping_sub(RECORDS + 1)]
+#[test]
+fn events_that_are_lost_last_are_seen_without_another_event() {
+    let (mut host, window) = open();
+    let mut guest = guest(&window);
+    assert_eq!((guest.events_lost(), guest.requests_lost()), (0, 0));
+    for n in 0..RECORDS + 2 {
+        let _ = host.push_event(&event(n));
+    }
+    host.count_lost_events(3);
+
+    let last = core::iter::from_fn(|| guest.next_event()).last().expect("there were some");
+
+    assert_eq!((last.number, last.lost, guest.events_lost()), (RECORDS, 0, 5));
+    // Header, word 5.
+    assert_eq!(guest::Frames::load(&window, 0, 5), 5);
 }
 
 #[test]
-fn an_impossible_consumer_index_breaks_the_ring_and_nothing_is_written() {
-    for which in 0..5 {
-        let (mut host, window) = open();
-        let produced = RECORDS + 10;
-        let mut guest = guest(&window);
-        for cookie in 0..produced {
-            assert_eq!(push(&mut host, cookie, 1), Ok(Pushed::Yes));
-            assert_eq!(host.push_event(&event(cookie)), Ok(Pushed::Yes));
-            let _ = (guest.next_request(), guest.next_event());
+fn requests_that_a_guest_is_never_shown_are_counted_where_it_sees_them() {
+    let (mut host, window) = open();
+    let guest = guest(&window);
+
+    host.count_lost_requests(2);
+    host.count_lost_requests(5);
+
+    assert_eq!((guest.requests_lost(), guest.events_lost(), host.events_lost()), (7, 0, 0));
+    // Header, word 4.
+    assert_eq!(guest::Frames::load(&window, 0, 4), 7);
+}
+
+#[test]
+fn indices_and_numbers_go_on_where_they_wrap() {
+    let first = u64::MAX - 100;
+    let (host, window) = open();
+    let mut host = Host::counting_from(first, host.into_frames());
+    let mut guest = guest(&window);
+    host.count_lost_events(u64::MAX - 200);
+    let mut seen = 0_u64;
+
+    for n in 0..400_u64 {
+        assert_eq!(push(&mut host, n, 1), Ok(Pushed::Yes));
+        assert_eq!(guest.next_request(), Some(page(n, 1, 0)));
+        let expected = if n % 3 == 0 { Pushed::Full } else { Pushed::Yes };
+        if expected == Pushed::Full {
+            // As an event that found no room.
+            host.count_lost_events(1);
+        } else {
+            assert_eq!(host.push_event(&event(n)), Ok(expected));
+            seen += 1;
+            let read = guest.next_event().expect("it was pushed");
+            let happened = first.wrapping_add(u64::MAX - 200).wrapping_add(n + 1);
+            assert_eq!((read.opaque, read.number), (n, happened));
+            assert_eq!(read.number, first.wrapping_add(seen).wrapping_add(read.lost));
         }
-        let consumed = hostile_indices(produced)[which];
-        let snapshot = |frame| {
-            (0..FRAME_WORDS as usize).map(|w| guest::Frames::load(&window, frame, w)).collect::<Vec<_>>()
-        };
-        let before = [HEADER, REQUESTS, EVENTS].map(snapshot);
+    }
+
+    // 401 places after u64::MAX - 100 is 299; two thirds of the events found room.
+    assert_eq!(guest::Frames::load(&window, HEADER, REQUESTS_WORD), 299);
+    assert_eq!(guest::Frames::load(&window, HEADER, EVENTS_WORD), first.wrapping_add(seen));
+    assert_eq!(guest.events_lost(), (u64::MAX - 200).wrapping_add(134));
+}
+
+#[test]
+fn a_full_ring_is_full_where_indices_wrap_too() {
+    let (host, window) = open();
+    let mut host = Host::counting_from(u64::MAX - 10, host.into_frames());
+    let mut guest = guest(&window);
+
+    for cookie in 0..RECORDS {
+        assert_eq!(push(&mut host, cookie, 1), Ok(Pushed::Yes));
+    }
+    assert_eq!(push(&mut host, RECORDS, 1), Ok(Pushed::Full));
+    for cookie in 0..RECORDS {
+        assert_eq!(guest.next_request(), Some(page(cookie, 1, 0)));
+    }
+    assert_eq!(guest.next_request(), None);
+    assert_eq!(push(&mut host, RECORDS, 1), Ok(Pushed::Yes));
+}
+
+#[test]
+fn a_guest_that_opens_the_channel_again_goes_on_where_it_was() {
+    let (mut host, window) = open();
+    for cookie in 0..5 {
+        assert_eq!(push(&mut host, cookie, 1), Ok(Pushed::Yes));
+    }
+    let mut first = guest(&window);
+    let _ = (first.next_request(), first.next_request());
+
+    let mut second = guest(&window);
+
+    assert_eq!(second.next_request(), Some(page(2, 1, 0)));
+    assert_eq!(push(&mut host, 5, 1), Ok(Pushed::Yes));
+}
+
+/// What the guest sees of the frames that it cannot write.
+fn snapshot(window: &Window) -> Vec<u64> {
+    [HEADER, REQUESTS, EVENTS]
+        .iter()
+        .flat_map(|&frame| (0..FRAME_WORDS as usize).map(move |word| (frame, word)))
+        .map(|(frame, word)| guest::Frames::load(window, frame, word))
+        .collect()
+}
+
+/// Opens a channel, passes `produced` records through each ring, and leaves `unread` of them.
+fn used(produced: u64, unread: u64) -> (Host, Window) {
+    let (mut host, window) = open();
+    let mut guest = guest(&window);
+    for n in 0..produced {
+        assert_eq!(push(&mut host, n, 1), Ok(Pushed::Yes));
+        assert_eq!(host.push_event(&event(n)), Ok(Pushed::Yes));
+        if n >= unread {
+            assert!(guest.next_request().is_some() && guest.next_event().is_some());
+        }
+    }
+    // So that the host has seen how far the guest is.
+    assert_eq!(push(&mut host, 0, 0), Ok(Pushed::Yes));
+    (host, window)
+}
+
+#[test]
+fn an_impossible_consumer_index_ends_the_channel_once_and_nothing_is_written() {
+    let (produced, unread) = (RECORDS + 10, 20);
+    let read = produced - unread;
+    // Ahead, by one and by much; behind what it said before, by one, by a ring and by more; wrapped.
+    let ahead = [produced + 1, produced + RECORDS, 1 << 63, u64::MAX];
+    let behind = [read - 2, produced - RECORDS, produced - RECORDS - 1, 0];
+    for consumed in ahead.into_iter().chain(behind) {
+        let (mut host, window) = used(produced, unread);
+        let before = snapshot(&window);
 
         guest::Frames::store(&window, CONSUMER, REQUESTS_WORD, consumed);
-        guest::Frames::store(&window, CONSUMER, EVENTS_WORD, consumed);
+        assert_eq!(push(&mut host, 7, 1), Err(Broken { produced, consumed }), "index {consumed:#x}");
 
-        assert_eq!(push(&mut host, 7, 1), Err(Broken { produced, consumed }));
-        assert_eq!(host.push_event(&event(7)), Err(Broken { produced, consumed }));
-        assert_eq!([HEADER, REQUESTS, EVENTS].map(snapshot), before, "index {consumed:#x}");
+        // Once, and whatever the guest writes afterwards; the other ring ends with it.
+        guest::Frames::store(&window, CONSUMER, REQUESTS_WORD, produced);
+        assert_eq!(push(&mut host, 7, 1), Ok(Pushed::Ended));
+        assert_eq!(push(&mut host, 7, 0), Ok(Pushed::Ended));
+        assert_eq!(host.push_event(&event(7)), Ok(Pushed::Ended));
+        assert_eq!(snapshot(&window), before, "index {consumed:#x}");
+
+        let (mut host, window) = used(produced, unread);
+        guest::Frames::store(&window, CONSUMER, EVENTS_WORD, consumed);
+        // The host last looked when it made the last event, and the guest had not read that one and the one before.
+        assert_eq!(host.push_event(&event(7)), Err(Broken { produced, consumed }), "index {consumed:#x}");
+        assert_eq!(host.push_event(&event(7)), Ok(Pushed::Ended));
+        assert_eq!(push(&mut host, 7, 1), Ok(Pushed::Ended));
+        assert_eq!(snapshot(&window), before, "index {consumed:#x}");
         assert_eq!(host.events_lost(), 0, "a broken ring is not a full one");
     }
 }
 
 #[test]
-fn a_consumer_index_that_goes_back_within_the_ring_only_costs_the_guest_room() {
+fn any_index_at_all_is_either_a_possible_one_or_the_end() {
+    let mut random = Random::new(9);
+    let (mut ends, mut goes_on) = (0, 0);
+    for round in 0..300 {
+        let first = if round % 2 == 0 { 0 } else { u64::MAX - 40 };
+        let (host, window) = open();
+        let mut host = Host::counting_from(first, host.into_frames());
+        // What the host knows: produced, and consumed when it last looked.
+        let (mut produced, mut consumed) = (first, first);
+        for n in 0..60 {
+            let claimed = match random.below(12) {
+                0 => random.number(),
+                1 => produced.wrapping_add(1 + random.below(3)),
+                2 => consumed.wrapping_sub(1 + random.below(RECORDS)),
+                // Most of the time the guest reads on, or does nothing.
+                _ => consumed.wrapping_add(random.below(produced.wrapping_sub(consumed).wrapping_add(1))),
+            };
+            let possible = claimed.wrapping_sub(consumed) <= produced.wrapping_sub(consumed);
+            guest::Frames::store(&window, CONSUMER, REQUESTS_WORD, claimed);
+            let before = snapshot(&window);
+            let pages = random.below(17) as u32;
+            let unread = produced.wrapping_sub(claimed);
+
+            let pushed = push(&mut host, n, pages);
+
+            if !possible {
+                assert_eq!(pushed, Err(Broken { produced, consumed: claimed }));
+                assert_eq!(push(&mut host, n, pages), Ok(Pushed::Ended));
+                assert_eq!(snapshot(&window), before);
+                ends += 1;
+                break;
+            }
+            consumed = claimed;
+            goes_on += 1;
+            if unread + u64::from(pages) > RECORDS {
+                assert_eq!(pushed, Ok(Pushed::Full));
+                assert_eq!(snapshot(&window), before);
+            } else {
+                assert_eq!(pushed, Ok(Pushed::Yes));
+                produced = produced.wrapping_add(u64::from(pages));
+                assert_eq!(guest::Frames::load(&window, HEADER, REQUESTS_WORD), produced);
+            }
+        }
+    }
+    assert!(ends > 200 && goes_on > 600, "{ends} ends, {goes_on} pushes");
+}
+
+#[test]
+fn an_index_that_changes_all_the_time_is_believed_once_or_not_at_all() {
+    let (host, window) = open();
+    let mut frames = host.into_frames();
+    let over = AtomicBool::new(false);
+    let mut broken = 0;
+
+    std::thread::scope(|scope| {
+        let _ends = Ends(&over);
+        scope.spawn(|| {
+            // Possible, and not, by turns: what the host checks and what it uses must be one and the same.
+            while !over.load(Relaxed) {
+                guest::Frames::store(&window, CONSUMER, REQUESTS_WORD, 0);
+                guest::Frames::store(&window, CONSUMER, REQUESTS_WORD, RECORDS + 1);
+            }
+        });
+        for round in 0..3_000 {
+            // Full, so that one more record would be written over one that was not read.
+            let mut host = Host::new(frames);
+            while let Ok(Pushed::Yes) = push(&mut host, round, 16) {}
+            let produced = guest::Frames::load(&window, HEADER, REQUESTS_WORD);
+            assert!(produced <= RECORDS, "{produced} records, and the guest has read none");
+            broken += u64::from(push(&mut host, round, 1) == Ok(Pushed::Ended));
+            frames = host.into_frames();
+        }
+    });
+
+    assert!(broken > 0, "the guest was never caught");
+}
+
+#[test]
+fn a_group_that_can_never_fit_is_told_from_one_that_does_not_fit_now() {
     let (mut host, window) = open();
-    let mut guest = guest(&window);
-    for cookie in 0..10 {
-        assert_eq!(push(&mut host, cookie, 1), Ok(Pushed::Yes));
-        let _ = guest.next_request();
+
+    assert_eq!(push(&mut host, 1, RECORDS as u32), Ok(Pushed::Yes), "as many as there are places");
+    assert_eq!(push(&mut host, 2, RECORDS as u32), Ok(Pushed::Full));
+    let before = snapshot(&window);
+    assert_eq!(push(&mut host, 3, RECORDS as u32 + 1), Ok(Pushed::TooLarge));
+    assert_eq!(push(&mut host, 3, u32::MAX), Ok(Pushed::TooLarge));
+    assert_eq!(snapshot(&window), before);
+}
+
+/// Says that it has one record, and has as many as it says it has not.
+struct Liar(u64);
+
+impl Iterator for Liar {
+    type Item = Record;
+
+    fn next(&mut self) -> Option<Record> {
+        self.0 = self.0.checked_sub(1)?;
+        Some(Record::request(&page(self.0, 1, 0)))
     }
 
-    guest::Frames::store(&window, CONSUMER, REQUESTS_WORD, 0);
-
-    for cookie in 10..RECORDS {
-        assert_eq!(push(&mut host, cookie, 1), Ok(Pushed::Yes));
+    fn size_hint(&self) -> (usize, Option<usize>) {
+        (2, Some(2))
     }
-    assert_eq!(push(&mut host, RECORDS, 1), Ok(Pushed::Full));
+}
+
+impl ExactSizeIterator for Liar {}
+
+#[test]
+fn a_group_that_is_wrong_about_its_length_shows_nothing_that_was_not_written() {
+    for (has, shown) in [(0, 0), (1, 1), (2, 2), (200, 2)] {
+        let (mut host, window) = open();
+        assert_eq!(host.push_group(Liar(has)), Ok(Pushed::Yes));
+        assert_eq!(guest::Frames::load(&window, HEADER, REQUESTS_WORD), shown, "it has {has}");
+        assert!((2 * 8..512).all(|word| guest::Frames::load(&window, REQUESTS, word) == 0));
+    }
 }
 
 #[test]

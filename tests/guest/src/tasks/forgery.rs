@@ -30,7 +30,7 @@ pub fn run(foreign: u64) -> Result<(), Failed> {
         forger.try_answer(forged, Code::Success as u64)?;
         bench.assigned.expect_busy(0)?;
     }
-    for code in [2, 15] {
+    for code in [2, 14] {
         forger.try_answer(cookie, code)?;
         bench.assigned.expect_busy(0)?;
     }

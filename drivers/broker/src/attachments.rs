@@ -51,16 +51,20 @@ pub struct AttachmentId(pub(crate) Id);
 /// Where the requests of an attachment go.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Target {
-    pub device: u32,
-    pub queue: u32,
+    pub device: DeviceId,
+    pub queue: QueueId,
     pub name: u32,
     pub opaque: u64,
 }
 
+/// What an attachment is to: by full names, so that it never is to what took their place.
 #[derive(Debug)]
 struct Entry {
-    device_queue: AtomicU64,
-    name: AtomicU64,
+    device_word: AtomicU64,
+    /// The place of the device in 31:0, its name in 63:32.
+    device_name: AtomicU64,
+    /// The number of the queue in 31:0, how often it was opened in 63:32.
+    queue: AtomicU64,
     opaque: AtomicU64,
 }
 
@@ -85,7 +89,12 @@ impl<const A: usize> Attachments<A> {
         Self {
             directory: Directory::new(),
             entries: [const {
-                Entry { device_queue: AtomicU64::new(0), name: AtomicU64::new(0), opaque: AtomicU64::new(0) }
+                Entry {
+                    device_word: AtomicU64::new(0),
+                    device_name: AtomicU64::new(0),
+                    queue: AtomicU64::new(0),
+                    opaque: AtomicU64::new(0),
+                }
             }; A],
         }
     }
@@ -98,9 +107,11 @@ impl<const A: usize> Attachments<A> {
         };
         let fill = |place: usize| {
             let entry = &self.entries[place];
-            let device_queue = u64::from(policy.device.0.place) | u64::from(policy.queue.index) << 32;
-            entry.device_queue.store(device_queue, Relaxed);
-            entry.name.store(policy.name.into(), Relaxed);
+            let Id { place, word } = policy.device.0;
+            entry.device_word.store(word, Relaxed);
+            entry.device_name.store(u64::from(place) | u64::from(policy.name) << 32, Relaxed);
+            let QueueId { index, opened } = policy.queue;
+            entry.queue.store(u64::from(index) | u64::from(opened) << 32, Relaxed);
             entry.opaque.store(policy.opaque, Relaxed);
         };
         self.directory.add(key(policy.stream, pasid), fill).map(AttachmentId)
@@ -122,11 +133,11 @@ impl<const A: usize> Attachments<A> {
     pub fn find(&self, stream: StreamId, pasid: Option<Pasid>) -> Option<(AttachmentId, Target)> {
         let read = |place: usize| {
             let entry = &self.entries[place];
-            let device_queue = entry.device_queue.load(Relaxed);
+            let (device_name, queue) = (entry.device_name.load(Relaxed), entry.queue.load(Relaxed));
             Target {
-                device: device_queue as u32,
-                queue: (device_queue >> 32) as u32,
-                name: entry.name.load(Relaxed) as u32,
+                device: DeviceId(Id { place: device_name as u32, word: entry.device_word.load(Relaxed) }),
+                queue: QueueId { index: queue as u32, opened: (queue >> 32) as u32 },
+                name: (device_name >> 32) as u32,
                 opaque: entry.opaque.load(Relaxed),
             }
         };

@@ -374,11 +374,11 @@ impl<const D: usize> Devices<D> {
         self.promised.fetch_sub(share, Relaxed);
     }
 
-    pub fn is_live(&self, place: u32) -> bool {
-        self.directory.is_live_place(place)
+    pub fn is_live(&self, id: DeviceId) -> bool {
+        self.directory.is_live(id.0)
     }
 
-    /// Returns the device in a place that an attachment or a slot has noted.
+    /// Returns the device in a place that a slot has noted.
     pub fn at(&self, place: u32) -> Option<&Device> {
         self.devices.get(place as usize)
     }

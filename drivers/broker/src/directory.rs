@@ -26,7 +26,7 @@ const GENERATION_ONE: u64 = STATE + 1;
 #[cfg_attr(feature = "defmt", derive(defmt::Format))]
 pub(crate) struct Id {
     pub place: u32,
-    word: u64,
+    pub word: u64,
 }
 
 impl Id {
@@ -139,11 +139,6 @@ impl<const N: usize> Directory<N> {
     /// Returns whether `id` is live.
     pub fn is_live(&self, id: Id) -> bool {
         self.words.get(id.place as usize).is_some_and(|word| word.load(Acquire) == id.word)
-    }
-
-    /// Returns whether whatever lies in `place` is live.
-    pub fn is_live_place(&self, place: u32) -> bool {
-        self.words.get(place as usize).is_some_and(|word| word.load(Acquire) & STATE == LIVE)
     }
 
     /// Returns whether `id` is live or leaving.

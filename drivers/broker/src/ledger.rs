@@ -29,7 +29,7 @@ pub enum Owner {
 #[cfg_attr(feature = "defmt", derive(defmt::Format))]
 pub struct QueueId {
     pub(crate) index: u32,
-    opened: u32,
+    pub(crate) opened: u32,
 }
 
 impl QueueId {
@@ -199,10 +199,11 @@ impl<const Q: usize, const S: usize, const D: usize, const A: usize> Ledger<Q, S
         self.queues.get(queue.index as usize).filter(|_| is_this)
     }
 
-    /// Returns queue `index`, if it admits groups.
-    pub(crate) fn open_queue(&self, index: u32) -> Option<&Queue<S>> {
-        let is_open = self.words.get(index as usize)?.load(Acquire) & STATE == OPEN;
-        self.queues.get(index as usize).filter(|_| is_open)
+    /// Returns a queue if it admits groups.
+    pub(crate) fn open_queue(&self, queue: QueueId) -> Option<&Queue<S>> {
+        let word = self.words.get(queue.index as usize)?.load(Acquire);
+        let is_open = word == u64::from(queue.opened) << 8 | OPEN;
+        self.queues.get(queue.index as usize).filter(|_| is_open)
     }
 
     /// Returns queue `index`, in whatever state.
@@ -271,7 +272,8 @@ impl<const Q: usize, const S: usize, const D: usize, const A: usize> Ledger<Q, S
 
     // Attachments.
 
-    /// Attaches: from here on the requests that `policy` names are admitted.
+    /// Attaches: from here on the requests that `policy` names are admitted. If the queue is closed or the device removed
+    /// while it is attached, they are refused, whoever has the place then.
     pub fn attach(&self, policy: &Policy) -> Result<AttachmentId, Error> {
         self.queue(policy.queue).ok_or(Error::Gone)?;
         self.devices.of(policy.device).ok_or(Error::Gone)?;
@@ -291,7 +293,8 @@ impl<const Q: usize, const S: usize, const D: usize, const A: usize> Ledger<Q, S
     /// Returns the queue, the owner's name for the device and the opaque value of the attachment that a fault belongs to.
     pub fn owner_of(&self, stream: StreamId, pasid: Option<Pasid>) -> Option<(usize, u32, u64)> {
         let (_, target) = self.attachments.find(stream, pasid)?;
-        Some((target.queue as usize, target.name, target.opaque))
+        self.queue(target.queue)?;
+        Some((target.queue.index(), target.name, target.opaque))
     }
 
     // Groups.

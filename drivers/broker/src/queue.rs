@@ -373,7 +373,7 @@ impl<const S: usize> Queue<S> {
         let pasid = tag.pasid.map_or(u32::MAX, Pasid::value);
         slot.pasid_name.store(u64::from(pasid) | u64::from(target.name) << 32, Relaxed);
         slot.opaque.store(target.opaque, Relaxed);
-        slot.device_attachment.store(u64::from(target.device) | u64::from(attachment) << 32, Relaxed);
+        slot.device_attachment.store(u64::from(target.device.0.place) | u64::from(attachment) << 32, Relaxed);
         slot.reported_us.store(now_us, Relaxed);
         Some(at)
     }
@@ -490,9 +490,8 @@ impl<const S: usize> Queue<S> {
         loop {
             let current = generation(word);
             if current != wanted {
-                // Generations count up, in 52 bits: what is behind was here once, what is ahead never was.
-                let behind = current.wrapping_sub(wanted) & GENERATION;
-                let was_here = behind <= GENERATION / 2 && wanted != 0;
+                // Generations count up from 1: what is below was here once, what is above, as another queue's is, never was.
+                let was_here = wanted != 0 && wanted < current;
                 return Err(if was_here { Refusal::Stale } else { Refusal::Unknown });
             }
             match State::of(word) {

@@ -1,7 +1,7 @@
 //! What the interrupt handler owns: groups that are not yet whole, and deadlines.
 
 use crate::{
-    Answer, AttachmentId, Deadlines, Due, Ledger, Restraint,
+    Answer, AttachmentId, Deadlines, DeviceId, Due, Ledger, QueueId, Restraint,
     attachments::Target,
     counters::count,
     devices::Device,
@@ -96,8 +96,9 @@ enum Stage {
 #[derive(Clone, Copy, Debug)]
 struct Place {
     stage: Stage,
-    device: u32,
-    attachment: Id,
+    device: DeviceId,
+    queue: QueueId,
+    attachment: AttachmentId,
     /// Where it is in the list of half-seen groups, while it is one.
     half_seen: u32,
     /// When the first request was reported.
@@ -129,8 +130,9 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
         const { assert!(N == Q * (S + POISONED), "N is Q * (S + POISONED)") };
         let nowhere = Place {
             stage: Stage::Idle,
-            device: 0,
-            attachment: Id::NONE,
+            device: DeviceId(Id::NONE),
+            queue: QueueId { index: 0, opened: 0 },
+            attachment: AttachmentId(Id::NONE),
             half_seen: 0,
             since_us: 0,
             deadline_us: 0,
@@ -155,8 +157,8 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
         Ok(())
     }
 
-    fn place_of(queue: u32, slot: u16) -> u32 {
-        queue * Self::EACH as u32 + u32::from(slot)
+    fn place_of(queue: QueueId, slot: u16) -> u32 {
+        queue.index * Self::EACH as u32 + u32::from(slot)
     }
 
     /// Returns the queue of a place, and the slot if it is one of a slot.
@@ -202,7 +204,8 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
             }
             return refusal(request, Outcome::Invalid);
         };
-        let Some(device) = ledger.devices.at(target.device) else {
+        let Some(device) = ledger.devices.of(target.device) else {
+            count(&ledger.strays);
             return refusal(request, Outcome::Invalid);
         };
         count(&device.counters.opened);
@@ -229,10 +232,10 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
         let _ = queue.add(slot, request);
         let place = Self::place_of(target.queue, slot);
         self.groups.insert(place, key);
-        let attachment = attachment.0;
         self.places[place as usize] = Place {
             stage: Stage::HalfSeen,
             device: target.device,
+            queue: target.queue,
             attachment,
             half_seen: 0,
             since_us: now_us,
@@ -247,18 +250,15 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
 
     /// A further request of a group that is being put together.
     fn admit_part(&mut self, place: u32, request: &PageRequest, now_us: u64) -> Verdict<'l, S> {
-        let Place { device: device_place, attachment, .. } = self.places[place as usize];
+        let entry = self.places[place as usize];
         let (queue_index, slot) = Self::slot_of(place);
         let ledger = self.ledger;
         let (Some(queue), Some(device)) =
-            (ledger.any_queue(queue_index as usize), ledger.devices.at(device_place))
+            (ledger.any_queue(queue_index as usize), ledger.devices.at(entry.device.0.place))
         else {
             return Verdict::Nothing;
         };
-        let attachment = AttachmentId(attachment);
-        let is_wanted = ledger.attachments.is_live(attachment)
-            && ledger.devices.is_live(device_place)
-            && ledger.open_queue(queue_index).is_some();
+        let is_wanted = self.is_wanted(&entry);
         let is_charged = device.charge(now_us, false);
         if is_wanted && is_charged && queue.add(slot, request) {
             if !request.last {
@@ -272,14 +272,22 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
             device.discharge(1);
         }
         self.forget_half_seen(place, queue, device);
-        let target = Target { device: device_place, queue: queue_index, name: 0, opaque: 0 };
-        self.refuse(device, &target, attachment, request, now_us)
+        let target = Target { device: entry.device, queue: entry.queue, name: 0, opaque: 0 };
+        self.refuse(device, &target, entry.attachment, request, now_us)
+    }
+
+    /// Returns whether nothing of what a group belongs to is leaving.
+    fn is_wanted(&self, place: &Place) -> bool {
+        let ledger = self.ledger;
+        ledger.attachments.is_live(place.attachment)
+            && ledger.devices.is_live(place.device)
+            && ledger.open_queue(place.queue).is_some()
     }
 
     /// A request of a group that was poisoned, or discarded, earlier.
     fn admit_poisoned(&mut self, place: u32, request: &PageRequest) -> Verdict<'l, S> {
         let Place { stage, device, .. } = self.places[place as usize];
-        let device = self.ledger.devices.at(device);
+        let device = self.ledger.devices.at(device.0.place);
         if let Some(device) = device {
             count(&device.counters.requests);
         }
@@ -306,7 +314,7 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
         let (queue, slot) = Self::slot_of(place);
         let (queue, device) = (
             self.ledger.any_queue(queue as usize)?,
-            self.ledger.devices.at(self.places[place as usize].device)?,
+            self.ledger.devices.at(self.places[place as usize].device.0.place)?,
         );
         // A group that someone is answering right now is answered: the device may have the answer already.
         if !queue.poison(slot) {
@@ -371,7 +379,7 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
         } else {
             count(&device.counters.poisoned);
             let key = Groups::<N>::key(request.stream, request.tag);
-            self.remember(Stage::Poisoned, device, target, attachment.0, key, now_us);
+            self.remember(Stage::Poisoned, device, target, attachment, key, now_us);
         }
         refusal(request, Outcome::Invalid)
     }
@@ -384,7 +392,7 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
         stage: Stage,
         device: &Device,
         target: &Target,
-        attachment: Id,
+        attachment: AttachmentId,
         key: Key,
         now_us: u64,
     ) {
@@ -397,9 +405,9 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
         let place = (first + place) as u32;
         self.forget_poisoned(place);
         self.groups.insert(place, key);
-        let device_place = target.device;
+        let Target { device: id, queue, .. } = *target;
         self.places[place as usize] =
-            Place { stage, device: device_place, attachment, half_seen: 0, since_us: now_us, deadline_us: 0 };
+            Place { stage, device: id, queue, attachment, half_seen: 0, since_us: now_us, deadline_us: 0 };
         self.list(place, device, now_us);
     }
 
@@ -409,7 +417,7 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
         if !matches!(stage, Stage::Poisoned | Stage::Discarded) {
             return;
         }
-        if let Some(device) = self.ledger.devices.at(device) {
+        if let Some(device) = self.ledger.devices.at(device.0.place) {
             if stage == Stage::Poisoned {
                 count(&device.counters.discarded);
             }
@@ -431,7 +439,7 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
     fn discard(&mut self, place: u32) -> Option<(&'l Device, Key)> {
         let (queue, _) = Self::slot_of(place);
         let queue = self.ledger.any_queue(queue as usize)?;
-        let device = self.ledger.devices.at(self.places[place as usize].device)?;
+        let device = self.ledger.devices.at(self.places[place as usize].device.0.place)?;
         let key = self.groups.name(place);
         self.forget_half_seen(place, queue, device);
         count(&device.counters.discarded);
@@ -472,14 +480,13 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
             let Some(&place) = self.half_seen.get(at) else { continue };
             let entry = self.places[place as usize];
             if entry.stage == Stage::HalfSeen {
-                let (queue, _) = Self::slot_of(place);
                 if let Some((device, key)) = self.discard(place) {
-                    let target = Target { device: entry.device, queue, name: 0, opaque: 0 };
+                    let target = Target { device: entry.device, queue: entry.queue, name: 0, opaque: 0 };
                     self.remember(Stage::Discarded, device, &target, entry.attachment, key, now_us);
                 }
             } else if entry.stage == Stage::Poisoned {
                 // Its last request may be lost as well, and its number in use again.
-                if let Some(device) = self.ledger.devices.at(entry.device) {
+                if let Some(device) = self.ledger.devices.at(entry.device.0.place) {
                     count(&device.counters.discarded);
                 }
                 self.places[place as usize].stage = Stage::Discarded;
@@ -492,15 +499,11 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
     pub fn discard_leaving(&mut self) {
         for at in (0..self.half_seen.len()).rev() {
             let Some(&place) = self.half_seen.get(at) else { continue };
-            let Place { stage, device, attachment, .. } = self.places[place as usize];
-            let (queue, _) = Self::slot_of(place);
-            if self.ledger.attachments.is_live(AttachmentId(attachment))
-                && self.ledger.devices.is_live(device)
-                && self.ledger.open_queue(queue).is_some()
-            {
+            let entry = self.places[place as usize];
+            if self.is_wanted(&entry) {
                 continue;
             }
-            if stage == Stage::HalfSeen {
+            if entry.stage == Stage::HalfSeen {
                 let _ = self.discard(place);
             } else {
                 self.forget_poisoned(place);
@@ -538,7 +541,7 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
     fn expire_whole(&mut self, place: u32, entry: Place, now_us: u64) -> Option<Expiry<'l, S>> {
         let (queue, slot) = Self::slot_of(place);
         let ledger = self.ledger;
-        let (queue, device) = (ledger.any_queue(queue as usize)?, ledger.devices.at(entry.device)?);
+        let (queue, device) = (ledger.any_queue(queue as usize)?, ledger.devices.at(entry.device.0.place)?);
         let is_holding = entry.stage == Stage::Holding;
         let pick = |state: State, _: u32, _: u32| match state {
             State::HeldSuccess => Some(Outcome::Success),

@@ -10,6 +10,7 @@ pub mod interleave;
 mod machine;
 mod memory;
 mod random;
+pub mod rig;
 pub mod smmu;
 pub mod sync;
 mod tapped;

@@ -12,6 +12,9 @@ use core::{
 /// Places of a bucket: their keys are one cache line.
 const WAYS: usize = 8;
 
+/// Odd numbers with well-mixed bits, one for each of the two buckets of a key.
+const FACTORS: [u64; 2] = [0x9E37_79B9_7F4A_7C15, 0xD6E8_FEB8_6659_FD93];
+
 /// Low bits of a place's word; its generation is above them.
 const FREE: u64 = 0;
 const LIVE: u64 = 1;
@@ -57,10 +60,15 @@ impl<const N: usize> Directory<N> {
     }
 
     fn buckets(key: u64) -> [Range<usize>; 2] {
-        let mixed = (key ^ key >> 32).wrapping_mul(0x9E37_79B9_7F4A_7C15);
-        let mixed = (mixed ^ mixed >> 29).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        let bucket = |bits: u64| (bits as usize & (N / WAYS - 1)) * WAYS;
-        [bucket(mixed >> 24), bucket(mixed >> 44)].map(|first| first..first + WAYS)
+        [Self::bucket(key, FACTORS[0]), Self::bucket(key, FACTORS[1])]
+    }
+
+    /// The bucket that the highest bits of a product name: every bit of the key had a hand in them.
+    fn bucket(key: u64, factor: u64) -> Range<usize> {
+        let bits = (N / WAYS).ilog2();
+        // One shift, in two parts because there may be no bits at all.
+        let number = (key.wrapping_mul(factor) >> 1 >> (63 - bits)) as usize;
+        number * WAYS..(number + 1) * WAYS
     }
 
     /// Puts `key` into a free place, where `fill` writes what belongs to it. `None` if the key is there, or if all its
@@ -98,20 +106,31 @@ impl<const N: usize> Directory<N> {
     }
 
     /// Returns what `read` makes of the live place of `key`.
+    ///
+    /// `add` puts most keys into the first of their buckets, so the second is computed and looked at only after that.
+    #[inline]
     pub fn find<R>(&self, key: u64, read: impl Fn(usize) -> R) -> Option<(Id, R)> {
-        Self::places(key).filter(|&place| self.keys[place].load(Relaxed) == key).find_map(|place| {
-            let word = self.words[place].load(Acquire);
-            if word & STATE != LIVE {
-                return None;
+        self.find_in(0, key, &read).or_else(|| self.find_in(1, key, &read))
+    }
+
+    #[inline]
+    fn find_in<R>(&self, bucket: usize, key: u64, read: impl Fn(usize) -> R) -> Option<(Id, R)> {
+        for place in Self::bucket(key, FACTORS[bucket]) {
+            if self.keys[place].load(Relaxed) != key {
+                continue;
             }
+            let word = self.words[place].load(Acquire);
             // The key was perhaps another's when it was looked at first.
             let key_now = self.keys[place].load(Relaxed);
             let found = read(place);
             // ORDER: all was read before the word is read again; if it is the same, what was read belongs to it.
             fence(Acquire);
-            let same = self.words[place].load(Relaxed) == word && key_now == key;
-            same.then_some((Id { place: place as u32, word }, found))
-        })
+            let is_same = self.words[place].load(Relaxed) == word && key_now == key;
+            if word & STATE == LIVE && is_same {
+                return Some((Id { place: place as u32, word }, found));
+            }
+        }
+        None
     }
 
     /// Stops finding `id`, whose place stays taken.
@@ -176,7 +195,14 @@ mod tests {
 
     #[test]
     fn two_places_of_three_can_be_filled_with_keys_of_every_kind() {
-        let patterns: [fn(u64) -> u64; 4] = [|n| n, |n| n << 32 | 5, |n| n << 35, |n| 0x20 << 32 | n];
+        let patterns: [fn(u64) -> u64; 6] = [
+            |n| n,
+            |n| n << 32 | 5,
+            |n| n << 35,
+            |n| 0x20 << 32 | n,
+            |n| n << 40 | u64::from(u32::MAX),
+            |n| (n >> 4) << 32 | n << 16 & 0xF_0000,
+        ];
         for pattern in patterns {
             let directory = Box::new(Directory::<4096>::new());
             let keys = (0..4096 * 2 / 3).map(pattern);

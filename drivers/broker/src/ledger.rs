@@ -348,7 +348,7 @@ impl<const Q: usize, const S: usize, const D: usize, const A: usize> Ledger<Q, S
             Outcome::Success => {
                 count(&device.counters.succeeded);
                 let pasid = won.answer.response().tag.pasid;
-                queue.for_each_page(won.answer.slot(), |page| device.repaired(pasid, page.iova));
+                queue.for_each_page(won.answer.slot(), |page| device.repaired(pasid, page.iova()));
             }
             Outcome::Invalid => count(&device.counters.declined),
             Outcome::Failure => {

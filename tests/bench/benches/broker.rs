@@ -90,8 +90,8 @@ impl World {
                     pasid: group.tag.pasid,
                     opaque: group.opaque,
                     group: group.tag.index,
-                    iova: page.iova,
-                    perms: page.perms,
+                    iova: page.iova(),
+                    perms: page.perms(),
                     pages,
                     index: index as u32,
                 })

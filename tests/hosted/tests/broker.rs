@@ -77,7 +77,7 @@ fn a_whole_group_reaches_its_guest_and_its_answer_the_device() {
     let group = queues[1].deliver(slot).expect("it waits");
     assert_eq!((group.device, group.opaque), (0x21, 0xFEED));
     assert_eq!(group.tag, GroupTag { pasid: Pasid::new(5), index: 3 });
-    let pages: Vec<_> = group.pages.iter().map(|p| (p.iova.0, p.perms)).collect();
+    let pages: Vec<_> = group.pages.iter().map(|p| (p.iova().0, p.perms())).collect();
     let both = Perms::READ_WRITE;
     assert_eq!(pages, [(0x1_0000, both), (0x1_3000, both), (0x1_1000, write_only)]);
     assert_eq!(queues[1].deliver(slot), None, "only once");
@@ -106,7 +106,7 @@ fn every_permission_and_every_pasid_survives_the_way_to_the_guest() {
 
             let group = queues[0].deliver(slot).expect("it waits");
             assert_eq!(group.tag, tag);
-            assert_eq!(group.pages.iter().map(|p| (p.iova, p.perms)).collect::<Vec<_>>(), [(iova, perms)]);
+            assert_eq!(group.pages.iter().map(|p| (p.iova(), p.perms())).collect::<Vec<_>>(), [(iova, perms)]);
             let sent = send(queues[0].settle(group.cookie, Outcome::Success).expect("outstanding"));
             assert_eq!((sent.stream, sent.tag), (DISK, tag));
         }
@@ -138,7 +138,7 @@ fn groups_that_arrive_interleaved_do_not_mix() {
 
     for (request, slot) in kinds.iter().zip(slots) {
         let group = queues[0].deliver(slot).expect("it waits");
-        let pages: Vec<_> = group.pages.iter().map(|p| p.iova.0).collect();
+        let pages: Vec<_> = group.pages.iter().map(|p| p.iova().0).collect();
         assert_eq!((group.tag, pages), (request.tag, vec![request.iova.0, request.iova.0 + 0x1000]));
     }
 }
@@ -352,7 +352,7 @@ fn a_group_has_sixteen_pages_and_a_longer_one_is_refused_whole() {
         if extra == 0 {
             let group = queues[0].deliver(forwarded(verdict, 0)).expect("it waits");
             assert_eq!(
-                group.pages.iter().map(|p| p.iova.0 >> 12).collect::<Vec<_>>(),
+                group.pages.iter().map(|p| p.iova().0 >> 12).collect::<Vec<_>>(),
                 Vec::from_iter(1..=16)
             );
         } else {
@@ -480,7 +480,7 @@ fn a_device_may_use_a_number_again_as_soon_as_its_answer_is_sent() {
         let second = forwarded(again.expect("it was asked"), 0);
         assert_ne!(second, slot, "the slot was not free yet");
         let group = queue.deliver(second).expect("it waits");
-        assert_eq!(group.pages[0].iova, Iova(0x2000));
+        assert_eq!(group.pages[0].iova(), Iova(0x2000));
         let answer = queue.settle(group.cookie, Outcome::Invalid).expect("outstanding");
         assert_eq!(send(answer), response(DISK, 1, Outcome::Invalid));
     });

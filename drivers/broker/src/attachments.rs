@@ -141,7 +141,10 @@ impl<const A: usize> Attachments<A> {
     /// Returns the live attachment that requests with this PASID, or with none, belong to.
     #[inline]
     pub fn find(&self, stream: StreamId, pasid: Option<Pasid>) -> Option<(AttachmentId, Target)> {
-        self.find_exact(who(stream, pasid_word(pasid))).or_else(|| self.find_any(stream))
+        if let Some(found) = self.find_exact(who(stream, pasid_word(pasid))) {
+            return Some(found);
+        }
+        self.find_any(stream)
     }
 
     /// The attachment that is about all requests of a device; out of line, so that the other way stays short.
@@ -150,19 +153,17 @@ impl<const A: usize> Attachments<A> {
         self.find_exact(who(stream, ANY))
     }
 
-    #[inline]
+    #[inline(always)]
     fn find_exact(&self, who: u64) -> Option<(AttachmentId, Target)> {
-        let read = |place: usize| {
-            let entry = &self.entries[place];
-            let (device_name, queue) = (entry.device_name.load(Relaxed), entry.queue.load(Relaxed));
-            Target {
-                device: DeviceId(Id { place: device_name as u32, word: entry.device_word.load(Relaxed) }),
-                queue: QueueId { index: queue as u32, opened: (queue >> 32) as u32 },
-                name: (device_name >> 32) as u32,
-                opaque: entry.opaque.load(Relaxed),
-            }
+        let id = self.directory.find(who)?;
+        let entry = self.entries.get(id.place as usize)?;
+        let (device_name, queue) = (entry.device_name.load(Relaxed), entry.queue.load(Relaxed));
+        let target = Target {
+            device: DeviceId(Id { place: device_name as u32, word: entry.device_word.load(Relaxed) }),
+            queue: QueueId { index: queue as u32, opened: (queue >> 32) as u32 },
+            name: (device_name >> 32) as u32,
+            opaque: entry.opaque.load(Relaxed),
         };
-        let (id, target) = self.directory.find(who, read)?;
-        Some((AttachmentId(id), target))
+        self.directory.is_still(id).then_some((AttachmentId(id), target))
     }
 }

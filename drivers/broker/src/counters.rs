@@ -128,8 +128,11 @@ impl Histogram {
     pub fn count(&self, us: u64) {
         // The number of bits of `us`, found as the highest bit of twice `us` and one: that is never 0, which to ask for the
         // highest bit of costs a branch.
-        let bits = (us.min(1 << BUCKETS) << 1 | 1).ilog2() as usize;
-        count(&self.0[bits.min(BUCKETS - 1)]);
+        // The least time of the last bucket stands for all that are longer.
+        let bits = (us.min(1 << (BUCKETS - 2)) << 1 | 1).ilog2() as usize;
+        if let Some(bucket) = self.0.get(bits) {
+            count(bucket);
+        }
     }
 
     pub fn read(&self) -> [u64; BUCKETS] {

@@ -100,7 +100,8 @@ impl<const N: usize> Deadlines<N> {
     }
 
     /// Arms `entry`, armed before or not, for `after_us` from now. An entry that does not exist is never due.
-    #[inline]
+    // Always inline, because most of it depends on what the caller knows of time and entry.
+    #[inline(always)]
     pub fn arm(&mut self, entry: u32, now_us: u64, after_us: u64) {
         let at_us = self.tell(now_us).wrapping_add(after_us.min(FARTHEST_US));
         let bucket = self.bucket_for(at_us);
@@ -140,7 +141,7 @@ impl<const N: usize> Deadlines<N> {
     }
 
     /// Takes the deadline of `entry` back.
-    #[inline]
+    #[inline(never)]
     pub fn disarm(&mut self, entry: u32) {
         let Some(armed) = self.entries.get_mut(entry as usize) else { return };
         let Entry { next, before, bucket, .. } = *armed;

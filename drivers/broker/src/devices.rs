@@ -404,13 +404,10 @@ impl<const D: usize> Devices<D> {
         self.devices.get(place as usize)
     }
 
-    /// Returns a device that is not removed, and whether it is live.
+    /// Returns a live device.
     #[inline]
-    pub fn of_or_leaving(&self, id: DeviceId) -> Option<(&Device, bool)> {
-        if self.directory.is_live(id.0) {
-            return Some((self.at(id.0.place)?, true));
-        }
-        Some((self.of(id)?, false))
+    pub fn live(&self, id: DeviceId) -> Option<&Device> {
+        if self.is_live(id) { self.at(id.0.place) } else { None }
     }
 
     /// Returns a device that is not removed.
@@ -420,8 +417,7 @@ impl<const D: usize> Devices<D> {
 
     /// Returns the live device that hardware names `stream`.
     pub fn find(&self, stream: StreamId) -> Option<&Device> {
-        let (id, ()) = self.directory.find(stream.0.into(), |_| ())?;
-        self.at(id.place)
+        self.at(self.directory.find(stream.0.into())?.place)
     }
 
     pub fn tally(&self, id: DeviceId) -> Option<Tally> {

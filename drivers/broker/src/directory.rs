@@ -105,32 +105,39 @@ impl<const N: usize> Directory<N> {
         Some(Id { place: place as u32, word })
     }
 
-    /// Returns what `read` makes of the live place of `key`.
+    /// Returns what is live under `key`. Whoever reads what belongs to it asks [`is_still`](Self::is_still) afterwards.
     ///
     /// `add` puts most keys into the first of their buckets, so the second is computed and looked at only after that.
-    #[inline]
-    pub fn find<R>(&self, key: u64, read: impl Fn(usize) -> R) -> Option<(Id, R)> {
-        self.find_in(0, key, &read).or_else(|| self.find_in(1, key, &read))
+    // Always inline: as a function of its own it hands an `Id` over in memory, which costs as much as the search.
+    #[inline(always)]
+    pub fn find(&self, key: u64) -> Option<Id> {
+        self.find_in(Self::bucket(key, FACTORS[0]), key).or_else(|| self.find_second(key))
     }
 
-    #[inline]
-    fn find_in<R>(&self, bucket: usize, key: u64, read: impl Fn(usize) -> R) -> Option<(Id, R)> {
-        for place in Self::bucket(key, FACTORS[bucket]) {
+    #[inline(never)]
+    fn find_second(&self, key: u64) -> Option<Id> {
+        self.find_in(Self::bucket(key, FACTORS[1]), key)
+    }
+
+    #[inline(always)]
+    fn find_in(&self, mut bucket: Range<usize>, key: u64) -> Option<Id> {
+        bucket.find_map(|place| {
             if self.keys[place].load(Relaxed) != key {
-                continue;
+                return None;
             }
             let word = self.words[place].load(Acquire);
             // The key was perhaps another's when it was looked at first.
-            let key_now = self.keys[place].load(Relaxed);
-            let found = read(place);
-            // ORDER: all was read before the word is read again; if it is the same, what was read belongs to it.
-            fence(Acquire);
-            let is_same = self.words[place].load(Relaxed) == word && key_now == key;
-            if word & STATE == LIVE && is_same {
-                return Some((Id { place: place as u32, word }, found));
-            }
-        }
-        None
+            let is_live = word & STATE == LIVE && self.keys[place].load(Relaxed) == key;
+            is_live.then_some(Id { place: place as u32, word })
+        })
+    }
+
+    /// Returns whether all that was read of `id` before belongs to it.
+    #[inline]
+    pub fn is_still(&self, id: Id) -> bool {
+        // ORDER: all was read before the word is read again.
+        fence(Acquire);
+        self.words.get(id.place as usize).is_some_and(|word| word.load(Relaxed) == id.word)
     }
 
     /// Stops finding `id`, whose place stays taken.
@@ -156,6 +163,7 @@ impl<const N: usize> Directory<N> {
     }
 
     /// Returns whether `id` is live.
+    #[inline]
     pub fn is_live(&self, id: Id) -> bool {
         self.words.get(id.place as usize).is_some_and(|word| word.load(Acquire) == id.word)
     }
@@ -177,14 +185,14 @@ mod tests {
         let directory = Directory::<8>::new();
         let id = directory.add(7, |_| ()).expect("there is room");
 
-        assert_eq!(directory.find(7, |place| place), Some((id, id.place as usize)));
+        assert_eq!(directory.find(7), Some(id));
         assert_eq!(directory.add(7, |_| ()), None, "a key is there once");
         directory.leave(id);
-        assert_eq!(directory.find(7, |_| ()), None);
+        assert_eq!(directory.find(7), None);
         assert!(!directory.is_live(id) && directory.is_there(id));
         assert_eq!(directory.add(7, |_| ()), None, "its place is not free yet");
         directory.return_to(id);
-        assert_eq!(directory.find(7, |_| ()), Some((id, ())));
+        assert_eq!(directory.find(7), Some(id));
         directory.leave(id);
         directory.remove(id);
         let again = directory.add(7, |_| ()).expect("its place is free");
@@ -210,7 +218,7 @@ mod tests {
                 keys.map(|key| (key, directory.add(key, |_| ()).expect("there is room"))).collect();
 
             for (&key, &id) in &ids {
-                assert_eq!(directory.find(key, |_| ()), Some((id, ())));
+                assert_eq!(directory.find(key), Some(id));
             }
         }
     }
@@ -226,7 +234,7 @@ mod tests {
             });
             assert_ne!(first.place, second.place);
             for (id, key) in [(first, 0x20), (second, 0x28)] {
-                assert_eq!(directory.find(key, |_| ()), Some((id, ())));
+                assert_eq!(directory.find(key), Some(id));
                 directory.leave(id);
                 directory.remove(id);
             }

@@ -203,7 +203,7 @@ impl<const Q: usize, const S: usize, const D: usize, const A: usize> Ledger<Q, S
     pub(crate) fn open_queue(&self, queue: QueueId) -> Option<&Queue<S>> {
         let word = self.words.get(queue.index as usize)?.load(Acquire);
         let is_open = word == u64::from(queue.opened) << 8 | OPEN;
-        self.queues.get(queue.index as usize).filter(|_| is_open)
+        if is_open { self.queues.get(queue.index as usize) } else { None }
     }
 
     /// Returns queue `index`, in whatever state.

@@ -2,7 +2,7 @@
 
 use crate::{
     Cookie, Missed,
-    attachments::{Target, pasid_of, pasid_word},
+    attachments::{Target, pasid_of, pasid_word, who},
     cookie::{GENERATION, SLOTS},
     counters::{Misses, count},
 };
@@ -55,9 +55,9 @@ impl State {
         }
     }
 
-    /// The word of a new group.
-    fn with(self, generation: u64) -> u64 {
-        (generation & GENERATION) << Self::BITS | self as u64
+    /// The word of a new group, after the one before: generations count modulo 2^56, of which a cookie has 52.
+    fn of_next(self, word: u64) -> u64 {
+        (word | u64::MAX >> (64 - Self::BITS)).wrapping_add(1) | self as u64
     }
 
     /// The word of a group that was in another state.
@@ -72,7 +72,7 @@ impl State {
 }
 
 fn generation(word: u64) -> u64 {
-    word >> State::BITS
+    word >> State::BITS & GENERATION
 }
 
 /// A place for one group.
@@ -85,10 +85,10 @@ struct Slot {
     word: AtomicU64,
     /// 1: the slot is on its way to its owner's core, which will look at it once more.
     announced: AtomicU64,
-    /// Stream in 31:0, group index in 47:32, number of pages in 55:48.
+    /// The device and the PASID, as everywhere.
+    who: AtomicU64,
+    /// Group index in 15:0, number of pages in 23:16, the owner's name for the device in 63:32.
     group: AtomicU64,
-    /// The PASID's word in 31:0; the owner's name for the device in 63:32.
-    pasid_name: AtomicU64,
     opaque: AtomicU64,
     /// The place of its device in 31:0, that of its attachment in 63:32.
     device_attachment: AtomicU64,
@@ -100,11 +100,11 @@ struct Slot {
 }
 
 /// One page, in a slot's `group`.
-const ONE_PAGE: u64 = 1 << 48;
+const ONE_PAGE: u64 = 1 << 16;
 
 /// Returns the number of pages, from a slot's `group`.
 fn pages_of(group: u64) -> usize {
-    (group >> 48 & 0xFF) as usize
+    (group >> 16 & 0xFF) as usize
 }
 
 impl Slot {
@@ -112,8 +112,8 @@ impl Slot {
         Self {
             word: AtomicU64::new(0),
             announced: AtomicU64::new(0),
+            who: AtomicU64::new(0),
             group: AtomicU64::new(0),
-            pasid_name: AtomicU64::new(0),
             opaque: AtomicU64::new(0),
             device_attachment: AtomicU64::new(0),
             reported_us: AtomicU64::new(0),
@@ -131,9 +131,8 @@ impl Slot {
     }
 
     fn name(&self) -> (StreamId, GroupTag) {
-        let (group, pasid_name) = (self.group.load(Relaxed), self.pasid_name.load(Relaxed));
-        let tag = GroupTag { pasid: pasid_of(pasid_name as u32), index: (group >> 32) as u16 };
-        (StreamId(group as u32), tag)
+        let (who, group) = (self.who.load(Relaxed), self.group.load(Relaxed));
+        (StreamId((who >> 32) as u32), GroupTag { pasid: pasid_of(who as u32), index: group as u16 })
     }
 }
 
@@ -391,24 +390,16 @@ impl<const S: usize> Queue<S> {
     }
 
     /// Takes a free slot for a new group, and notes its first request. The interrupt handler alone calls it.
-    pub fn begin(
-        &self,
-        target: &Target,
-        attachment: u32,
-        request: &PageRequest,
-        now_us: u64,
-    ) -> Option<u16> {
+    pub fn begin(&self, target: &Target, attachment: u32, request: &PageRequest, now_us: u64) -> Option<u16> {
         let at = self.take()?;
         let slot = self.slots.get(usize::from(at))?;
-        let next = generation(slot.word.load(Relaxed)).wrapping_add(1);
-        slot.word.store(State::Assembling.with(next), Relaxed);
+        slot.word.store(State::Assembling.of_next(slot.word.load(Relaxed)), Relaxed);
         // ORDER: whoever still reads the payload for the group before sees the new word if it sees any new payload.
         fence(Release);
         let PageRequest { stream, tag, iova, perms, .. } = *request;
         slot.pages[0].store(Page::new(iova, perms).0, Relaxed);
-        slot.group.store(u64::from(stream.0) | u64::from(tag.index) << 32 | ONE_PAGE, Relaxed);
-        let pasid = pasid_word(tag.pasid);
-        slot.pasid_name.store(u64::from(pasid) | u64::from(target.name) << 32, Relaxed);
+        slot.who.store(who(stream, pasid_word(tag.pasid)), Relaxed);
+        slot.group.store(u64::from(target.name) << 32 | u64::from(tag.index) | ONE_PAGE, Relaxed);
         slot.opaque.store(target.opaque, Relaxed);
         slot.device_attachment.store(u64::from(target.device.0.place) | u64::from(attachment) << 32, Relaxed);
         slot.reported_us.store(now_us, Relaxed);
@@ -472,16 +463,16 @@ impl<const S: usize> Queue<S> {
         }
         let delivered = State::Delivered.after(word);
         slot.word.compare_exchange(word, delivered, AcqRel, Relaxed).ok()?;
-        let pasid_name = slot.pasid_name.load(Relaxed);
+        let who = slot.who.load(Relaxed);
         let header = slot.group.load(Relaxed);
         let device = slot.device_attachment.load(Relaxed) as u32;
         group.cookie = Cookie::new(at, generation(word).wrapping_add(self.first.load(Relaxed)) & GENERATION);
-        group.name = (pasid_name >> 32) as u32;
+        group.name = (header >> 32) as u32;
         group.opaque = slot.opaque.load(Relaxed);
-        group.tag = GroupTag { pasid: pasid_of(pasid_name as u32), index: (header >> 32) as u16 };
+        group.tag = GroupTag { pasid: pasid_of(who as u32), index: header as u16 };
         group.reported_us = slot.reported_us.load(Relaxed);
         group.pages.clear();
-        for page in slot.pages.iter().take(pages_of(header)) {
+        for page in &slot.pages[..pages_of(header).min(PAGES)] {
             // There is room: a slot has no more pages than a group.
             let _ = group.pages.push(Page(page.load(Relaxed)));
         }

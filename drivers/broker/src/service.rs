@@ -213,35 +213,35 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
         let Some((attachment, target)) = ledger.attachments.find(request.stream, request.tag.pasid) else {
             return self.refuse_stray(request);
         };
-        let Some((device, is_live)) = ledger.devices.of_or_leaving(target.device) else {
-            count(&ledger.strays);
-            return refusal(request, Outcome::Invalid);
+        // Made where it is needed, which is out of the way of most groups.
+        let to = || Belongs { device: target.device, queue: target.queue, attachment };
+        let Some(device) = ledger.devices.live(target.device) else {
+            return self.refuse_leaving(to(), request, now_us);
         };
-        let to = Belongs { device: target.device, queue: target.queue, attachment };
         count_alone(&device.counters.opened);
         let deadline_us = device.deadline_us.load(Relaxed);
         if !device.charge(now_us, true) {
-            return self.refuse(device, to, request, now_us);
+            return self.refuse(device, to(), request, now_us);
         }
-        let may_begin = is_live && deadline_us > 0 && (request.last || device.may_have_half_seen());
-        let begun = ledger
-            .open_queue(target.queue)
-            .filter(|_| may_begin)
+        let may_begin = deadline_us > 0 && (request.last || device.may_have_half_seen());
+        let begun = if may_begin { ledger.open_queue(target.queue) } else { None }
             .and_then(|queue| Some((queue, queue.begin(&target, attachment.0.place, request, now_us)?)));
         let Some((queue, slot)) = begun else {
             device.discharge(1);
-            return self.refuse(device, to, request, now_us);
+            return self.refuse(device, to(), request, now_us);
         };
         let index = Self::place_of(target.queue, slot);
         self.groups.insert(index, key);
         if let Some(place) = self.places.get_mut(index as usize) {
             let device = target.device.0.place;
-            *place = Place { stage: Stage::HalfSeen, device, deadline_us: deadline_us as u32, since_us: now_us };
+            // Half-seen until it is forwarded, which is at once if this is its last request.
+            *place =
+                Place { stage: Stage::HalfSeen, device, deadline_us: deadline_us as u32, since_us: now_us };
         }
         if request.last {
             return self.forward(queue, target.queue.index, slot, device, request, now_us);
         }
-        self.list(index, to, device, now_us);
+        self.list(index, to(), device, now_us);
         Verdict::Nothing
     }
 
@@ -258,6 +258,18 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
             }
         }
         refusal(request, Outcome::Invalid)
+    }
+
+    /// The first request of a group of a device that is not live any more.
+    #[cold]
+    fn refuse_leaving(&mut self, to: Belongs, request: &PageRequest, now_us: u64) -> Verdict<'l, S> {
+        let Some(device) = self.ledger.devices.of(to.device) else {
+            count(&self.ledger.strays);
+            return refusal(request, Outcome::Invalid);
+        };
+        count_alone(&device.counters.opened);
+        count_alone(&device.counters.requests);
+        self.refuse(device, to, request, now_us)
     }
 
     /// A further request of a group that is being put together.
@@ -351,7 +363,8 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
     }
 
     /// The group in `slot` of a queue is whole: its owner is to know, and has a deadline.
-    #[inline]
+    // Always inline: what it needs is at hand where it is called.
+    #[inline(always)]
     fn forward(
         &mut self,
         queue: &Queue<S>,

@@ -106,7 +106,10 @@ fn every_permission_and_every_pasid_survives_the_way_to_the_guest() {
 
             let group = queues[0].deliver(slot).expect("it waits");
             assert_eq!(group.tag, tag);
-            assert_eq!(group.pages.iter().map(|p| (p.iova(), p.perms())).collect::<Vec<_>>(), [(iova, perms)]);
+            assert_eq!(
+                group.pages.iter().map(|p| (p.iova(), p.perms())).collect::<Vec<_>>(),
+                [(iova, perms)]
+            );
             let sent = send(queues[0].settle(group.cookie, Outcome::Success).expect("outstanding"));
             assert_eq!((sent.stream, sent.tag), (DISK, tag));
         }

@@ -145,7 +145,7 @@ impl<const S: usize> World<S> {
     /// A group that a guest is told of is one group.
     fn check(&self, group: &Group) {
         assert_eq!(group.pages.len(), PAGES);
-        assert!(group.pages.iter().all(|page| page.iova().0 >> 12 == u64::from(group.tag.index)), "{group:?}");
+        assert!(group.pages.iter().all(|page| page.iova.0 >> 12 == u64::from(group.tag.index)), "{group:?}");
     }
 
     fn settle(&self, cookie: Cookie) {

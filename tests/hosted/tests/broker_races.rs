@@ -69,7 +69,7 @@ fn each_group_is_answered_once_however_guest_deadline_and_eviction_race() {
             started.wait();
             for slot in announced {
                 let Some(group) = queue.deliver(slot) else { continue };
-                assert!(group.pages.iter().all(|p| p.iova().0 >> 12 == u64::from(group.tag.index)));
+                assert!(group.pages.iter().all(|p| p.iova.0 >> 12 == u64::from(group.tag.index)));
                 last_cookie.store(group.cookie.0, SeqCst);
                 for _ in 0..[0, 1, 1, 2][usize::from(group.tag.index) % 4] {
                     if let Ok(answer) = queue.settle(group.cookie, Outcome::Success) {

@@ -142,8 +142,8 @@ impl Host {
                     pasid: group.tag.pasid,
                     opaque: group.opaque,
                     group: group.tag.index,
-                    iova: page.iova(),
-                    perms: page.perms(),
+                    iova: page.iova,
+                    perms: page.perms,
                     pages,
                     index: index as u32,
                 })

@@ -157,11 +157,17 @@ impl<const N: usize> Deadlines<N> {
         let bucket = bucket as usize % BUCKETS;
         self.heads[bucket] = next;
         if next == 0 {
-            let word = bucket / WORD;
-            self.occupied[word] &= !(1 << (bucket % WORD));
-            if self.occupied[word] == 0 {
-                self.summary[word / WORD] &= !(1 << (word % WORD));
-            }
+            self.mark_empty(bucket);
+        }
+    }
+
+    #[inline]
+    fn mark_empty(&mut self, bucket: usize) {
+        let bucket = bucket % BUCKETS;
+        let word = bucket / WORD;
+        self.occupied[word] &= !(1 << (bucket % WORD));
+        if self.occupied[word] == 0 {
+            self.summary[word / WORD] &= !(1 << (word % WORD));
         }
     }
 
@@ -193,18 +199,20 @@ impl<const N: usize> Deadlines<N> {
     pub fn pop(&mut self, now_us: u64) -> Due {
         // What is due by the start of this tick is due.
         let tick_us = self.tell(now_us) & !(TICK_US - 1);
-        let Some(ahead_us) = self.first_us() else {
-            self.cursor_us = tick_us;
-            return Due::Nothing;
-        };
-        if ahead_us > tick_us.wrapping_sub(self.cursor_us) {
-            self.cursor_us = tick_us;
+        // The cursor's bucket is empty once all of it was taken out, and then the next one is looked for.
+        if self.heads[bucket_of(self.cursor_us)] == 0 && !self.move_on(tick_us) {
             return Due::Nothing;
         }
-        self.cursor_us = self.cursor_us.wrapping_add(ahead_us);
-        let entry = self.heads[bucket_of(self.cursor_us)].wrapping_sub(1);
-        self.disarm(entry);
-        let Some(&Entry { at_us, .. }) = self.entries.get(entry as usize) else { return Due::Nothing };
+        let bucket = bucket_of(self.cursor_us);
+        let entry = self.heads[bucket].wrapping_sub(1);
+        let Some(first) = self.entries.get_mut(entry as usize) else { return Due::Nothing };
+        first.bucket = 0;
+        let (at_us, next) = (first.at_us, first.next);
+        self.heads[bucket] = next;
+        match self.neighbour(next) {
+            Some(next) => next.before = 0,
+            None => self.mark_empty(bucket),
+        }
         if tick_us.wrapping_sub(at_us) <= u64::MAX / 2 {
             return Due::Entry(entry);
         }
@@ -212,6 +220,23 @@ impl<const N: usize> Deadlines<N> {
         let bucket = self.bucket_for(at_us);
         self.link(entry, bucket);
         Due::Later
+    }
+
+    /// Moves the cursor to the first bucket with entries that is due by `tick_us`; if there is none, to `tick_us`.
+    #[inline]
+    fn move_on(&mut self, tick_us: u64) -> bool {
+        let behind_us = tick_us.wrapping_sub(self.cursor_us);
+        if behind_us == 0 {
+            return false;
+        }
+        if let Some(ahead_us) = self.first_us()
+            && ahead_us <= behind_us
+        {
+            self.cursor_us = self.cursor_us.wrapping_add(ahead_us);
+            return true;
+        }
+        self.cursor_us = tick_us;
+        false
     }
 
     /// Returns when there may be something due next, on the caller's clock; `None` if nothing is armed.

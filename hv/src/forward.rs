@@ -71,8 +71,8 @@ fn push(channel: &mut Host, group: &Group) -> Result<Pushed, Broken> {
             pasid: group.tag.pasid,
             opaque: group.opaque,
             group: group.tag.index,
-            iova: page.iova,
-            perms: page.perms,
+            iova: page.iova(),
+            perms: page.perms(),
             pages,
             index: index as u32,
         })

@@ -75,12 +75,21 @@ pub(crate) struct Attachments<const A: usize> {
     entries: [Entry; A],
 }
 
-/// In place of a PASID, which has 20 bits.
-const PLAIN: u32 = u32::MAX;
-const ANY: u32 = u32::MAX - 1;
+/// In place of a PASID's word: all of them.
+const ANY: u32 = u32::MAX;
 
-/// Packs device and PASID into one word that is compared at once.
-fn key(stream: StreamId, pasid: u32) -> u64 {
+/// Returns a PASID as a word: one more than it is, 0 if there is none. Since it is kept like that, this is a copy.
+pub(crate) fn pasid_word(pasid: Option<Pasid>) -> u32 {
+    pasid.map_or(0, |pasid| pasid.value() + 1)
+}
+
+/// Returns what `pasid_word` was made from.
+pub(crate) fn pasid_of(word: u32) -> Option<Pasid> {
+    word.checked_sub(1).and_then(Pasid::new)
+}
+
+/// Packs device and PASID word into one word that is compared at once.
+pub(crate) fn who(stream: StreamId, pasid: u32) -> u64 {
     u64::from(stream.0) << 32 | u64::from(pasid)
 }
 
@@ -101,8 +110,8 @@ impl<const A: usize> Attachments<A> {
 
     pub fn add(&self, policy: &Policy) -> Option<AttachmentId> {
         let pasid = match policy.requests {
-            Requests::Plain => PLAIN,
-            Requests::Of(pasid) => pasid.value(),
+            Requests::Plain => pasid_word(None),
+            Requests::Of(pasid) => pasid_word(Some(pasid)),
             Requests::Any => ANY,
         };
         let fill = |place: usize| {
@@ -114,7 +123,7 @@ impl<const A: usize> Attachments<A> {
             entry.queue.store(u64::from(index) | u64::from(opened) << 32, Relaxed);
             entry.opaque.store(policy.opaque, Relaxed);
         };
-        self.directory.add(key(policy.stream, pasid), fill).map(AttachmentId)
+        self.directory.add(who(policy.stream, pasid), fill).map(AttachmentId)
     }
 
     pub fn leave(&self, id: AttachmentId) {
@@ -130,20 +139,31 @@ impl<const A: usize> Attachments<A> {
     }
 
     /// Returns the live attachment that requests with this PASID, or with none, belong to.
+    #[inline]
     pub fn find(&self, stream: StreamId, pasid: Option<Pasid>) -> Option<(AttachmentId, Target)> {
-        let read = |place: usize| {
-            let entry = &self.entries[place];
-            let (device_name, queue) = (entry.device_name.load(Relaxed), entry.queue.load(Relaxed));
-            Target {
-                device: DeviceId(Id { place: device_name as u32, word: entry.device_word.load(Relaxed) }),
-                queue: QueueId { index: queue as u32, opened: (queue >> 32) as u32 },
-                name: (device_name >> 32) as u32,
-                opaque: entry.opaque.load(Relaxed),
-            }
+        if let Some(found) = self.find_exact(who(stream, pasid_word(pasid))) {
+            return Some(found);
+        }
+        self.find_any(stream)
+    }
+
+    /// The attachment that is about all requests of a device; out of line, so that the other way stays short.
+    #[inline(never)]
+    fn find_any(&self, stream: StreamId) -> Option<(AttachmentId, Target)> {
+        self.find_exact(who(stream, ANY))
+    }
+
+    #[inline(always)]
+    fn find_exact(&self, who: u64) -> Option<(AttachmentId, Target)> {
+        let id = self.directory.find(who)?;
+        let entry = self.entries.get(id.place as usize)?;
+        let (device_name, queue) = (entry.device_name.load(Relaxed), entry.queue.load(Relaxed));
+        let target = Target {
+            device: DeviceId(Id { place: device_name as u32, word: entry.device_word.load(Relaxed) }),
+            queue: QueueId { index: queue as u32, opened: (queue >> 32) as u32 },
+            name: (device_name >> 32) as u32,
+            opaque: entry.opaque.load(Relaxed),
         };
-        let exact = key(stream, pasid.map_or(PLAIN, Pasid::value));
-        let found = self.directory.find(exact, read);
-        let (id, target) = found.or_else(|| self.directory.find(key(stream, ANY), read))?;
-        Some((AttachmentId(id), target))
+        self.directory.is_still(id).then_some((AttachmentId(id), target))
     }
 }

@@ -5,8 +5,12 @@ pub const TICK_US: u64 = 1 << TICK_LOG2;
 const TICK_LOG2: u32 = 10;
 /// Ticks that a turn of the wheel takes: 16.7 s.
 const BUCKETS: usize = 1 << 14;
+const TURN_US: u64 = (BUCKETS as u64) << TICK_LOG2;
 const WORD: usize = 64;
 const WORDS: usize = BUCKETS / WORD;
+/// No deadline is further away than this, in microseconds: half of what the clock can tell apart from the past, of which the
+/// other half is for calls that come late.
+const FARTHEST_US: u64 = u64::MAX / 4;
 
 /// One deadline. Neighbours are entries of the same bucket, by their number plus one; 0 is none.
 #[derive(Clone, Copy, Debug)]
@@ -15,8 +19,8 @@ struct Entry {
     before: u32,
     /// Its bucket plus one, 0 if it is not armed.
     bucket: u32,
-    /// The tick in which it is due.
-    at: u64,
+    /// When it is due, on the wheel's clock.
+    at_us: u64,
 }
 
 /// What the wheel had to give.
@@ -34,7 +38,8 @@ pub enum Due {
 ///
 /// To arm one, to take one back, and to find the next take the same time however many there are: a handful of loads and
 /// stores. Whoever learns in time that a deadline is met may leave its entry where it is, to be skipped when it comes, or
-/// armed anew before.
+/// armed anew before. An entry that is armed anew for a later time stays in its bucket, and moves on when that one comes: what
+/// is armed often moves once in a deadline, not each time.
 ///
 /// The clock may start anywhere, wrap, and jump. If it jumps ahead, everything is due that would have been; if it jumps
 /// back, it stands still until it moves again.
@@ -47,15 +52,12 @@ pub struct Deadlines<const N: usize> {
     occupied: [u64; WORDS],
     /// Bit n of word w set: word w * 64 + n of `occupied` is not 0.
     summary: [u64; WORDS / WORD],
-    /// Whether `last_us` means anything.
-    is_started: bool,
-    /// The caller's clock when it was last seen.
-    last_us: u64,
-    /// Microseconds since it was first seen.
-    elapsed_us: u64,
-    /// All before this tick is done.
-    cursor: u64,
-    armed: u32,
+    /// What the wheel's clock is ahead of the caller's; both wrap.
+    ahead_us: u64,
+    /// The wheel's clock, which never goes back.
+    clock_us: u64,
+    /// The start of a tick: all before it is done, and all entries are in the buckets of one turn from it.
+    cursor_us: u64,
 }
 
 impl<const N: usize> Default for Deadlines<N> {
@@ -64,131 +66,203 @@ impl<const N: usize> Default for Deadlines<N> {
     }
 }
 
+/// Returns the bucket of the tick in which `us` lies.
+const fn bucket_of(us: u64) -> usize {
+    (us >> TICK_LOG2) as usize % BUCKETS
+}
+
 impl<const N: usize> Deadlines<N> {
     /// No deadlines. All of it is zero.
     pub const fn new() -> Self {
         const { assert!(N < u32::MAX as usize) };
         Self {
-            entries: [Entry { next: 0, before: 0, bucket: 0, at: 0 }; N],
+            entries: [Entry { next: 0, before: 0, bucket: 0, at_us: 0 }; N],
             heads: [0; BUCKETS],
             occupied: [0; WORDS],
             summary: [0; WORDS / WORD],
-            is_started: false,
-            last_us: 0,
-            elapsed_us: 0,
-            cursor: 0,
-            armed: 0,
+            ahead_us: 0,
+            clock_us: 0,
+            cursor_us: 0,
         }
     }
 
-    /// Moves the clock to `now_us`, and returns the time since it was first seen.
-    fn elapsed_us(&mut self, now_us: u64) -> u64 {
-        let passed = now_us.wrapping_sub(self.last_us);
-        if !self.is_started {
-            self.is_started = true;
-            self.last_us = now_us;
-        } else if passed <= u64::MAX / 2 {
-            self.last_us = now_us;
-            self.elapsed_us = self.elapsed_us.saturating_add(passed);
-        } else {
+    /// Moves the wheel's clock to `now_us` of the caller's, and returns it.
+    #[inline]
+    fn tell(&mut self, now_us: u64) -> u64 {
+        let clock_us = now_us.wrapping_add(self.ahead_us);
+        if clock_us.wrapping_sub(self.clock_us) > u64::MAX / 2 {
             // It jumped back: time goes on from here.
-            self.last_us = now_us;
+            self.ahead_us = self.clock_us.wrapping_sub(now_us);
+            return self.clock_us;
         }
-        self.elapsed_us
+        self.clock_us = clock_us;
+        clock_us
     }
 
     /// Arms `entry`, armed before or not, for `after_us` from now. An entry that does not exist is never due.
+    // Always inline, because most of it depends on what the caller knows of time and entry.
+    #[inline(always)]
     pub fn arm(&mut self, entry: u32, now_us: u64, after_us: u64) {
-        if entry as usize >= N {
-            return;
+        let at_us = self.tell(now_us).wrapping_add(after_us.min(FARTHEST_US));
+        let bucket = self.bucket_for(at_us);
+        let Some(armed) = self.entries.get_mut(entry as usize) else { return };
+        armed.at_us = at_us;
+        if armed.bucket != 0 {
+            // All buckets are within one turn of the cursor, so this is how many ticks it has to go.
+            let ticks = |bucket: usize| bucket.wrapping_sub(bucket_of(self.cursor_us)) % BUCKETS;
+            if ticks(armed.bucket as usize - 1) <= ticks(bucket) {
+                return;
+            }
+            self.disarm(entry);
         }
-        let elapsed_us = self.elapsed_us(now_us);
-        self.disarm(entry);
-        if self.armed == 0 {
-            self.cursor = elapsed_us >> TICK_LOG2;
+        self.link(entry, bucket);
+    }
+
+    /// Returns the bucket where a deadline is met, or as late as the wheel can.
+    #[inline]
+    fn bucket_for(&mut self, at_us: u64) -> usize {
+        // The end of the tick: what is due in a tick is met at its end.
+        let end_us = at_us.wrapping_add(TICK_US - 1);
+        if end_us.wrapping_sub(self.cursor_us) < TURN_US {
+            return bucket_of(end_us);
         }
-        let at = elapsed_us.saturating_add(after_us).saturating_add(TICK_US - 1) >> TICK_LOG2;
-        self.link(entry, at);
+        self.last_bucket_for(end_us)
+    }
+
+    /// The same for what the wheel cannot hold where its cursor is.
+    #[cold]
+    fn last_bucket_for(&mut self, end_us: u64) -> usize {
+        if self.first_us().is_none() {
+            // It has been idle.
+            self.cursor_us = self.clock_us & !(TICK_US - 1);
+        }
+        let ahead_us = end_us.wrapping_sub(self.cursor_us).min(TURN_US - 1);
+        bucket_of(self.cursor_us.wrapping_add(ahead_us))
     }
 
     /// Takes the deadline of `entry` back.
+    #[inline(never)]
     pub fn disarm(&mut self, entry: u32) {
-        let Some(&Entry { next, before, bucket, .. }) = self.entries.get(entry as usize) else { return };
+        let Some(armed) = self.entries.get_mut(entry as usize) else { return };
+        let Entry { next, before, bucket, .. } = *armed;
         let Some(bucket) = bucket.checked_sub(1) else { return };
-        self.entries[entry as usize].bucket = 0;
-        self.armed -= 1;
-        if let Some(next) = next.checked_sub(1) {
-            self.entries[next as usize].before = before;
+        armed.bucket = 0;
+        if let Some(next) = self.neighbour(next) {
+            next.before = before;
         }
-        if let Some(before) = before.checked_sub(1) {
-            self.entries[before as usize].next = next;
+        if let Some(before) = self.neighbour(before) {
+            before.next = next;
             return;
         }
         let bucket = bucket as usize % BUCKETS;
         self.heads[bucket] = next;
         if next == 0 {
-            let word = bucket / WORD;
-            self.occupied[word] &= !(1 << (bucket % WORD));
-            if self.occupied[word] == 0 {
-                self.summary[word / WORD] &= !(1 << (word % WORD));
-            }
+            self.mark_empty(bucket);
         }
     }
 
-    /// Puts `entry`, which is in no bucket, where it is met at tick `at`, or as late as the wheel can.
-    fn link(&mut self, entry: u32, at: u64) {
-        let tick = at.clamp(self.cursor, self.cursor.saturating_add(BUCKETS as u64 - 1));
-        let bucket = tick as usize % BUCKETS;
+    #[inline]
+    fn mark_empty(&mut self, bucket: usize) {
+        let bucket = bucket % BUCKETS;
+        let word = bucket / WORD;
+        self.occupied[word] &= !(1 << (bucket % WORD));
+        if self.occupied[word] == 0 {
+            self.summary[word / WORD] &= !(1 << (word % WORD));
+        }
+    }
+
+    fn neighbour(&mut self, number_plus_one: u32) -> Option<&mut Entry> {
+        // 0 is none: one less is more than there can be.
+        self.entries.get_mut(number_plus_one.wrapping_sub(1) as usize)
+    }
+
+    /// Puts `entry`, which exists and is in no bucket, into one.
+    #[inline]
+    fn link(&mut self, entry: u32, bucket: usize) {
+        let bucket = bucket % BUCKETS;
         let next = core::mem::replace(&mut self.heads[bucket], entry + 1);
-        self.entries[entry as usize] = Entry { next, before: 0, bucket: bucket as u32 + 1, at };
-        if let Some(next) = next.checked_sub(1) {
-            self.entries[next as usize].before = entry + 1;
+        if let Some(armed) = self.entries.get_mut(entry as usize) {
+            (armed.next, armed.before, armed.bucket) = (next, 0, bucket as u32 + 1);
+        }
+        if let Some(next) = self.neighbour(next) {
+            // The bucket is known to be occupied.
+            next.before = entry + 1;
+            return;
         }
         let word = bucket / WORD;
         self.occupied[word] |= 1 << (bucket % WORD);
         self.summary[word / WORD] |= 1 << (word % WORD);
-        self.armed += 1;
     }
 
     /// Takes out one entry that is due; to be called until there is nothing.
+    #[inline]
     pub fn pop(&mut self, now_us: u64) -> Due {
-        let tick = self.elapsed_us(now_us) >> TICK_LOG2;
-        let Some(first) = self.first() else {
-            self.cursor = tick;
-            return Due::Nothing;
-        };
-        if first > tick {
-            self.cursor = tick;
+        // What is due by the start of this tick is due.
+        let tick_us = self.tell(now_us) & !(TICK_US - 1);
+        // The cursor's bucket is empty once all of it was taken out, and then the next one is looked for.
+        if self.heads[bucket_of(self.cursor_us)] == 0 && !self.move_on(tick_us) {
             return Due::Nothing;
         }
-        self.cursor = first;
-        let Some(entry) = self.heads[first as usize % BUCKETS].checked_sub(1) else { return Due::Nothing };
-        let at = self.entries[entry as usize].at;
-        self.disarm(entry);
-        if at <= tick {
+        let bucket = bucket_of(self.cursor_us);
+        let entry = self.heads[bucket].wrapping_sub(1);
+        let Some(first) = self.entries.get_mut(entry as usize) else { return Due::Nothing };
+        first.bucket = 0;
+        let (at_us, next) = (first.at_us, first.next);
+        self.heads[bucket] = next;
+        match self.neighbour(next) {
+            Some(next) => next.before = 0,
+            None => self.mark_empty(bucket),
+        }
+        if tick_us.wrapping_sub(at_us) <= u64::MAX / 2 {
             return Due::Entry(entry);
         }
-        // It was armed for later than the wheel could hold then.
-        self.link(entry, at);
+        // It was armed anew for later, or for later than the wheel could hold then.
+        let bucket = self.bucket_for(at_us);
+        self.link(entry, bucket);
         Due::Later
+    }
+
+    /// Moves the cursor to the first bucket with entries that is due by `tick_us`; if there is none, to `tick_us`.
+    #[inline]
+    fn move_on(&mut self, tick_us: u64) -> bool {
+        let behind_us = tick_us.wrapping_sub(self.cursor_us);
+        if behind_us == 0 {
+            return false;
+        }
+        if let Some(ahead_us) = self.first_us()
+            && ahead_us <= behind_us
+        {
+            self.cursor_us = self.cursor_us.wrapping_add(ahead_us);
+            return true;
+        }
+        self.cursor_us = tick_us;
+        false
     }
 
     /// Returns when there may be something due next, on the caller's clock; `None` if nothing is armed.
     pub fn next_us(&self) -> Option<u64> {
-        let at_us = self.first()? << TICK_LOG2;
-        Some(self.last_us.wrapping_add(at_us.saturating_sub(self.elapsed_us)))
+        let at_us = self.cursor_us.wrapping_add(self.first_us()?);
+        // What is past is due now.
+        let due_us = if self.clock_us.wrapping_sub(at_us) <= u64::MAX / 2 { self.clock_us } else { at_us };
+        Some(due_us.wrapping_sub(self.ahead_us))
     }
 
-    /// Returns the tick of the first bucket with entries, from the cursor on.
-    fn first(&self) -> Option<u64> {
-        let start = self.cursor as usize % BUCKETS;
+    /// Returns how far the first bucket with entries is ahead of the cursor, in microseconds.
+    #[inline]
+    fn first_us(&self) -> Option<u64> {
+        let start = bucket_of(self.cursor_us);
         let (word, bit) = (start / WORD, start % WORD);
         let here = self.occupied[word] >> bit;
         if here != 0 {
-            return Some(self.cursor + u64::from(here.trailing_zeros()));
+            return Some(u64::from(here.trailing_zeros()) << TICK_LOG2);
         }
-        // The word after this one, and so on round the wheel; at last this one again, for what lies before `bit`.
-        let after = (word + 1) % WORDS;
+        self.first_us_after(start)
+    }
+
+    /// The same if there is none in the rest of the cursor's word.
+    fn first_us_after(&self, start: usize) -> Option<u64> {
+        // The word after this one, and so on round the wheel; at last this one again, for what lies before `start`.
+        let after = (start / WORD + 1) % WORDS;
         let rest = self.summary[after / WORD] >> (after % WORD);
         let word = if rest != 0 {
             after + rest.trailing_zeros() as usize
@@ -200,7 +274,7 @@ impl<const N: usize> Deadlines<N> {
             })?
         };
         let bucket = word * WORD + self.occupied[word].trailing_zeros() as usize;
-        Some(self.cursor + (bucket.wrapping_sub(start) % BUCKETS) as u64)
+        Some(((bucket.wrapping_sub(start) % BUCKETS) as u64) << TICK_LOG2)
     }
 }
 
@@ -224,12 +298,13 @@ mod tests {
     fn an_entry_is_due_at_the_first_tick_after_its_deadline_and_not_before() {
         let mut deadlines = Box::new(Deadlines::<4>::new());
         deadlines.arm(0, 5_000, 100_000);
-        deadlines.arm(1, 5_000, 0);
+        deadlines.arm(1, 5_000, 120);
 
-        assert_eq!(due(&mut deadlines, 5_000), BTreeSet::from([1]));
-        assert_eq!(deadlines.next_us(), Some(5_000 + 98 * TICK_US));
-        assert_eq!(due(&mut deadlines, 5_000 + 98 * TICK_US - 1), BTreeSet::new());
-        assert_eq!(due(&mut deadlines, 5_000 + 98 * TICK_US), BTreeSet::from([0]));
+        assert_eq!(due(&mut deadlines, 5_119), BTreeSet::new());
+        assert_eq!(due(&mut deadlines, 5 * TICK_US), BTreeSet::from([1]));
+        assert_eq!(deadlines.next_us(), Some(103 * TICK_US));
+        assert_eq!(due(&mut deadlines, 103 * TICK_US - 1), BTreeSet::new());
+        assert_eq!(due(&mut deadlines, 103 * TICK_US), BTreeSet::from([0]));
         assert_eq!(deadlines.next_us(), None);
     }
 
@@ -242,6 +317,18 @@ mod tests {
         deadlines.disarm(2);
         assert_eq!(due(&mut deadlines, 12_000), BTreeSet::from([0]));
         assert_eq!(due(&mut deadlines, 22_000), BTreeSet::from([1]));
+    }
+
+    #[test]
+    fn an_entry_that_is_armed_anew_for_later_moves_on_when_its_old_time_comes() {
+        let mut deadlines = Box::new(Deadlines::<4>::new());
+        deadlines.arm(0, 0, 10_000);
+        (1..=20).for_each(|n| deadlines.arm(0, n * 1_000, 10_000));
+
+        assert_eq!(deadlines.pop(20 * TICK_US), Due::Later);
+        assert_eq!(due(&mut deadlines, 29 * TICK_US), BTreeSet::new());
+        assert_eq!(due(&mut deadlines, 30 * TICK_US), BTreeSet::from([0]));
+        assert_eq!(deadlines.next_us(), None);
     }
 
     #[test]

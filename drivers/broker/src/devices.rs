@@ -2,7 +2,8 @@
 
 use crate::{
     Tally,
-    counters::{BUCKETS, Counters, Histogram, count},
+    attachments::pasid_word,
+    counters::{BUCKETS, Counters, Histogram, count, count_alone},
     directory::{Directory, Id},
 };
 use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -155,8 +156,8 @@ pub(crate) struct Device {
 
 /// A page of a PASID as a word, of which 0 is none.
 fn page_word(pasid: Option<Pasid>, iova: Iova) -> u64 {
-    let pasid = pasid.map_or(u64::MAX, |pasid| pasid.value().into());
-    (iova.0 / PAGE_SIZE).wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ pasid.rotate_left(40) | 1 << 63
+    // The PASID's word has 21 bits. Ten of them lie below the page, the others on the top of its address; bit 11 is left.
+    (iova.0 & !(PAGE_SIZE - 1) | 1 << 11) ^ u64::from(pasid_word(pasid)).rotate_right(11)
 }
 
 impl Device {
@@ -223,8 +224,9 @@ impl Device {
     }
 
     /// Takes note of one request; returns whether the device may have it. The handler calls it.
+    #[inline]
     pub fn charge(&self, now_us: u64, opens: bool) -> bool {
-        count(&self.counters.requests);
+        count_alone(&self.counters.requests);
         let outstanding = self.outstanding.load(Relaxed);
         let limit = match self.restraint() {
             Restraint::None | Restraint::Warned => self.requests.load(Relaxed),
@@ -232,7 +234,7 @@ impl Device {
             Restraint::Throttled => self.requests.load(Relaxed),
             Restraint::RequestsOff | Restraint::Blocked => 0,
         };
-        if outstanding >= limit || !self.is_in_rate(now_us) {
+        if outstanding >= limit || (self.interval.load(Relaxed) != 0 && !self.is_in_rate(now_us)) {
             return false;
         }
         self.outstanding.fetch_add(1, Relaxed);
@@ -240,11 +242,9 @@ impl Device {
     }
 
     /// Lets requests through at an even rate, and some of them ahead of it.
+    #[inline(never)]
     fn is_in_rate(&self, now_us: u64) -> bool {
         let interval = self.interval.load(Relaxed);
-        if interval == 0 {
-            return true;
-        }
         let now = now_us.wrapping_shl(PARTS);
         let (due, allowed) = (self.due.load(Relaxed), self.ahead.load(Relaxed));
         let ahead = due.wrapping_sub(now);
@@ -257,35 +257,56 @@ impl Device {
         true
     }
 
+    /// Returns whether it may have one more group half-seen; the handler calls it.
+    pub fn may_have_half_seen(&self) -> bool {
+        self.half_seen.load(Relaxed) < self.half_seen_limit.load(Relaxed)
+    }
+
     /// Takes `requests` off what is outstanding.
     pub fn discharge(&self, requests: u64) {
         self.outstanding.fetch_sub(requests, Relaxed);
     }
 
-    /// Takes note that a group waits for `page`; the handler calls it.
+    /// Takes note that a group waits for `page`; the handler calls it. Returns how long after its report an answer is to be held
+    /// back, in microseconds: nothing for a guest that is believed.
     ///
     /// If the guest had just claimed to have repaired that page, its claims are doubted.
-    pub fn asked(&self, pasid: Option<Pasid>, page: Iova) {
+    #[inline]
+    pub fn asked(&self, pasid: Option<Pasid>, page: Iova) -> u64 {
         let word = page_word(pasid, page);
-        let repaired = &self.repaired[word as usize % REPAIRED];
+        let repaired = self.repaired_at(word);
         let doubt = self.doubt.load(Relaxed);
+        if repaired.load(Relaxed) != word && doubt == 0 {
+            return 0;
+        }
+        self.doubted(repaired, word, doubt)
+    }
+
+    #[inline(never)]
+    fn doubted(&self, repaired: &AtomicU64, word: u64, doubt: u64) -> u64 {
         if repaired.load(Relaxed) == word {
             repaired.store(0, Relaxed);
             count(&self.counters.unrepaired);
             self.doubt.store((doubt + 1).min(32), Relaxed);
-        } else if doubt > 0 {
-            self.doubt.store(doubt - 1, Relaxed);
+        } else {
+            self.doubt.store(doubt.saturating_sub(1), Relaxed);
         }
+        self.hold_us()
+    }
+
+    /// Returns where a page is remembered: neighbours in different places.
+    fn repaired_at(&self, word: u64) -> &AtomicU64 {
+        &self.repaired[(word / PAGE_SIZE) as usize % REPAIRED]
     }
 
     /// Takes note that the guest claims to have repaired `page`.
     pub fn repaired(&self, pasid: Option<Pasid>, page: Iova) {
         let word = page_word(pasid, page);
-        self.repaired[word as usize % REPAIRED].store(word, Relaxed);
+        self.repaired_at(word).store(word, Relaxed);
     }
 
     /// Returns how long after its report an answer is held back, in microseconds: nothing for a guest that is believed.
-    pub fn hold_us(&self) -> u64 {
+    fn hold_us(&self) -> u64 {
         match self.doubt.load(Relaxed) {
             0 | 1 => 0,
             doubt => (HOLD_US << (doubt - 2).min(20)).min(self.deadline_us.load(Relaxed)),
@@ -384,6 +405,12 @@ impl<const D: usize> Devices<D> {
         self.devices.get(place as usize)
     }
 
+    /// Returns a live device.
+    #[inline]
+    pub fn live(&self, id: DeviceId) -> Option<&Device> {
+        if self.is_live(id) { self.at(id.0.place) } else { None }
+    }
+
     /// Returns a device that is not removed.
     pub fn of(&self, id: DeviceId) -> Option<&Device> {
         self.directory.is_there(id.0).then(|| self.at(id.0.place)).flatten()
@@ -391,8 +418,7 @@ impl<const D: usize> Devices<D> {
 
     /// Returns the live device that hardware names `stream`.
     pub fn find(&self, stream: StreamId) -> Option<&Device> {
-        let (id, ()) = self.directory.find(stream.0.into(), |_| ())?;
-        self.at(id.place)
+        self.at(self.directory.find(stream.0.into())?.place)
     }
 
     pub fn tally(&self, id: DeviceId) -> Option<Tally> {

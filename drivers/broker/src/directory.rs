@@ -12,6 +12,9 @@ use core::{
 /// Places of a bucket: their keys are one cache line.
 const WAYS: usize = 8;
 
+/// Odd numbers with well-mixed bits, one for each of the two buckets of a key.
+const FACTORS: [u64; 2] = [0x9E37_79B9_7F4A_7C15, 0xD6E8_FEB8_6659_FD93];
+
 /// Low bits of a place's word; its generation is above them.
 const FREE: u64 = 0;
 const LIVE: u64 = 1;
@@ -57,10 +60,15 @@ impl<const N: usize> Directory<N> {
     }
 
     fn buckets(key: u64) -> [Range<usize>; 2] {
-        let mixed = (key ^ key >> 32).wrapping_mul(0x9E37_79B9_7F4A_7C15);
-        let mixed = (mixed ^ mixed >> 29).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        let bucket = |bits: u64| (bits as usize & (N / WAYS - 1)) * WAYS;
-        [bucket(mixed >> 24), bucket(mixed >> 44)].map(|first| first..first + WAYS)
+        [Self::bucket(key, FACTORS[0]), Self::bucket(key, FACTORS[1])]
+    }
+
+    /// The bucket that the highest bits of a product name: every bit of the key had a hand in them.
+    fn bucket(key: u64, factor: u64) -> Range<usize> {
+        let bits = (N / WAYS).ilog2();
+        // One shift, in two parts because there may be no bits at all.
+        let number = (key.wrapping_mul(factor) >> 1 >> (63 - bits)) as usize;
+        number * WAYS..(number + 1) * WAYS
     }
 
     /// Puts `key` into a free place, where `fill` writes what belongs to it. `None` if the key is there, or if all its
@@ -97,21 +105,39 @@ impl<const N: usize> Directory<N> {
         Some(Id { place: place as u32, word })
     }
 
-    /// Returns what `read` makes of the live place of `key`.
-    pub fn find<R>(&self, key: u64, read: impl Fn(usize) -> R) -> Option<(Id, R)> {
-        Self::places(key).filter(|&place| self.keys[place].load(Relaxed) == key).find_map(|place| {
-            let word = self.words[place].load(Acquire);
-            if word & STATE != LIVE {
+    /// Returns what is live under `key`. Whoever reads what belongs to it asks [`is_still`](Self::is_still) afterwards.
+    ///
+    /// `add` puts most keys into the first of their buckets, so the second is computed and looked at only after that.
+    // Always inline: as a function of its own it hands an `Id` over in memory, which costs as much as the search.
+    #[inline(always)]
+    pub fn find(&self, key: u64) -> Option<Id> {
+        self.find_in(Self::bucket(key, FACTORS[0]), key).or_else(|| self.find_second(key))
+    }
+
+    #[inline(never)]
+    fn find_second(&self, key: u64) -> Option<Id> {
+        self.find_in(Self::bucket(key, FACTORS[1]), key)
+    }
+
+    #[inline(always)]
+    fn find_in(&self, mut bucket: Range<usize>, key: u64) -> Option<Id> {
+        bucket.find_map(|place| {
+            if self.keys[place].load(Relaxed) != key {
                 return None;
             }
+            let word = self.words[place].load(Acquire);
             // The key was perhaps another's when it was looked at first.
-            let key_now = self.keys[place].load(Relaxed);
-            let found = read(place);
-            // ORDER: all was read before the word is read again; if it is the same, what was read belongs to it.
-            fence(Acquire);
-            let same = self.words[place].load(Relaxed) == word && key_now == key;
-            same.then_some((Id { place: place as u32, word }, found))
+            let is_live = word & STATE == LIVE && self.keys[place].load(Relaxed) == key;
+            is_live.then_some(Id { place: place as u32, word })
         })
+    }
+
+    /// Returns whether all that was read of `id` before belongs to it.
+    #[inline]
+    pub fn is_still(&self, id: Id) -> bool {
+        // ORDER: all was read before the word is read again.
+        fence(Acquire);
+        self.words.get(id.place as usize).is_some_and(|word| word.load(Relaxed) == id.word)
     }
 
     /// Stops finding `id`, whose place stays taken.
@@ -137,6 +163,7 @@ impl<const N: usize> Directory<N> {
     }
 
     /// Returns whether `id` is live.
+    #[inline]
     pub fn is_live(&self, id: Id) -> bool {
         self.words.get(id.place as usize).is_some_and(|word| word.load(Acquire) == id.word)
     }
@@ -158,14 +185,14 @@ mod tests {
         let directory = Directory::<8>::new();
         let id = directory.add(7, |_| ()).expect("there is room");
 
-        assert_eq!(directory.find(7, |place| place), Some((id, id.place as usize)));
+        assert_eq!(directory.find(7), Some(id));
         assert_eq!(directory.add(7, |_| ()), None, "a key is there once");
         directory.leave(id);
-        assert_eq!(directory.find(7, |_| ()), None);
+        assert_eq!(directory.find(7), None);
         assert!(!directory.is_live(id) && directory.is_there(id));
         assert_eq!(directory.add(7, |_| ()), None, "its place is not free yet");
         directory.return_to(id);
-        assert_eq!(directory.find(7, |_| ()), Some((id, ())));
+        assert_eq!(directory.find(7), Some(id));
         directory.leave(id);
         directory.remove(id);
         let again = directory.add(7, |_| ()).expect("its place is free");
@@ -177,7 +204,14 @@ mod tests {
     #[test]
     #[cfg_attr(miri, ignore = "it takes minutes, and has one thread")]
     fn two_places_of_three_can_be_filled_with_keys_of_every_kind() {
-        let patterns: [fn(u64) -> u64; 4] = [|n| n, |n| n << 32 | 5, |n| n << 35, |n| 0x20 << 32 | n];
+        let patterns: [fn(u64) -> u64; 6] = [
+            |n| n,
+            |n| n << 32 | 5,
+            |n| n << 35,
+            |n| 0x20 << 32 | n,
+            |n| n << 40 | u64::from(u32::MAX),
+            |n| (n >> 4) << 32 | n << 16 & 0xF_0000,
+        ];
         for pattern in patterns {
             let directory = Box::new(Directory::<4096>::new());
             let keys = (0..4096 * 2 / 3).map(pattern);
@@ -185,7 +219,7 @@ mod tests {
                 keys.map(|key| (key, directory.add(key, |_| ()).expect("there is room"))).collect();
 
             for (&key, &id) in &ids {
-                assert_eq!(directory.find(key, |_| ()), Some((id, ())));
+                assert_eq!(directory.find(key), Some(id));
             }
         }
     }
@@ -201,7 +235,7 @@ mod tests {
             });
             assert_ne!(first.place, second.place);
             for (id, key) in [(first, 0x20), (second, 0x28)] {
-                assert_eq!(directory.find(key, |_| ()), Some((id, ())));
+                assert_eq!(directory.find(key), Some(id));
                 directory.leave(id);
                 directory.remove(id);
             }

@@ -1,24 +1,25 @@
 //! Finds a group by its name: device, PASID and the device's own number for it.
 
-use iommu::{GroupTag, Pasid, StreamId};
+use crate::attachments::{pasid_word, who};
+use iommu::{GroupTag, StreamId};
 
 /// What a device calls a group.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 struct Name {
-    /// Stream in 63:32, PASID in 31:0, all ones if there is none.
+    /// The device and the PASID.
     who: u64,
     index: u16,
 }
 
 impl Name {
     fn new(stream: StreamId, tag: GroupTag) -> Self {
-        let pasid = tag.pasid.map_or(u32::MAX, Pasid::value);
-        Self { who: u64::from(stream.0) << 32 | u64::from(pasid), index: tag.index }
+        Self { who: who(stream, pasid_word(tag.pasid)), index: tag.index }
     }
 
     fn bucket(self, buckets: usize) -> usize {
-        let mixed = (self.who ^ self.who >> 32).wrapping_mul(0x9E37_79B9_7F4A_7C15);
-        let mixed = (mixed ^ u64::from(self.index)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        // A PASID's word has 21 bits, so the index lies beside it, and its highest bits on the lowest of the stream.
+        let mixed = self.who.wrapping_add(u64::from(self.index) << 21).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        // The upper half of a product is the well-mixed one. It is scaled, which is cheaper than a remainder.
         (((mixed >> 32) * buckets as u64) >> 32) as usize
     }
 }
@@ -28,8 +29,8 @@ struct Entry {
     name: Name,
     /// The next entry of the same bucket plus one.
     next: u32,
+    /// Its bucket plus one, 0 if it is in none.
     bucket: u32,
-    is_in: bool,
 }
 
 /// A name, and where it is looked for.
@@ -52,10 +53,8 @@ pub(crate) struct Groups<const N: usize> {
 
 impl<const N: usize> Groups<N> {
     pub const fn new() -> Self {
-        Self {
-            entries: [Entry { name: Name { who: 0, index: 0 }, next: 0, bucket: 0, is_in: false }; N],
-            heads: [0; N],
-        }
+        let nameless = Entry { name: Name { who: 0, index: 0 }, next: 0, bucket: 0 };
+        Self { entries: [nameless; N], heads: [0; N] }
     }
 
     /// Returns the key of a name, to be found or inserted.
@@ -67,9 +66,9 @@ impl<const N: usize> Groups<N> {
 
     #[inline]
     pub fn find(&self, Key { name, bucket }: Key) -> Option<u32> {
-        let mut at = self.heads[bucket as usize % N];
+        let mut at = *self.heads.get(bucket as usize)?;
         while let Some(place) = at.checked_sub(1) {
-            let entry = &self.entries[place as usize];
+            let entry = self.entries.get(place as usize)?;
             if entry.name == name {
                 return Some(place);
             }
@@ -82,30 +81,33 @@ impl<const N: usize> Groups<N> {
     #[inline]
     pub fn insert(&mut self, place: u32, Key { name, bucket }: Key) {
         self.remove(place);
-        let Some(entry) = self.entries.get_mut(place as usize) else { return };
-        let next = core::mem::replace(&mut self.heads[bucket as usize % N], place + 1);
-        *entry = Entry { name, next, bucket, is_in: true };
+        let head = self.heads.get_mut(bucket as usize);
+        let (Some(head), Some(entry)) = (head, self.entries.get_mut(place as usize)) else { return };
+        *entry = Entry { name, next: *head, bucket: bucket + 1 };
+        *head = place + 1;
     }
 
     /// Forgets the name of the group in `place`.
     #[inline]
     pub fn remove(&mut self, place: u32) {
-        if self.entries.get(place as usize).is_some_and(|entry| entry.is_in) {
-            self.take_out(place);
+        let Some(entry) = self.entries.get_mut(place as usize) else { return };
+        let (bucket, next) = (core::mem::take(&mut entry.bucket), entry.next);
+        let Some(head) = bucket.checked_sub(1).and_then(|bucket| self.heads.get_mut(bucket as usize)) else {
+            return;
+        };
+        if *head == place + 1 {
+            *head = next;
+        } else {
+            let head = *head;
+            self.unchain(head, place, next);
         }
     }
 
-    fn take_out(&mut self, place: u32) {
-        let Entry { bucket, next, .. } = self.entries[place as usize];
-        self.entries[place as usize].is_in = false;
-        let head = &mut self.heads[bucket as usize % N];
-        if *head == place + 1 {
-            *head = next;
-            return;
-        }
-        let mut at = *head;
+    /// Takes `place`, which `next` comes after, out of the chain that begins with `at`, but not out of its beginning.
+    #[inline(never)]
+    fn unchain(&mut self, mut at: u32, place: u32, next: u32) {
         while let Some(before) = at.checked_sub(1) {
-            let entry = &mut self.entries[before as usize];
+            let Some(entry) = self.entries.get_mut(before as usize) else { return };
             if entry.next == place + 1 {
                 entry.next = next;
                 return;
@@ -114,9 +116,9 @@ impl<const N: usize> Groups<N> {
         }
     }
 
-    /// Returns what the group in `place` is called.
-    pub fn name(&self, place: u32) -> Key {
-        let Entry { name, bucket, .. } = self.entries[place as usize % N];
-        Key { name, bucket }
+    /// Returns what the group in `place` is called, or was called last.
+    pub fn name(&self, place: u32) -> Option<Key> {
+        let name = self.entries.get(place as usize)?.name;
+        Some(Key { name, bucket: name.bucket(N) as u32 })
     }
 }

@@ -204,7 +204,7 @@ impl<const Q: usize, const S: usize, const D: usize, const A: usize> Ledger<Q, S
     pub(crate) fn open_queue(&self, queue: QueueId) -> Option<&Queue<S>> {
         let word = self.words.get(queue.index as usize)?.load(Acquire);
         let is_open = word == u64::from(queue.opened) << 8 | OPEN;
-        self.queues.get(queue.index as usize).filter(|_| is_open)
+        if is_open { self.queues.get(queue.index as usize) } else { None }
     }
 
     /// Returns queue `index`, in whatever state.
@@ -357,7 +357,7 @@ impl<const Q: usize, const S: usize, const D: usize, const A: usize> Ledger<Q, S
             Outcome::Success => {
                 count(&device.counters.succeeded);
                 let pasid = won.answer.response().tag.pasid;
-                queue.for_each_page(won.answer.slot(), |page| device.repaired(pasid, page.iova));
+                queue.for_each_page(won.answer.slot(), |page| device.repaired(pasid, page.iova()));
             }
             Outcome::Invalid => count(&device.counters.declined),
             Outcome::Failure => {

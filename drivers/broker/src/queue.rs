@@ -2,17 +2,20 @@
 
 use crate::{
     Cookie, Missed,
-    attachments::Target,
+    attachments::{Target, pasid_of, pasid_word, who},
     cookie::{GENERATION, SLOTS},
     counters::{Misses, count},
 };
-use core::sync::atomic::{
-    AtomicU64,
-    Ordering::{AcqRel, Acquire, Relaxed, Release},
-    fence,
+use core::{
+    fmt,
+    sync::atomic::{
+        AtomicU64,
+        Ordering::{AcqRel, Acquire, Relaxed, Release},
+        fence,
+    },
 };
 use heapless::Vec;
-use iommu::{GroupTag, Iova, Outcome, PAGE_SIZE, PageRequest, PageResponse, Pasid, Perms, StreamId};
+use iommu::{GroupTag, Iova, Outcome, PAGE_SIZE, PageRequest, PageResponse, Perms, StreamId};
 
 /// Pages of one group, at most.
 pub const PAGES: usize = 16;
@@ -52,8 +55,14 @@ impl State {
         }
     }
 
-    fn with(self, generation: u64) -> u64 {
-        (generation & GENERATION) << Self::BITS | self as u64
+    /// The word of a new group, after the one before: generations count modulo 2^56, of which a cookie has 52.
+    fn of_next(self, word: u64) -> u64 {
+        (word | u64::MAX >> (64 - Self::BITS)).wrapping_add(1) | self as u64
+    }
+
+    /// The word of a group that was in another state.
+    fn after(self, word: u64) -> u64 {
+        word >> Self::BITS << Self::BITS | self as u64
     }
 
     /// Returns whether a group is whole, and not yet being answered.
@@ -63,7 +72,7 @@ impl State {
 }
 
 fn generation(word: u64) -> u64 {
-    word >> State::BITS
+    word >> State::BITS & GENERATION
 }
 
 /// A place for one group.
@@ -76,10 +85,10 @@ struct Slot {
     word: AtomicU64,
     /// 1: the slot is on its way to its owner's core, which will look at it once more.
     announced: AtomicU64,
-    /// Stream in 31:0, group index in 47:32, number of pages in 55:48.
+    /// The device and the PASID, as everywhere.
+    who: AtomicU64,
+    /// Group index in 15:0, number of pages in 23:16, the owner's name for the device in 63:32.
     group: AtomicU64,
-    /// PASID, all ones if there is none, in 31:0; the owner's name for the device in 63:32.
-    pasid_name: AtomicU64,
     opaque: AtomicU64,
     /// The place of its device in 31:0, that of its attachment in 63:32.
     device_attachment: AtomicU64,
@@ -90,9 +99,12 @@ struct Slot {
     pages: [AtomicU64; PAGES],
 }
 
+/// One page, in a slot's `group`.
+const ONE_PAGE: u64 = 1 << 16;
+
 /// Returns the number of pages, from a slot's `group`.
 fn pages_of(group: u64) -> usize {
-    (group >> 48 & 0xFF) as usize
+    (group >> 16 & 0xFF) as usize
 }
 
 impl Slot {
@@ -100,8 +112,8 @@ impl Slot {
         Self {
             word: AtomicU64::new(0),
             announced: AtomicU64::new(0),
+            who: AtomicU64::new(0),
             group: AtomicU64::new(0),
-            pasid_name: AtomicU64::new(0),
             opaque: AtomicU64::new(0),
             device_attachment: AtomicU64::new(0),
             reported_us: AtomicU64::new(0),
@@ -115,50 +127,65 @@ impl Slot {
     }
 
     fn pages(&self) -> impl Iterator<Item = Page> {
-        self.pages.iter().take(self.count()).map(|page| Page::unpack(page.load(Relaxed)))
+        self.pages.iter().take(self.count()).map(|page| Page(page.load(Relaxed)))
     }
 
     fn name(&self) -> (StreamId, GroupTag) {
-        let (group, pasid_name) = (self.group.load(Relaxed), self.pasid_name.load(Relaxed));
-        let tag = GroupTag { pasid: Pasid::new(pasid_name as u32), index: (group >> 32) as u16 };
-        (StreamId(group as u32), tag)
+        let (who, group) = (self.who.load(Relaxed), self.group.load(Relaxed));
+        (StreamId((who >> 32) as u32), GroupTag { pasid: pasid_of(who as u32), index: group as u16 })
     }
 }
 
-const READ: u64 = 1 << 0;
-const WRITE: u64 = 1 << 1;
-const EXECUTE: u64 = 1 << 2;
-const PRIVILEGED: u64 = 1 << 3;
-
-/// One page that a group asks for.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-#[cfg_attr(feature = "defmt", derive(defmt::Format))]
-pub struct Page {
-    /// The page.
-    pub iova: Iova,
-    /// What the device wants to do there.
-    pub perms: Perms,
-}
+/// One page that a group asks for: its address, and in the low bits of that what is wanted. One word, so that it goes from
+/// the report to its owner in one move.
+#[derive(Clone, Copy, Eq, PartialEq)]
+pub struct Page(u64);
 
 impl Page {
-    fn pack(self) -> u64 {
-        let Perms { read, write, execute, privileged } = self.perms;
-        let bit = |set, bit| if set { bit } else { 0 };
-        self.iova.0 & !(PAGE_SIZE - 1)
-            | bit(read, READ)
-            | bit(write, WRITE)
-            | bit(execute, EXECUTE)
-            | bit(privileged, PRIVILEGED)
+    const READ: u64 = 1 << 0;
+    const WRITE: u64 = 1 << 1;
+    const EXECUTE: u64 = 1 << 2;
+    const PRIVILEGED: u64 = 1 << 3;
+
+    /// The page that `iova` lies in.
+    #[inline]
+    pub fn new(iova: Iova, perms: Perms) -> Self {
+        let Perms { read, write, execute, privileged } = perms;
+        // Four bytes that are 0 or 1 become four bits: the product has a copy of each where the highest byte has its bits 0 to
+        // 3, and nothing else there. A third of the instructions of four shifts.
+        let bytes = u32::from_le_bytes([read.into(), write.into(), execute.into(), privileged.into()]);
+        let bits = bytes.wrapping_mul(1 << 24 | 1 << 17 | 1 << 10 | 1 << 3) >> 24;
+        Self(iova.0 & !(PAGE_SIZE - 1) | u64::from(bits))
     }
 
-    fn unpack(word: u64) -> Self {
-        let perms = Perms {
-            read: word & READ != 0,
-            write: word & WRITE != 0,
-            execute: word & EXECUTE != 0,
-            privileged: word & PRIVILEGED != 0,
-        };
-        Self { iova: Iova(word & !(PAGE_SIZE - 1)), perms }
+    /// The page.
+    #[inline]
+    pub fn iova(self) -> Iova {
+        Iova(self.0 & !(PAGE_SIZE - 1))
+    }
+
+    /// What the device wants to do there.
+    #[inline]
+    pub fn perms(self) -> Perms {
+        Perms {
+            read: self.0 & Self::READ != 0,
+            write: self.0 & Self::WRITE != 0,
+            execute: self.0 & Self::EXECUTE != 0,
+            privileged: self.0 & Self::PRIVILEGED != 0,
+        }
+    }
+}
+
+impl fmt::Debug for Page {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Page").field("iova", &self.iova()).field("perms", &self.perms()).finish()
+    }
+}
+
+#[cfg(feature = "defmt")]
+impl defmt::Format for Page {
+    fn format(&self, f: defmt::Formatter<'_>) {
+        defmt::write!(f, "{} {}", self.iova(), self.perms());
     }
 }
 
@@ -341,9 +368,12 @@ impl<const S: usize> Queue<S> {
                 return None;
             }
             let word = summary.trailing_zeros() as usize;
-            let bit = self.free[word].load(Acquire).trailing_zeros() as usize;
-            if bit < WORD {
-                if self.free[word].fetch_and(!(1 << bit), AcqRel) == 1 << bit {
+            let free = self.free[word].load(Acquire);
+            if free != 0 {
+                let bit = free.trailing_zeros() as usize;
+                // What it was is not asked of the change itself: that would be a loop around a compare-and-swap.
+                self.free[word].fetch_and(!(1 << bit), AcqRel);
+                if self.free[word].load(Acquire) == 0 {
                     self.exhaust(word);
                 }
                 return Some((word * WORD + bit) as u16);
@@ -354,6 +384,7 @@ impl<const S: usize> Queue<S> {
     }
 
     /// Takes note that a word of free slots was seen empty.
+    #[inline(never)]
     fn exhaust(&self, word: usize) {
         self.summary.fetch_and(!(1 << word), AcqRel);
         // ORDER: whoever freed one meanwhile set the bit before it was cleared, and is seen here, or sets it after.
@@ -362,24 +393,17 @@ impl<const S: usize> Queue<S> {
         }
     }
 
-    /// Takes a free slot for a new group. The interrupt handler alone calls it.
-    pub fn begin(
-        &self,
-        target: &Target,
-        attachment: u32,
-        stream: StreamId,
-        tag: GroupTag,
-        now_us: u64,
-    ) -> Option<u16> {
+    /// Takes a free slot for a new group, and notes its first request. The interrupt handler alone calls it.
+    pub fn begin(&self, target: &Target, attachment: u32, request: &PageRequest, now_us: u64) -> Option<u16> {
         let at = self.take()?;
         let slot = self.slots.get(usize::from(at))?;
-        let next = generation(slot.word.load(Relaxed)).wrapping_add(1);
-        slot.word.store(State::Assembling.with(next), Relaxed);
+        slot.word.store(State::Assembling.of_next(slot.word.load(Relaxed)), Relaxed);
         // ORDER: whoever still reads the payload for the group before sees the new word if it sees any new payload.
         fence(Release);
-        slot.group.store(u64::from(stream.0) | u64::from(tag.index) << 32, Relaxed);
-        let pasid = tag.pasid.map_or(u32::MAX, Pasid::value);
-        slot.pasid_name.store(u64::from(pasid) | u64::from(target.name) << 32, Relaxed);
+        let PageRequest { stream, tag, iova, perms, .. } = *request;
+        slot.pages[0].store(Page::new(iova, perms).0, Relaxed);
+        slot.who.store(who(stream, pasid_word(tag.pasid)), Relaxed);
+        slot.group.store(u64::from(target.name) << 32 | u64::from(tag.index) | ONE_PAGE, Relaxed);
         slot.opaque.store(target.opaque, Relaxed);
         slot.device_attachment.store(u64::from(target.device.0.place) | u64::from(attachment) << 32, Relaxed);
         slot.reported_us.store(now_us, Relaxed);
@@ -390,9 +414,9 @@ impl<const S: usize> Queue<S> {
     pub fn add(&self, slot: u16, request: &PageRequest) -> bool {
         let Some(slot) = self.slots.get(usize::from(slot)) else { return false };
         let group = slot.group.load(Relaxed);
-        let Some(page) = slot.pages.get((group >> 48) as usize) else { return false };
-        page.store(Page { iova: request.iova, perms: request.perms }.pack(), Relaxed);
-        slot.group.store(group + (1 << 48), Relaxed);
+        let Some(page) = slot.pages.get(pages_of(group)) else { return false };
+        page.store(Page::new(request.iova, request.perms).0, Relaxed);
+        slot.group.store(group + ONE_PAGE, Relaxed);
         true
     }
 
@@ -401,9 +425,8 @@ impl<const S: usize> Queue<S> {
     pub fn complete(&self, slot: u16, hold_us: u64) -> bool {
         let Some(slot) = self.slots.get(usize::from(slot)) else { return false };
         slot.hold_us.store(hold_us, Relaxed);
-        let generation = generation(slot.word.load(Relaxed));
         // ORDER: whoever sees the group waiting sees its payload.
-        slot.word.store(State::Waiting.with(generation), Release);
+        slot.word.store(State::Waiting.after(slot.word.load(Relaxed)), Release);
         // ORDER: the group waits before the slot is announced; whoever takes the announcement back sees it wait.
         slot.announced.swap(1, AcqRel) == 0
     }
@@ -422,8 +445,7 @@ impl<const S: usize> Queue<S> {
     pub fn release(&self, at: u16) {
         if let Some(slot) = self.slots.get(usize::from(at)) {
             // The generation stays, so that an answer that comes late is known as such.
-            let generation = generation(slot.word.load(Relaxed));
-            slot.word.store(State::Free.with(generation), Release);
+            slot.word.store(State::Free.after(slot.word.load(Relaxed)), Release);
             self.free(at);
         }
     }
@@ -448,21 +470,20 @@ impl<const S: usize> Queue<S> {
         if State::of(word) != State::Waiting {
             return None;
         }
-        let generation = generation(word);
-        let delivered = State::Delivered.with(generation);
+        let delivered = State::Delivered.after(word);
         slot.word.compare_exchange(word, delivered, AcqRel, Relaxed).ok()?;
-        let pasid_name = slot.pasid_name.load(Relaxed);
+        let who = slot.who.load(Relaxed);
         let header = slot.group.load(Relaxed);
         let device = slot.device_attachment.load(Relaxed) as u32;
-        group.cookie = Cookie::new(at, generation.wrapping_add(self.first.load(Relaxed)) & GENERATION);
-        group.name = (pasid_name >> 32) as u32;
+        group.cookie = Cookie::new(at, generation(word).wrapping_add(self.first.load(Relaxed)) & GENERATION);
+        group.name = (header >> 32) as u32;
         group.opaque = slot.opaque.load(Relaxed);
-        group.tag = GroupTag { pasid: Pasid::new(pasid_name as u32), index: (header >> 32) as u16 };
+        group.tag = GroupTag { pasid: pasid_of(who as u32), index: header as u16 };
         group.reported_us = slot.reported_us.load(Relaxed);
         group.pages.clear();
-        for page in slot.pages.iter().take(pages_of(header)) {
+        for page in &slot.pages[..pages_of(header).min(PAGES)] {
             // There is room: a slot has no more pages than a group.
-            let _ = group.pages.push(Page::unpack(page.load(Relaxed)));
+            let _ = group.pages.push(Page(page.load(Relaxed)));
         }
         // ORDER: the payload was read before the word is read again. If someone answered meanwhile, the slot may
         // hold another group already, and what was read is a mixture.
@@ -519,7 +540,7 @@ impl<const S: usize> Queue<S> {
             let is_held = outcome == Outcome::Success && age_us < slot.hold_us.load(Relaxed);
             let next = if is_held { State::HeldSuccess } else { State::Answering };
             let device = slot.device_attachment.load(Relaxed) as u32;
-            match slot.word.compare_exchange(word, next.with(current), AcqRel, Acquire) {
+            match slot.word.compare_exchange(word, next.after(word), AcqRel, Acquire) {
                 Ok(_) if is_held => return Ok(Settlement::Held(device)),
                 Ok(_) => return Ok(Settlement::Won(self.won(at, slot, outcome))),
                 Err(changed) => word = changed,
@@ -544,7 +565,7 @@ impl<const S: usize> Queue<S> {
             }
             let device_attachment = slot.device_attachment.load(Relaxed);
             let outcome = pick(state, device_attachment as u32, (device_attachment >> 32) as u32)?;
-            let answering = State::Answering.with(generation(word));
+            let answering = State::Answering.after(word);
             match slot.word.compare_exchange(word, answering, AcqRel, Acquire) {
                 Ok(_) => return Some((self.won(at, slot, outcome), state)),
                 Err(changed) => word = changed,
@@ -557,7 +578,7 @@ impl<const S: usize> Queue<S> {
         let Some(slot) = self.slots.get(usize::from(slot)) else { return false };
         let mut word = slot.word.load(Acquire);
         while State::of(word).is_outstanding() {
-            let held = State::HeldInvalid.with(generation(word));
+            let held = State::HeldInvalid.after(word);
             match slot.word.compare_exchange(word, held, AcqRel, Acquire) {
                 Ok(_) => return true,
                 Err(changed) => word = changed,

@@ -2,8 +2,7 @@
 
 use crate::{
     Answer, AttachmentId, Deadlines, DeviceId, Due, Ledger, QueueId, Restraint,
-    attachments::Target,
-    counters::count,
+    counters::{count, count_alone},
     devices::Device,
     directory::Id,
     groups::{Groups, Key},
@@ -96,14 +95,28 @@ enum Stage {
 #[derive(Clone, Copy, Debug)]
 struct Place {
     stage: Stage,
+    /// The place of its device.
+    device: u32,
+    /// At most [`DEADLINE_MAX_US`](crate::DEADLINE_MAX_US).
+    deadline_us: u32,
+    /// When the first request was reported; of a whole group, when the last one was.
+    since_us: u64,
+}
+
+/// What a group belongs to, by full names, so that it never belongs to what took their place.
+#[derive(Clone, Copy, Debug)]
+struct Belongs {
     device: DeviceId,
     queue: QueueId,
     attachment: AttachmentId,
-    /// Where it is in the list of half-seen groups, while it is one.
-    half_seen: u32,
-    /// When the first request was reported; of a whole group, when the last one was.
-    since_us: u64,
-    deadline_us: u64,
+}
+
+/// What is known besides of a group that is half-seen, poisoned or discarded. A group of one request never is.
+#[derive(Clone, Copy, Debug)]
+struct Listed {
+    to: Belongs,
+    /// Where it is in the list of them.
+    at: u32,
 }
 
 /// The interrupt handler's part. It has places for `N` groups: `Q` times (`S` + [`POISONED`]).
@@ -113,6 +126,7 @@ pub struct Broker<'l, const Q: usize, const S: usize, const D: usize, const A: u
     ledger: &'l Ledger<Q, S, D, A>,
     rings: [Option<Producer<'l, u16>>; Q],
     places: [Place; N],
+    listed: [Listed; N],
     groups: Groups<N>,
     deadlines: Deadlines<N>,
     /// Places of groups that are half-seen, poisoned or discarded.
@@ -128,19 +142,16 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
     /// A broker for the groups of `ledger`. There is one for each.
     pub const fn new(ledger: &'l Ledger<Q, S, D, A>) -> Self {
         const { assert!(N == Q * (S + POISONED), "N is Q * (S + POISONED)") };
-        let nowhere = Place {
-            stage: Stage::Idle,
+        let nothing = Belongs {
             device: DeviceId(Id::NONE),
             queue: QueueId { index: 0, opened: 0 },
             attachment: AttachmentId(Id::NONE),
-            half_seen: 0,
-            since_us: 0,
-            deadline_us: 0,
         };
         Self {
             ledger,
             rings: [const { None }; Q],
-            places: [nowhere; N],
+            places: [Place { stage: Stage::Idle, device: 0, deadline_us: 0, since_us: 0 }; N],
+            listed: [Listed { to: nothing, at: 0 }; N],
             groups: Groups::new(),
             deadlines: Deadlines::new(),
             half_seen: Vec::new(),
@@ -179,124 +190,136 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
     /// and a handful of loads and stores, however many devices, attachments and groups there are.
     pub fn admit(&mut self, request: PageRequest, now_us: u64) -> Verdict<'l, S> {
         let key = Groups::<N>::key(request.stream, request.tag);
-        if let Some(place) = self.groups.find(key) {
-            match self.places[place as usize].stage {
-                Stage::HalfSeen => return self.admit_part(place, &request, now_us),
-                Stage::Poisoned | Stage::Discarded => return self.admit_poisoned(place, &request),
-                Stage::Holding | Stage::Waiting => {
-                    if let Some(verdict) = self.admit_duplicate(place, &request, now_us) {
-                        return verdict;
-                    }
-                }
-                Stage::Idle => {}
-            }
-            // It was answered, so its number is free for a new group.
-            self.groups.remove(place);
+        if let Some(place) = self.groups.find(key)
+            && let Some(verdict) = self.admit_known(place, &request, now_us)
+        {
+            return verdict;
         }
         self.admit_first(&request, key, now_us)
     }
 
+    /// A request of a group that has a place; `None` if that group was answered, so that its number is free for a new one.
+    #[inline(never)]
+    fn admit_known(&mut self, place: u32, request: &PageRequest, now_us: u64) -> Option<Verdict<'l, S>> {
+        let verdict = match self.places[place as usize].stage {
+            Stage::HalfSeen => Some(self.admit_part(place, request, now_us)),
+            Stage::Poisoned | Stage::Discarded => Some(self.admit_poisoned(place, request)),
+            Stage::Holding | Stage::Waiting => self.admit_duplicate(place, request, now_us),
+            Stage::Idle => None,
+        };
+        if verdict.is_none() {
+            self.groups.remove(place);
+        }
+        verdict
+    }
+
     /// The first request of a group.
+    #[inline]
     fn admit_first(&mut self, request: &PageRequest, key: Key, now_us: u64) -> Verdict<'l, S> {
         let ledger = self.ledger;
         let Some((attachment, target)) = ledger.attachments.find(request.stream, request.tag.pasid) else {
-            // Nobody to ask. Parts that are not the last want no answer.
-            count(&ledger.strays);
-            if let Some(device) = ledger.devices.find(request.stream) {
-                count(&device.counters.requests);
-                if request.last {
-                    count(&device.counters.opened);
-                    count(&device.counters.refused);
-                }
-            }
-            return refusal(request, Outcome::Invalid);
+            return self.refuse_stray(request);
         };
-        let Some(device) = ledger.devices.of(target.device) else {
-            count(&ledger.strays);
-            return refusal(request, Outcome::Invalid);
+        // Made where it is needed, which is out of the way of most groups.
+        let to = || Belongs { device: target.device, queue: target.queue, attachment };
+        let Some(device) = ledger.devices.live(target.device) else {
+            return self.refuse_leaving(to(), request, now_us);
         };
-        count(&device.counters.opened);
-        let queue = ledger.open_queue(target.queue).filter(|_| ledger.devices.is_live(target.device));
+        count_alone(&device.counters.opened);
         let deadline_us = device.deadline_us.load(Relaxed);
         if !device.charge(now_us, true) {
-            return self.refuse(device, &target, attachment, request, now_us);
+            return self.refuse(device, to(), request, now_us);
         }
-        let (Some(queue), true) = (queue, deadline_us > 0) else {
+        let may_begin = deadline_us > 0 && (request.last || device.may_have_half_seen());
+        let begun = if may_begin { ledger.open_queue(target.queue) } else { None }
+            .and_then(|queue| Some((queue, queue.begin(&target, attachment.0.place, request, now_us)?)));
+        let Some((queue, slot)) = begun else {
             device.discharge(1);
-            return self.refuse(device, &target, attachment, request, now_us);
+            return self.refuse(device, to(), request, now_us);
         };
-        let is_full = device.half_seen.load(Relaxed) >= device.half_seen_limit.load(Relaxed);
-        let slot = if !request.last && is_full {
-            None
-        } else {
-            queue.begin(&target, attachment.0.place, request.stream, request.tag, now_us)
-        };
-        let Some(slot) = slot else {
-            device.discharge(1);
-            return self.refuse(device, &target, attachment, request, now_us);
-        };
-        // A new slot has room for one page.
-        let _ = queue.add(slot, request);
-        let place = Self::place_of(target.queue, slot);
-        self.groups.insert(place, key);
-        self.places[place as usize] = Place {
-            stage: Stage::HalfSeen,
-            device: target.device,
-            queue: target.queue,
-            attachment,
-            half_seen: 0,
-            since_us: now_us,
-            deadline_us,
-        };
+        let index = Self::place_of(target.queue, slot);
+        self.groups.insert(index, key);
+        if let Some(place) = self.places.get_mut(index as usize) {
+            let device = target.device.0.place;
+            // Half-seen until it is forwarded, which is at once if this is its last request.
+            *place =
+                Place { stage: Stage::HalfSeen, device, deadline_us: deadline_us as u32, since_us: now_us };
+        }
         if request.last {
-            return self.forward(queue, device, place, request, now_us);
+            return self.forward(queue, target.queue.index, slot, device, request, now_us);
         }
-        self.list(place, device, now_us);
+        self.list(index, to(), device, now_us);
         Verdict::Nothing
+    }
+
+    /// A request for which nobody is attached.
+    #[cold]
+    fn refuse_stray(&self, request: &PageRequest) -> Verdict<'l, S> {
+        // Nobody to ask. Parts that are not the last want no answer.
+        count(&self.ledger.strays);
+        if let Some(device) = self.ledger.devices.find(request.stream) {
+            count_alone(&device.counters.requests);
+            if request.last {
+                count_alone(&device.counters.opened);
+                count(&device.counters.refused);
+            }
+        }
+        refusal(request, Outcome::Invalid)
+    }
+
+    /// The first request of a group of a device that is not live any more.
+    #[cold]
+    fn refuse_leaving(&mut self, to: Belongs, request: &PageRequest, now_us: u64) -> Verdict<'l, S> {
+        let Some(device) = self.ledger.devices.of(to.device) else {
+            count(&self.ledger.strays);
+            return refusal(request, Outcome::Invalid);
+        };
+        count_alone(&device.counters.opened);
+        count_alone(&device.counters.requests);
+        self.refuse(device, to, request, now_us)
     }
 
     /// A further request of a group that is being put together.
     fn admit_part(&mut self, place: u32, request: &PageRequest, now_us: u64) -> Verdict<'l, S> {
-        let entry = self.places[place as usize];
+        let to = self.listed[place as usize].to;
         let (queue_index, slot) = Self::slot_of(place);
         let ledger = self.ledger;
         let (Some(queue), Some(device)) =
-            (ledger.any_queue(queue_index as usize), ledger.devices.at(entry.device.0.place))
+            (ledger.any_queue(queue_index as usize), ledger.devices.at(to.device.0.place))
         else {
             return Verdict::Nothing;
         };
-        let is_wanted = self.is_wanted(&entry);
+        let is_wanted = self.is_wanted(&to);
         let is_charged = device.charge(now_us, false);
         if is_wanted && is_charged && queue.add(slot, request) {
             if !request.last {
                 return Verdict::Nothing;
             }
             self.unlist(place, device);
-            return self.forward(queue, device, place, request, now_us);
+            return self.forward(queue, queue_index, slot, device, request, now_us);
         }
         // Too many pages, over budget, or its attachment is leaving.
         if is_charged {
             device.discharge(1);
         }
         self.forget_half_seen(place, queue, device);
-        let target = Target { device: entry.device, queue: entry.queue, name: 0, opaque: 0 };
-        self.refuse(device, &target, entry.attachment, request, now_us)
+        self.refuse(device, to, request, now_us)
     }
 
     /// Returns whether nothing of what a group belongs to is leaving.
-    fn is_wanted(&self, place: &Place) -> bool {
+    fn is_wanted(&self, to: &Belongs) -> bool {
         let ledger = self.ledger;
-        ledger.attachments.is_live(place.attachment)
-            && ledger.devices.is_live(place.device)
-            && ledger.open_queue(place.queue).is_some()
+        ledger.attachments.is_live(to.attachment)
+            && ledger.devices.is_live(to.device)
+            && ledger.open_queue(to.queue).is_some()
     }
 
     /// A request of a group that was poisoned, or discarded, earlier.
     fn admit_poisoned(&mut self, place: u32, request: &PageRequest) -> Verdict<'l, S> {
         let Place { stage, device, .. } = self.places[place as usize];
-        let device = self.ledger.devices.at(device.0.place);
+        let device = self.ledger.devices.at(device);
         if let Some(device) = device {
-            count(&device.counters.requests);
+            count_alone(&device.counters.requests);
         }
         if !request.last {
             return Verdict::Nothing;
@@ -321,14 +344,14 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
         let (queue, slot) = Self::slot_of(place);
         let (queue, device) = (
             self.ledger.any_queue(queue as usize)?,
-            self.ledger.devices.at(self.places[place as usize].device.0.place)?,
+            self.ledger.devices.at(self.places[place as usize].device)?,
         );
         // A group that someone is answering right now is answered: the device may have the answer already.
         if !queue.poison(slot) {
             return None;
         }
         self.places[place as usize].stage = Stage::Waiting;
-        count(&device.counters.requests);
+        count_alone(&device.counters.requests);
         if device.counters.duplicates.fetch_add(1, Relaxed) == 0 {
             device.restrain(Restraint::Warned);
         }
@@ -346,26 +369,34 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
         won.answer
     }
 
-    /// A group is whole: its owner is to know, and has a deadline.
+    /// The group in `slot` of a queue is whole: its owner is to know, and has a deadline.
+    // Always inline: what it needs is at hand where it is called.
+    #[inline(always)]
     fn forward(
         &mut self,
         queue: &Queue<S>,
+        index: u32,
+        slot: u16,
         device: &Device,
-        place: u32,
         request: &PageRequest,
         now_us: u64,
     ) -> Verdict<'l, S> {
-        let (index, slot) = Self::slot_of(place);
-        device.asked(request.tag.pasid, request.iova);
-        let hold_us = device.hold_us();
-        let entry = &mut self.places[place as usize];
-        entry.stage = if hold_us > 0 { Stage::Holding } else { Stage::Waiting };
-        // How long the device took for its group is not the guest's doing.
-        let assembled_us = passed_us(entry.since_us, now_us);
-        entry.since_us = now_us;
-        let first_us = if hold_us > 0 { hold_us } else { entry.deadline_us };
-        self.deadlines.arm(place, now_us, first_us);
-        if queue.complete(slot, if hold_us > 0 { assembled_us + hold_us } else { 0 })
+        let hold_us = device.asked(request.tag.pasid, request.iova);
+        let number = index * Self::EACH as u32 + u32::from(slot);
+        let mut held_us = 0;
+        if let Some(place) = self.places.get_mut(number as usize) {
+            let mut first_us = place.deadline_us.into();
+            place.stage = Stage::Waiting;
+            if hold_us > 0 {
+                place.stage = Stage::Holding;
+                // How long the device took for its group is not the guest's doing.
+                held_us = passed_us(place.since_us, now_us) + hold_us;
+                first_us = hold_us;
+            }
+            place.since_us = now_us;
+            self.deadlines.arm(number, now_us, first_us);
+        }
+        if queue.complete(slot, held_us)
             && let Some(Some(ring)) = self.rings.get_mut(index as usize)
         {
             // There is room: it holds every slot, and each is announced once at a time.
@@ -375,20 +406,14 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
     }
 
     /// Refuses a group: now if this is its last request, else when that comes.
-    fn refuse(
-        &mut self,
-        device: &Device,
-        target: &Target,
-        attachment: AttachmentId,
-        request: &PageRequest,
-        now_us: u64,
-    ) -> Verdict<'l, S> {
+    #[cold]
+    fn refuse(&mut self, device: &Device, to: Belongs, request: &PageRequest, now_us: u64) -> Verdict<'l, S> {
         if request.last {
             count(&device.counters.refused);
         } else {
             count(&device.counters.poisoned);
             let key = Groups::<N>::key(request.stream, request.tag);
-            self.remember(Stage::Poisoned, device, target, attachment, key, now_us);
+            self.remember(Stage::Poisoned, device, to, key, now_us);
         }
         refusal(request, Outcome::Invalid)
     }
@@ -396,16 +421,8 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
     /// Remembers a group that has no slot, until its last request comes. If its queue has too many, the oldest is
     /// forgotten: its last request will look like a group of one page, the guest repairs that page, and the device asks
     /// again for the others.
-    fn remember(
-        &mut self,
-        stage: Stage,
-        device: &Device,
-        target: &Target,
-        attachment: AttachmentId,
-        key: Key,
-        now_us: u64,
-    ) {
-        let first = Self::place_of(target.queue, S as u16) as usize;
+    fn remember(&mut self, stage: Stage, device: &Device, to: Belongs, key: Key, now_us: u64) {
+        let first = Self::place_of(to.queue, S as u16) as usize;
         let Some(own) = self.places.get(first..first + POISONED) else { return };
         let place = own.iter().position(|place| place.stage == Stage::Idle).unwrap_or_else(|| {
             let age = |&(_, place): &(usize, &Place)| now_us.wrapping_sub(place.since_us);
@@ -414,10 +431,9 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
         let place = (first + place) as u32;
         self.forget_poisoned(place);
         self.groups.insert(place, key);
-        let Target { device: id, queue, .. } = *target;
         self.places[place as usize] =
-            Place { stage, device: id, queue, attachment, half_seen: 0, since_us: now_us, deadline_us: 0 };
-        self.list(place, device, now_us);
+            Place { stage, device: to.device.0.place, deadline_us: 0, since_us: now_us };
+        self.list(place, to, device, now_us);
     }
 
     /// Takes note that the last request of a poisoned group will not come, or will not be known for what it is.
@@ -426,7 +442,7 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
         if !matches!(stage, Stage::Poisoned | Stage::Discarded) {
             return;
         }
-        if let Some(device) = self.ledger.devices.at(device.0.place) {
+        if let Some(device) = self.ledger.devices.at(device) {
             if stage == Stage::Poisoned {
                 count(&device.counters.discarded);
             }
@@ -448,16 +464,16 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
     fn discard(&mut self, place: u32) -> Option<(&'l Device, Key)> {
         let (queue, _) = Self::slot_of(place);
         let queue = self.ledger.any_queue(queue as usize)?;
-        let device = self.ledger.devices.at(self.places[place as usize].device.0.place)?;
-        let key = self.groups.name(place);
+        let device = self.ledger.devices.at(self.places[place as usize].device)?;
+        let key = self.groups.name(place)?;
         self.forget_half_seen(place, queue, device);
         count(&device.counters.discarded);
         Some((device, key))
     }
 
     /// Puts a place on the list of those that wait for a last request, and limits how long.
-    fn list(&mut self, place: u32, device: &Device, now_us: u64) {
-        self.places[place as usize].half_seen = self.half_seen.len() as u32;
+    fn list(&mut self, place: u32, to: Belongs, device: &Device, now_us: u64) {
+        self.listed[place as usize] = Listed { to, at: self.half_seen.len() as u32 };
         // There is room for all places.
         let _ = self.half_seen.push(place);
         device.half_seen.store(device.half_seen.load(Relaxed) + 1, Relaxed);
@@ -466,11 +482,11 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
 
     /// Takes a place off that list.
     fn unlist(&mut self, place: u32, device: &Device) {
-        let at = self.places[place as usize].half_seen as usize;
+        let at = self.listed[place as usize].at as usize;
         if self.half_seen.get(at) == Some(&place) {
             self.half_seen.swap_remove(at);
             if let Some(&moved) = self.half_seen.get(at) {
-                self.places[moved as usize].half_seen = at as u32;
+                self.listed[moved as usize].at = at as u32;
             }
             device.half_seen.store(device.half_seen.load(Relaxed).saturating_sub(1), Relaxed);
         }
@@ -487,15 +503,15 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
         // What is added on the way comes after what is still to be looked at.
         for at in (0..self.half_seen.len()).rev() {
             let Some(&place) = self.half_seen.get(at) else { continue };
-            let entry = self.places[place as usize];
-            if entry.stage == Stage::HalfSeen {
+            let Place { stage, device, .. } = self.places[place as usize];
+            let to = self.listed[place as usize].to;
+            if stage == Stage::HalfSeen {
                 if let Some((device, key)) = self.discard(place) {
-                    let target = Target { device: entry.device, queue: entry.queue, name: 0, opaque: 0 };
-                    self.remember(Stage::Discarded, device, &target, entry.attachment, key, now_us);
+                    self.remember(Stage::Discarded, device, to, key, now_us);
                 }
-            } else if entry.stage == Stage::Poisoned {
+            } else if stage == Stage::Poisoned {
                 // Its last request may be lost as well, and its number in use again.
-                if let Some(device) = self.ledger.devices.at(entry.device.0.place) {
+                if let Some(device) = self.ledger.devices.at(device) {
                     count(&device.counters.discarded);
                 }
                 self.places[place as usize].stage = Stage::Discarded;
@@ -508,11 +524,10 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
     pub fn discard_leaving(&mut self) {
         for at in (0..self.half_seen.len()).rev() {
             let Some(&place) = self.half_seen.get(at) else { continue };
-            let entry = self.places[place as usize];
-            if self.is_wanted(&entry) {
+            if self.is_wanted(&self.listed[place as usize].to) {
                 continue;
             }
-            if entry.stage == Stage::HalfSeen {
+            if self.places[place as usize].stage == Stage::HalfSeen {
                 let _ = self.discard(place);
             } else {
                 self.forget_poisoned(place);
@@ -550,8 +565,8 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
     fn expire_whole(&mut self, place: u32, entry: Place, now_us: u64) -> Option<Expiry<'l, S>> {
         let (queue, slot) = Self::slot_of(place);
         let ledger = self.ledger;
-        let (queue, device) = (ledger.any_queue(queue as usize)?, ledger.devices.at(entry.device.0.place)?);
-        let left_us = entry.deadline_us.saturating_sub(passed_us(entry.since_us, now_us));
+        let (queue, device) = (ledger.any_queue(queue as usize)?, ledger.devices.at(entry.device)?);
+        let left_us = u64::from(entry.deadline_us).saturating_sub(passed_us(entry.since_us, now_us));
         let is_holding = entry.stage == Stage::Holding && left_us > 0;
         let pick = |state: State, _: u32, _: u32| match state {
             State::HeldSuccess => Some(Outcome::Success),
@@ -579,7 +594,7 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
             State::HeldInvalid => Expiry::Held(self.end_poisoned(queue, device, won, now_us)),
             _ => {
                 ledger.book(queue, &won, now_us);
-                let late_us = passed_us(entry.since_us, now_us).saturating_sub(entry.deadline_us);
+                let late_us = passed_us(entry.since_us, now_us).saturating_sub(entry.deadline_us.into());
                 Expiry::Expired { answer: won.answer, late_us, restraint: device.expired() }
             }
         })

@@ -1,6 +1,6 @@
 //! Addresses, and who issues them.
 
-use core::ops::Range;
+use core::{fmt, num::NonZeroU32, ops::Range};
 
 /// The smallest unit of translation, in bytes.
 pub const PAGE_SIZE: u64 = 4096;
@@ -29,26 +29,37 @@ pub struct Gpa(pub u64);
 pub struct StreamId(pub u32);
 
 /// A process address space identifier: 20 bits, carried by a transaction beside its stream.
-#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
-pub struct Pasid(u32);
+///
+/// It is kept as one more than it is, so that an `Option<Pasid>` takes no more than four bytes and no branch to copy.
+#[derive(Clone, Copy, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub struct Pasid(NonZeroU32);
 
 impl Pasid {
     /// The largest value that the PCIe field holds.
     pub const MAX: u32 = (1 << 20) - 1;
 
     /// Returns the PASID `value`, or `None` if it does not fit 20 bits.
+    #[inline]
     pub const fn new(value: u32) -> Option<Self> {
-        if value <= Self::MAX { Some(Self(value)) } else { None }
+        if value <= Self::MAX { Some(Self::from_low_bits(value as u64)) } else { None }
     }
 
     /// Returns the PASID in the low 20 bits of `word`; the other bits are ignored.
+    #[inline]
     pub const fn from_low_bits(word: u64) -> Self {
-        Self(word as u32 & Self::MAX)
+        Self(NonZeroU32::MIN.saturating_add(word as u32 & Self::MAX))
     }
 
     /// Returns the number itself.
+    #[inline]
     pub const fn value(self) -> u32 {
-        self.0
+        self.0.get() - 1
+    }
+}
+
+impl fmt::Debug for Pasid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Pasid").field(&self.value()).finish()
     }
 }
 
@@ -101,7 +112,7 @@ mod log {
     }
     impl Format for Pasid {
         fn format(&self, f: Formatter<'_>) {
-            write!(f, "Pasid({=u32:#x})", self.0);
+            write!(f, "Pasid({=u32:#x})", self.value());
         }
     }
 }
@@ -114,6 +125,7 @@ mod tests {
     fn a_pasid_has_twenty_bits() {
         assert_eq!(Pasid::new(0xF_FFFF).map(Pasid::value), Some(0xF_FFFF));
         assert_eq!(Pasid::new(0x10_0000), None);
+        assert_eq!(Pasid::new(0).map(Pasid::value), Some(0));
         assert_eq!(Pasid::from_low_bits(0xFFFF_FFFF_FFF1_2345).value(), 0x1_2345);
     }
 

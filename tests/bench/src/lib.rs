@@ -1,6 +1,6 @@
 //! What the benches share. How to run them, and what they need: `README.md` beside this package.
 
-use std::process::Command;
+use std::{fs, path::Path, process::Command, time::Instant};
 
 /// The programs that count instructions, and what installs each.
 const TOOLS: [(&str, &str); 2] = [
@@ -21,4 +21,73 @@ pub fn tools_or_exit() {
         eprintln!("instructions cannot be counted:\n  {}", missing.join("\n  "));
         std::process::exit(1);
     }
+}
+
+/// Returns whether this process was started to have one case counted, and is to do nothing else.
+pub fn is_counted() -> bool {
+    std::env::args().any(|arg| arg.starts_with("--gungraun-run"))
+}
+
+/// One line of a table: the same operation by us and by others, instructions or nanoseconds of each operation.
+pub struct Row {
+    /// The operation.
+    pub what: String,
+    /// Ours first; `None` is printed as a dash.
+    pub costs: Vec<Option<f64>>,
+    /// What ours may cost.
+    pub goal: Option<f64>,
+}
+
+/// Prints a table whose columns are called `names`.
+pub fn print(title: &str, names: &[&str], rows: &[Row]) {
+    let what = rows.iter().map(|row| row.what.len()).chain([title.len()]).max().unwrap_or(0);
+    let widths: Vec<_> = names.iter().map(|name| name.len().max(8)).collect();
+    print!("\n{title:what$}");
+    names.iter().zip(&widths).for_each(|(name, width)| print!("  {name:>width$}"));
+    println!("      goal");
+    for row in rows {
+        print!("{:what$}", row.what);
+        for (cost, width) in row.costs.iter().zip(&widths) {
+            match cost {
+                Some(cost) => print!("  {cost:>width$.1}"),
+                None => print!("  {:>width$}", "-"),
+            }
+        }
+        match (row.goal, row.costs.first().copied().flatten()) {
+            (Some(goal), Some(ours)) if ours <= goal => println!("  {goal:>8}  met"),
+            (Some(goal), Some(ours)) => println!("  {goal:>8}  missed by {:.1}", ours - goal),
+            _ => println!("         -"),
+        }
+    }
+}
+
+/// Returns the instructions that were counted for each of `operations` in `case` of `function`, in this run.
+///
+/// `None` if that cannot be read.
+pub fn instructions(bench: &str, function: &str, case: &str, operations: usize) -> Option<f64> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or(root.join("target"), Into::into);
+    let case = format!("gungraun/bench/{bench}/counted/all/{function}.{case}/summary.json");
+    let summary: serde_json::Value =
+        serde_json::from_str(&fs::read_to_string(target.join(case)).ok()?).ok()?;
+    let counted = summary.pointer("/profiles/0/data/total/metrics/Ir/values/new")?.as_f64()?;
+    Some(counted / operations as f64)
+}
+
+/// Returns the nanoseconds that each of `operations` takes in `measured`, after `set_up`: the median of 31 tries.
+pub fn nanoseconds<S>(
+    operations: usize,
+    mut set_up: impl FnMut() -> S,
+    mut measured: impl FnMut(&mut S),
+) -> Option<f64> {
+    let mut tries: Vec<_> = (0..31)
+        .map(|_| {
+            let mut stage = set_up();
+            let start = Instant::now();
+            measured(&mut stage);
+            start.elapsed().as_nanos()
+        })
+        .collect();
+    tries.sort_unstable();
+    Some(*tries.get(tries.len() / 2)? as f64 / operations as f64)
 }

@@ -18,7 +18,7 @@ mod threads;
 
 // What `core` is beside `sync`, where this package stands in for it.
 #[doc(no_inline)]
-pub use core::{iter, mem, ops, ptr};
+pub use core::{fmt, iter, mem, ops, ptr};
 
 pub use machine::{Machine, needs, unit};
 pub use memory::{TableFrames, Window};

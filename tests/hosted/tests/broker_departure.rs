@@ -124,7 +124,7 @@ fn a_device_that_is_replaced_to_another_guest_shows_it_nothing_of_before() {
     assert_eq!(world.admit(part(DISK, 1, 7), 2), Did::Nothing);
     assert_eq!(world.admit(last(DISK, 1, 8), 2), Did::Forwarded(1));
     let group = world.deliver_one(1, 2);
-    assert!(group.pages.iter().map(|page| page.iova.0 >> 12).eq([7, 8]));
+    assert!(group.pages.iter().map(|page| page.iova().0 >> 12).eq([7, 8]));
     for queue in [0, 1] {
         assert!(world.settle(queue, cookie, Outcome::Success, 3).is_err());
     }

@@ -57,7 +57,7 @@ fn a_whole_group_reaches_its_owner_and_its_answer_the_device() {
     assert_eq!(world.admit(PageRequest { perms: write, ..last(DISK, 3, 0x11) }, 2), Did::Forwarded(1));
 
     let group = world.deliver_one(1, 3);
-    let pages: Vec<_> = group.pages.iter().map(|page| (page.iova.0, page.perms)).collect();
+    let pages: Vec<_> = group.pages.iter().map(|page| (page.iova().0, page.perms())).collect();
     let both = Perms::READ_WRITE;
     assert_eq!(pages, [(0x1_0000, both), (0x1_3000, both), (0x1_1000, write)]);
     assert_eq!(group.tag, GroupTag { pasid: Pasid::new(5), index: 3 });
@@ -101,7 +101,7 @@ fn every_permission_and_every_pasid_survives_the_way_to_the_owner() {
             assert_eq!(world.admit(request, 0), Did::Forwarded(0));
 
             let group = world.deliver_one(0, 0);
-            let pages: Vec<_> = group.pages.iter().map(|page| (page.iova, page.perms)).collect();
+            let pages: Vec<_> = group.pages.iter().map(|page| (page.iova(), page.perms())).collect();
             assert_eq!((group.tag, pages), (tag, vec![(iova, perms)]));
             let sent = world.settle(0, group.cookie, Outcome::Invalid, 0);
             assert_eq!(sent, Ok(Some(PageResponse { stream: DISK, tag, outcome: Outcome::Invalid })));
@@ -136,7 +136,7 @@ fn groups_that_arrive_interleaved_do_not_mix() {
     }
 
     for (group, first) in world.deliver(0, 0).iter().zip(firsts) {
-        let pages: Vec<_> = group.pages.iter().map(|page| page.iova.0).collect();
+        let pages: Vec<_> = group.pages.iter().map(|page| page.iova().0).collect();
         assert_eq!((group.tag, pages), (first.tag, vec![first.iova.0, first.iova.0 + 0x1000]));
         assert_eq!(group.name, first.stream.0 + 1);
     }
@@ -176,7 +176,7 @@ fn a_group_has_sixteen_pages_and_a_longer_one_is_refused_whole_and_once() {
         if extra == 0 {
             assert_eq!(did, Did::Forwarded(0));
             let group = world.deliver_one(0, 0);
-            assert!(group.pages.iter().map(|page| page.iova.0 >> 12).eq(1..=16));
+            assert!(group.pages.iter().map(|page| page.iova().0 >> 12).eq(1..=16));
             continue;
         }
         assert_eq!(did, refused(DISK, 1), "{pages} pages");
@@ -337,7 +337,7 @@ fn a_device_may_use_a_number_again_as_soon_as_its_answer_is_sent() {
     assert!(sent.is_ok());
     assert_eq!(again, Some(true));
     let group = world.deliver_one(0, 1);
-    assert_eq!(group.pages[0].iova, Iova(0x2000));
+    assert_eq!(group.pages[0].iova(), Iova(0x2000));
     let sent = world.settle(0, group.cookie, Outcome::Invalid, 2);
     assert_eq!(sent, Ok(Some(response(DISK, 1, Outcome::Invalid))));
     assert_eq!(world.ledger.tally(disk).map(|tally| tally.duplicates), Some(0));
@@ -562,7 +562,7 @@ fn stop_markers_and_malformed_entries_between_its_requests_leave_a_group_as_it_i
         }
     }
     assert_eq!(did, [Did::Nothing, Did::Forwarded(0)]);
-    let pages: Vec<_> = world.deliver_one(0, 0).pages.iter().map(|page| page.iova.0).collect();
+    let pages: Vec<_> = world.deliver_one(0, 0).pages.iter().map(|page| page.iova().0).collect();
     assert_eq!(pages, [0x1_0000, 0x1_2000]);
     world.assert_balance(disk, 1);
 }

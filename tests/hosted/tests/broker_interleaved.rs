@@ -223,7 +223,7 @@ impl<const S: usize, const N: usize> World<S, N> {
         let asked = counts.asked;
         let pages = group.pages.len() as u64;
         assert!(pages == GROUP || asked > 1 && pages < GROUP, "{group:?}");
-        let number = |page: &Page| page.iova.0 >> 12 & 0xFFFF;
+        let number = |page: &Page| page.iova().0 >> 12 & 0xFFFF;
         assert!(group.pages.iter().all(|page| number(page) == u64::from(group.tag.index)), "{group:?}");
         self.told.set(Some((group.cookie, group.tag.index)));
         Some(group)

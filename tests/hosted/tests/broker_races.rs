@@ -110,7 +110,7 @@ impl World {
             };
             let number = group.tag.index;
             assert!((1..=1 + usize::from(number) % 3).contains(&group.pages.len()), "{group:?}");
-            assert!(group.pages.iter().all(|p| p.iova.0 >> 12 == u64::from(number)), "{group:?}");
+            assert!(group.pages.iter().all(|p| p.iova().0 >> 12 == u64::from(number)), "{group:?}");
             assert_eq!(group.tag.pasid, Pasid::new(number.into()));
             self.last_cookie.store(group.cookie.0, SeqCst);
             for _ in 0..[0, 1, 1, 2][usize::from(number) % 4] {

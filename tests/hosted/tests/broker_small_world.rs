@@ -718,7 +718,9 @@ impl Real<'_, '_> {
                     let index = usize::from(group.tag.index);
                     assert_eq!((group.opaque, group.tag), (device as u64 ^ 0xFEED, tag(index)));
                     let asked = &self.asked[device][index][usize::from(REQUESTS) - group.pages.len()..];
-                    assert!(group.pages.iter().map(|page| page.iova.0 / PAGE_SIZE).eq(asked.iter().copied()));
+                    assert!(
+                        group.pages.iter().map(|page| page.iova().0 / PAGE_SIZE).eq(asked.iter().copied())
+                    );
                     self.cookies[device][index] = Some(group.cookie);
                     self.told.push((queue, group.cookie)).expect("a path is short");
                     seen.delivered.push((device, index, group.pages.len() as u8)).expect("there are four");

@@ -210,7 +210,7 @@ impl<const Q: usize, const S: usize, const N: usize> Walk<Q, S, N> {
         assert_eq!(group.opaque, device.serial, "it is not of this attachment");
         assert!(matches!(device.attached, Attached::To(to, _) | Attached::Leaving(to, _) if to == queue));
         let whose = (at * NUMBERS + number) as u64;
-        assert!(group.pages.iter().all(|page| page.iova.0 / PAGE_SIZE / 4 == whose), "pages of others");
+        assert!(group.pages.iter().all(|page| page.iova().0 / PAGE_SIZE / 4 == whose), "pages of others");
         assert!(!group.pages.is_empty());
         let known = &mut device.numbers[number];
         assert!(

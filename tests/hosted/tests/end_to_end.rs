@@ -198,8 +198,8 @@ fn records(group: &Group) -> impl ExactSizeIterator<Item = Record> {
             pasid: group.tag.pasid,
             opaque: group.opaque,
             group: group.tag.index,
-            iova: page.iova,
-            perms: page.perms,
+            iova: page.iova(),
+            perms: page.perms(),
             pages: group.pages.len() as u32,
             index: index as u32,
         })

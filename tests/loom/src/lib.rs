@@ -14,7 +14,7 @@ pub mod sync;
 #[doc(no_inline)]
 pub use real_heapless::Vec;
 #[doc(no_inline)]
-pub use std::{mem, ops, ptr};
+pub use std::{fmt, mem, ops, ptr};
 
 #[path = "../../../drivers/broker/src/attachments.rs"]
 mod attachments;

@@ -124,7 +124,7 @@ impl<const S: usize> Shared<S> {
     fn show(&self, group: &Group) {
         let number = group.tag.index;
         assert_eq!(group.pages.len(), pages(number), "{group:?}");
-        assert!(group.pages.iter().all(|page| page.iova.0 >> 12 == u64::from(number)), "{group:?}");
+        assert!(group.pages.iter().all(|page| page.iova().0 >> 12 == u64::from(number)), "{group:?}");
         assert_eq!((group.name, group.opaque, group.tag.pasid), (1, 7, Pasid::new(number.into())));
         assert_eq!(self.shown[usize::from(number)].fetch_add(1, SeqCst), 0, "{number} was shown twice");
     }

@@ -19,7 +19,7 @@ use iommu::PAGE_SIZE;
 /// Of a guest that has a few pages mapped there, or none.
 const IOVA: u64 = 0x4600_0000;
 const LAST_PAGE: u64 = u64::MAX - (PAGE_SIZE - 1);
-/// A page for each other one of 2^8: an entry of these is as much work as an entry can be.
+/// Pages that begin and end where no larger block does, of which an array is too much for one batch.
 const AWKWARD_PAGES: u64 = 0x155;
 const PAGES: u64 = Layout::Pages as u64;
 

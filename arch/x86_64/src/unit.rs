@@ -93,7 +93,7 @@ pub const OUTSTANDING: usize = 127;
 pub fn find(boot: &Boot) -> Result<Found, Error> {
     let table = boot.acpi_table(b"DMAR").ok_or(Error::NoTable)?;
     let mut units = Dmar::new(table).map_err(Error::Table)?.units();
-    let unit = units.next().ok_or(Error::NotOneUnit)?.map_err(Error::Table)?;
+    let unit = units.next().ok_or(Error::NotOneUnit)?;
     if units.next().is_some() || unit.segment != 0 {
         return Err(Error::NotOneUnit);
     }

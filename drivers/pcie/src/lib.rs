@@ -1,7 +1,10 @@
-//! PCIe configuration space as an IOMMU needs it: who is there, and its ATS, PASID and PRI capabilities in their order.
+//! PCIe configuration space as an IOMMU needs it: who is there, its ATS, PASID and PRI capabilities in their
+//! order, and a reset between owners.
 //!
-//! What it assumes of the hardware: configuration space is reachable through [`ConfigSpace`]; a function that is not
-//! there reads as all ones (PCI Express Base, "Configuration Space").
+//! What it assumes of the hardware: configuration space is reachable through [`ConfigSpace`]; a function that
+//! is not there reads as all ones (PCI Express Base, "Configuration Space"). So does one that dies or is
+//! pulled out, at any step: it is [`Error::Absent`] then, and never taken for one that is on, stopped or
+//! idle.
 //!
 //! ```
 //! # use pcie::*;
@@ -14,14 +17,28 @@
 //!
 //! | feature | supported | note |
 //! |---|---|---|
-//! | ATS, PASID, PRI on and off | yes | PASID, then ATS, then PRI; off in reverse order |
+//! | ATS, PASID, PRI on and off | yes | PASID, then ATS, then PRI; off in reverse order; each is read back |
+//! | page requests outstanding | yes | at most the capacity; that the sum fits the unit's queue is the broker's to keep |
+//! | what device-TLB invalidations need | yes | queue depth, global, page-aligned, the physical function |
+//! | virtual functions (SR-IOV) | found | with ATS; PASID and PRI are the physical function's |
+//! | function-level reset | yes | PCI Express, or Advanced Features; in steps that never wait; BARs and Command are kept |
 //! | bus master on and off | yes | |
 //! | memory BARs | yes | as firmware assigned them, 32 and 64 bits |
-//! | SR-IOV, function-level reset, ACS | no | |
+//! | buses behind a bridge | yes | what `DMAR` and `IORT` need |
+//! | execute and privileged mode of PASIDs | no | left off |
+//! | TLP prefixes and ACS on the way to a device | no | check them before PASIDs are used below a switch |
+//! | MSI, MSI-X, and Device Control 2 after a reset | no | off, as the reset left them |
 #![cfg_attr(not(test), no_std)]
 #![forbid(unsafe_code)]
 
-use core::{fmt, ops::Range};
+mod reset;
+
+pub use reset::{IDLE_LIMIT_US, READY_LIMIT_US, Reset, SETTLE_US};
+
+use core::{
+    fmt,
+    ops::{Range, RangeInclusive},
+};
 use iommu::{PhysAddr, StreamId};
 
 /// Configuration space of one PCI segment. A function is named by its requester ID: `bus << 8 | device << 3 | function`.
@@ -54,6 +71,39 @@ pub enum Error {
         /// The function.
         function: StreamId,
     },
+    /// The function has no enabled virtual function `number`.
+    NoVirtualFunction {
+        /// The physical function.
+        function: StreamId,
+        /// The number, from 1.
+        number: u16,
+    },
+    /// The function's virtual functions are enabled, and a reset would end them under their owners.
+    VirtualFunctions {
+        /// The physical function.
+        function: StreamId,
+    },
+    /// The function answers, but did not do what `capability` was told.
+    Rejected {
+        /// The function.
+        function: StreamId,
+        /// The capability, by the PCIe specification's name.
+        capability: &'static str,
+    },
+    /// Another function answers than before the reset.
+    Replaced {
+        /// The function.
+        function: StreamId,
+    },
+    /// The function did not get so far in `waited_us` microseconds.
+    Timeout {
+        /// The function.
+        function: StreamId,
+        /// What was waited for, by the PCIe specification's name.
+        step: &'static str,
+        /// How long.
+        waited_us: u64,
+    },
 }
 
 impl fmt::Display for Error {
@@ -66,6 +116,21 @@ impl fmt::Display for Error {
             Self::NotStopped { function } => {
                 write!(f, "function {:#06x} still waits for page responses", function.0)
             }
+            Self::NoVirtualFunction { function, number } => {
+                write!(f, "function {:#06x} has no virtual function {number}", function.0)
+            }
+            Self::VirtualFunctions { function } => {
+                write!(f, "function {:#06x} still has virtual functions", function.0)
+            }
+            Self::Rejected { function, capability } => {
+                write!(f, "function {:#06x} did not do what its {capability} was told", function.0)
+            }
+            Self::Replaced { function } => {
+                write!(f, "another function than before answers at {:#06x}", function.0)
+            }
+            Self::Timeout { function, step, waited_us } => {
+                write!(f, "function {:#06x}: {step} did not end in {waited_us} us", function.0)
+            }
         }
     }
 }
@@ -76,6 +141,11 @@ const VENDOR_DEVICE: u16 = 0x00;
 const COMMAND_STATUS: u16 = 0x04;
 const HEADER_TYPE: u16 = 0x0C;
 const BAR0: u16 = 0x10;
+/// Primary, secondary and subordinate bus number of a bridge.
+const BUS_NUMBERS: u16 = 0x18;
+const CAPABILITIES: u16 = 0x34;
+/// What the Vendor ID register says instead while a function is not ready for requests (`RRS`, once `CRS`).
+const NOT_READY: u32 = 0xFFFF_0001;
 
 /// `Memory Space Enable` of the Command register.
 const MEMORY_SPACE: u32 = 1 << 1;
@@ -84,7 +154,16 @@ const BUS_MASTER: u32 = 1 << 2;
 /// The Status register shares the word with Command; its bits are write-one-to-clear, so zeros are written there.
 const COMMAND_ONLY: u32 = 0xFFFF;
 
+/// `Capabilities List` of the Status register.
+const HAS_CAPABILITIES: u32 = 1 << 20;
+
+const EXPRESS: u8 = 0x10;
+const ADVANCED_FEATURES: u8 = 0x13;
+/// Capabilities lie in 0x40..0x100, 4 bytes or more each, so a longer chain has a loop.
+const LIMIT: usize = (0x100 - 0x40) / 4;
+
 const ATS: u16 = 0x000F;
+const SRIOV: u16 = 0x0010;
 const PRI: u16 = 0x0013;
 const PASID: u16 = 0x001B;
 
@@ -101,9 +180,14 @@ pub struct Function {
     pub vendor: u16,
     /// `Device ID`.
     pub device: u16,
+    /// The physical function, which is this one unless it is virtual.
+    physical: StreamId,
+    express: Option<u16>,
+    advanced: Option<u16>,
     ats: Option<u16>,
     pasid: Option<u16>,
     pri: Option<u16>,
+    sriov: Option<u16>,
 }
 
 /// What [`Function::enable_page_requests`] found and set.
@@ -116,21 +200,94 @@ pub struct Enabled {
     pub pasid_bits: u8,
 }
 
+/// What whoever invalidates the function's device TLB has to know.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
+pub struct DeviceTlb {
+    /// Invalidations that may be outstanding, 1 to 32 (`Invalidate Queue Depth`). Virtual functions share
+    /// them with their physical function.
+    pub invalidate_queue_depth: u8,
+    /// One invalidation can drop an address from every PASID (`Global Invalidate Supported`).
+    pub global_invalidate: bool,
+    /// It asks for translations of whole pages alone (`Page Aligned Request`). VT-d needs that.
+    pub page_aligned: bool,
+    /// The physical function, which VT-d's commands name beside a virtual one (`PFSID`).
+    pub physical: StreamId,
+}
+
+/// Returns the buses behind a bridge; `None` if `function` is none, or nobody has numbered them.
+pub fn buses_behind(config: &impl ConfigSpace, function: StreamId) -> Option<RangeInclusive<u8>> {
+    let kind = config.read32(function, HEADER_TYPE) >> 16 & 0x7F;
+    let [_, secondary, subordinate, _] = config.read32(function, BUS_NUMBERS).to_le_bytes();
+    (kind == 1 && secondary != 0 && subordinate >= secondary).then_some(secondary..=subordinate)
+}
+
 impl Function {
-    /// Returns the function `id`, or `None` if none answers.
+    /// Returns the function `id`, or `None` if none answers, or it is not ready. A virtual function is found
+    /// by its physical one alone, see [`virtual_function`](Self::virtual_function).
     pub fn find(config: &impl ConfigSpace, id: StreamId) -> Option<Self> {
         let identity = config.read32(id, VENDOR_DEVICE);
-        if identity & 0xFFFF == 0xFFFF {
+        if identity & 0xFFFF == 0xFFFF || identity == NOT_READY {
             return None;
         }
+        Some(Self::scan(config, id, identity, id))
+    }
+
+    /// Returns virtual function `number` of this function; the first is 1.
+    pub fn virtual_function(&self, config: &impl ConfigSpace, number: u16) -> Result<Self, Error> {
+        let sriov = self.needed(self.sriov, "SR-IOV capability")?;
+        let read = |offset| self.read(config, sriov + offset);
+        // VF Enable; NumVFs in 15:0; First VF Offset in 15:0 and VF Stride in 31:16; VF Device ID in 31:16.
+        let (control, count, place, device) = (read(0x08)?, read(0x10)?, read(0x14)?, read(0x18)?);
+        let none = Error::NoVirtualFunction { function: self.id, number };
+        if control & VF_ENABLE == 0 || number == 0 || u32::from(number) > count & 0xFFFF {
+            return Err(none);
+        }
+        let id =
+            u64::from(self.id.0) + u64::from(place & 0xFFFF) + u64::from(number - 1) * u64::from(place >> 16);
+        let id = u16::try_from(id).map(|id| StreamId(id.into())).map_err(|_| none)?;
+        if id == self.id {
+            return Err(none);
+        }
+        // Its own Vendor ID reads as ones though it is there.
+        if config.read32(id, COMMAND_STATUS) == u32::MAX {
+            return Err(Error::Absent { function: id });
+        }
+        let identity = u32::from(self.vendor) | device & 0xFFFF_0000;
+        Ok(Self::scan(config, id, identity, self.id))
+    }
+
+    /// Looks for the capabilities of a function that answers.
+    fn scan(config: &impl ConfigSpace, id: StreamId, identity: u32, physical: StreamId) -> Self {
         let mut function = Self {
             id,
             vendor: identity as u16,
             device: (identity >> 16) as u16,
+            physical,
+            express: None,
+            advanced: None,
             ats: None,
             pasid: None,
             pri: None,
+            sriov: None,
         };
+        let mut at = match config.read32(id, COMMAND_STATUS) & HAS_CAPABILITIES {
+            0 => 0,
+            _ => config.read32(id, CAPABILITIES) as u16 & 0xFC,
+        };
+        for _ in 0..LIMIT {
+            if at < 0x40 {
+                break;
+            }
+            let header = config.read32(id, at);
+            match header as u8 {
+                EXPRESS => function.express = Some(at),
+                ADVANCED_FEATURES => function.advanced = Some(at),
+                0xFF => break,
+                _ => {}
+            }
+            at = (header >> 8) as u16 & 0xFC;
+        }
         let mut at = 0x100;
         for _ in 0..EXTENDED_LIMIT {
             let header = config.read32(id, at);
@@ -141,6 +298,7 @@ impl Function {
                 ATS => function.ats = Some(at),
                 PASID => function.pasid = Some(at),
                 PRI => function.pri = Some(at),
+                SRIOV => function.sriov = Some(at),
                 _ => {}
             }
             at = (header >> 20) as u16 & 0xFFC;
@@ -148,7 +306,19 @@ impl Function {
                 break;
             }
         }
-        Some(function)
+        function
+    }
+
+    fn needed(&self, at: Option<u16>, capability: &'static str) -> Result<u16, Error> {
+        at.ok_or(Error::Unsupported { function: self.id, capability })
+    }
+
+    /// Reads a register that is never all ones while the function is there.
+    fn read(&self, config: &impl ConfigSpace, offset: u16) -> Result<u32, Error> {
+        match config.read32(self.id, offset) {
+            u32::MAX => Err(Error::Absent { function: self.id }),
+            value => Ok(value),
+        }
     }
 
     /// Returns the functions of bus 0 that answer.
@@ -225,47 +395,146 @@ impl Function {
         config.write32(self.id, COMMAND_STATUS, command & !clear | set);
     }
 
+    /// Returns what invalidations of the function's device TLB need.
+    pub fn device_tlb(&self, config: &impl ConfigSpace) -> Result<DeviceTlb, Error> {
+        let read = |function: &Self| {
+            let ats = function.needed(function.ats, ATS_NAME)?;
+            function.read(config, ats + 4)
+        };
+        let own = read(self)?;
+        // A virtual function reads 0, and has a part in what its physical one has.
+        let depth = match self.physical_of_virtual(config)? {
+            Some(physical) => read(&physical)?,
+            None => own,
+        };
+        Ok(DeviceTlb {
+            invalidate_queue_depth: match depth as u8 & 0x1F {
+                0 => 32,
+                depth => depth,
+            },
+            page_aligned: own & 1 << 5 != 0,
+            global_invalidate: own & 1 << 6 != 0,
+            physical: self.physical,
+        })
+    }
+
+    /// Returns the physical function of a virtual one.
+    fn physical_of_virtual(&self, config: &impl ConfigSpace) -> Result<Option<Self>, Error> {
+        if self.physical == self.id {
+            return Ok(None);
+        }
+        Self::find(config, self.physical).map(Some).ok_or(Error::Absent { function: self.physical })
+    }
+
+    /// Turns on ATS alone, for a function without page requests, or a virtual one.
+    ///
+    /// The unit's tables must allow it, and its device TLB be invalidated, before. [`disable_page_requests`]
+    /// turns it off.
+    ///
+    /// [`disable_page_requests`]: Self::disable_page_requests
+    pub fn enable_ats(&self, config: &impl ConfigSpace) -> Result<(), Error> {
+        let ats = self.needed(self.ats, ATS_NAME)?;
+        self.disable_page_requests(config);
+        if let Some(physical) = self.physical_of_virtual(config)? {
+            // The smallest translation unit of a virtual function is that of its physical one.
+            let at = physical.needed(physical.ats, ATS_NAME)?;
+            if physical.read(config, at + 4)? & ATS_UNIT != 0 {
+                let capability = "translation unit of 4 KiB";
+                return Err(Error::Unsupported { function: physical.id, capability });
+            }
+        }
+        config.write32(self.id, ats + 4, ATS_ENABLE);
+        let checked = self.check(config, ats, ATS_ENABLE, ATS_NAME);
+        if checked.is_err() {
+            self.disable_page_requests(config);
+        }
+        checked
+    }
+
     /// Turns on PASID (if `pasids`), then ATS, then PRI with at most `allocation` requests outstanding.
     ///
-    /// The order is the specification's: a PASID enable must not change while ATS is on, and PRI rests on ATS. The unit's
-    /// tables must allow what is turned on before. Whatever was on before, from firmware or an earlier owner, is turned off first.
+    /// The order is the specification's: a PASID enable must not change while ATS is on, and PRI rests on
+    /// ATS. The unit's tables must allow what is turned on before. Whatever was on before, from firmware or
+    /// an earlier owner, is turned off first; after an error everything is off.
+    ///
+    /// What all functions together may have outstanding must fit the unit's queue.
+    /// `broker::Ledger::add_device` keeps that sum, stop markers included, and refuses a device that would
+    /// exceed it: add the device with `allocation` first.
     pub fn enable_page_requests(
         &self,
         config: &impl ConfigSpace,
         allocation: u32,
         pasids: bool,
     ) -> Result<Enabled, Error> {
-        let needed =
-            |at: Option<u16>, capability| at.ok_or(Error::Unsupported { function: self.id, capability });
-        let pasid = needed(self.pasid, "PASID capability")?;
-        let ats = needed(self.ats, "ATS capability")?;
-        let pri = needed(self.pri, "PRI capability")?;
+        let pasid = self.needed(self.pasid, PASID_NAME)?;
+        let ats = self.needed(self.ats, ATS_NAME)?;
+        let pri = self.needed(self.pri, PRI_NAME)?;
         self.disable_page_requests(config);
-
-        let pasid_capability = config.read32(self.id, pasid + 4);
-        if pasids {
-            config.write32(self.id, pasid + 4, 1 << 16);
+        let enabled = self.turn_on(config, [pasid, ats, pri], allocation, pasids);
+        if enabled.is_err() {
+            self.disable_page_requests(config);
         }
-        // STU (20:16) = 0: translations of 4 KiB.
-        config.write32(self.id, ats + 4, 1 << 31);
+        enabled
+    }
 
-        let status = config.read32(self.id, pri + 4) >> 16;
+    /// Turns on what is off.
+    fn turn_on(
+        &self,
+        config: &impl ConfigSpace,
+        [pasid, ats, pri]: [u16; 3],
+        allocation: u32,
+        pasids: bool,
+    ) -> Result<Enabled, Error> {
+        let status = self.read(config, pri + 4)? >> 16;
         if pasids && status & 1 << 15 == 0 {
             // Responses carry the PASID of the request; a function that does not expect it would wait for ever.
-            self.disable_page_requests(config);
             let capability = "PRG Response PASID Required";
             return Err(Error::Unsupported { function: self.id, capability });
         }
         if status & 1 << 8 == 0 {
-            self.disable_page_requests(config);
             return Err(Error::NotStopped { function: self.id });
         }
+        let pasid_bits = (self.read(config, pasid + 4)? >> 8) as u8 & 0x1F;
+        if pasids {
+            config.write32(self.id, pasid + 4, PASID_ENABLE);
+        }
+        config.write32(self.id, ats + 4, ATS_ENABLE);
         // Response Failure and Unexpected PRG Index are write-one-to-clear, from whoever owned the function before.
         config.write32(self.id, pri + 4, 0b11 << 16 | PRI_RESET);
         let allocation = allocation.min(config.read32(self.id, pri + 8));
         config.write32(self.id, pri + 12, allocation);
         config.write32(self.id, pri + 4, PRI_ENABLE);
-        Ok(Enabled { allocation, pasid_bits: (pasid_capability >> 8) as u8 & 0x1F })
+
+        if pasids {
+            self.check(config, pasid, PASID_ENABLE, PASID_NAME)?;
+        }
+        self.check(config, ats, ATS_ENABLE, ATS_NAME)?;
+        self.check(config, pri, PRI_ENABLE, PRI_NAME)?;
+        Ok(Enabled { allocation, pasid_bits: pasid_bits.min(20) })
+    }
+
+    /// Checks that the capability at `at` has `enable` set, so that it is there and does what it was told.
+    fn check(
+        &self,
+        config: &impl ConfigSpace,
+        at: u16,
+        enable: u32,
+        capability: &'static str,
+    ) -> Result<(), Error> {
+        match self.read(config, at + 4)? & enable {
+            0 => Err(Error::Rejected { function: self.id, capability }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Returns whether PRI is off and every page request that was outstanding has its answer (`Stopped`).
+    ///
+    /// It takes as long as the answers do. Until then PRI cannot be turned on again but by a reset of the
+    /// function.
+    pub fn page_requests_stopped(&self, config: &impl ConfigSpace) -> Result<bool, Error> {
+        let pri = self.needed(self.pri, PRI_NAME)?;
+        let status = self.read(config, pri + 4)?;
+        Ok(status & PRI_ENABLE == 0 && status & 1 << 24 != 0)
     }
 
     /// Turns off PRI alone: the device asks for no more pages.
@@ -287,6 +556,18 @@ impl Function {
     }
 }
 
+const PASID_NAME: &str = "PASID capability";
+const ATS_NAME: &str = "ATS capability";
+const PRI_NAME: &str = "PRI capability";
+
+/// `PASID Enable` of the PASID Control register; execute and privileged mode stay off.
+const PASID_ENABLE: u32 = 1 << 16;
+/// `Enable` of the ATS Control register, with a smallest translation unit (STU) of 0: 4 KiB.
+const ATS_ENABLE: u32 = 1 << 31;
+/// `Smallest Translation Unit` of the ATS Control register.
+const ATS_UNIT: u32 = 0x1F << 16;
+/// `VF Enable` of the SR-IOV Control register.
+const VF_ENABLE: u32 = 1 << 0;
 /// `Enable` of the Page Request Control register.
 const PRI_ENABLE: u32 = 1 << 0;
 /// `Reset` of the Page Request Control register; acts while `Enable` is zero.
@@ -441,7 +722,7 @@ mod tests {
             }
         }
         let space = Bar(RefCell::new(0xFEB0_0000), RefCell::default());
-        let function = Function { id: DEVICE, vendor: 0, device: 0, ats: None, pasid: None, pri: None };
+        let function = Function::find(&space, DEVICE).expect("it answers");
 
         let bar = function.memory_bar(&space, 0).expect("a memory BAR");
 

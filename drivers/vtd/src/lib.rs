@@ -20,6 +20,8 @@
 //!
 //! | feature | supported | note |
 //! |---|---|---|
+//! | discovery, ACPI `DMAR` | yes | every structure; bridges and paths, several units and segments; one mistake refuses the table |
+//! | reserved regions of firmware | told | [`dmar::Dmar::regions_of`]; whether to map them or refuse the device is the caller's |
 //! | scalable mode, first stage | yes | 4 levels, 5 where reported |
 //! | scalable mode, second stage | encoded | QEMU offers it without page requests |
 //! | PASID | yes | 1 to 8191 for each device |

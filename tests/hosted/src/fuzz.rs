@@ -18,7 +18,11 @@ use channel::{
 };
 use iommu::{DmaBuf, FaultRecord, Iova, PAGE_SIZE, PageRequest, Pasid, Perms, StreamId};
 use models::memory::Memory;
-use std::cell::RefCell;
+use std::{
+    cell::{Cell, RefCell},
+    ops::RangeInclusive,
+};
+use vtd::dmar::{Dmar, Requester, Scope, Structure};
 
 /// Bytes, taken from the front; zero where there are no more.
 struct Bytes<'a>(&'a [u8]);
@@ -376,4 +380,78 @@ fn check_request(request: PageRequest, last_stream: u32) {
         perms => perms,
     };
     assert_eq!(Record::request(&shown).as_request(), Some(Request { perms, ..shown }));
+}
+
+/// The structures of a `DMAR` table, after the segment and requester ID of a device, and what says where
+/// bridges lead.
+///
+/// Half of the tables have a header that is right, so that the structures are read at all.
+pub fn dmar(data: &[u8]) {
+    let mut bytes = Bytes(data);
+    let (kind, segment, seed) = (bytes.byte(), bytes.byte(), bytes.byte());
+    let id = u32::from(bytes.byte()) << 8 | u32::from(bytes.byte());
+    let header_bytes = if kind & 1 == 0 { 0 } else { 48 };
+    let mut table = vec![0; header_bytes];
+    table.extend(bytes.0);
+    if kind & 1 != 0 {
+        table[..4].copy_from_slice(b"DMAR");
+        let length = table.len() as u32;
+        table[4..8].copy_from_slice(&length.to_le_bytes());
+        table[36] = if kind & 2 == 0 { 47 } else { seed };
+    }
+    let Ok(dmar) = Dmar::new(&table) else { return };
+
+    let structures: Vec<_> = dmar.structures().collect();
+    let read: usize = std::iter::successors(Some(48), |&at| {
+        let length = u16::from_le_bytes([*table.get(at + 2)?, *table.get(at + 3)?]);
+        Some(at + usize::from(length))
+    })
+    .take_while(|&at| at < table.len())
+    .count();
+    assert_eq!(structures.len(), read, "each structure once, by its length");
+    let scopes: Vec<_> = structures.iter().flat_map(scopes_of).collect();
+    assert!(scopes.len() * 6 + structures.len() * 4 + 48 <= table.len(), "no byte counts twice");
+
+    // A bridge leads where a few bits of its ID and the seed say, or nowhere.
+    let asked = Cell::new(0);
+    let buses = |bridge: Requester| -> Option<RangeInclusive<u8>> {
+        asked.set(asked.get() + 1);
+        let mixed = (bridge.id.0 ^ u32::from(seed)).wrapping_mul(0x9E37_79B1);
+        (mixed & 7 != 0).then_some((mixed >> 24) as u8..=(mixed >> 16) as u8)
+    };
+    let device = Requester { segment: segment.into(), id: StreamId(id) };
+    match dmar.unit_of(device, buses) {
+        Some(unit) => {
+            assert_eq!(unit.segment, device.segment);
+            assert!(unit.include_pci_all || unit.scopes.count() > 0, "somebody claimed it");
+            assert!(dmar.units().any(|other| other == unit));
+        }
+        None => assert!(!dmar.units().any(|u| u.segment == device.segment && u.include_pci_all)),
+    }
+    for region in dmar.regions_of(device, buses) {
+        assert!(region.base < region.end && region.segment == device.segment && region.scopes.count() > 0);
+        assert!((region.base.0 | region.end.0).is_multiple_of(PAGE_SIZE));
+        assert!(u128::from(region.end.0) <= 1 << dmar.address_bits().min(64));
+    }
+    let _ = dmar.ats_of(device, buses);
+    for scope in &scopes {
+        if let Some(found) = scope.requester(device.segment, buses) {
+            assert!(found.segment == device.segment && found.id.0 <= 0xFFFF);
+        }
+        let _ = dmar.source(scope.kind, scope.id, |_| None);
+    }
+    // Two bytes of path ask once for each question about each scope, and a bridge once more for what is
+    // behind it.
+    assert!(asked.get() <= 4 * table.len(), "{} questions about {} bytes", asked.get(), table.len());
+}
+
+fn scopes_of<'t>(structure: &Structure<'t>) -> Vec<Scope<'t>> {
+    match *structure {
+        Structure::Unit(unit) => unit.scopes.collect(),
+        Structure::Region(region) => region.scopes.collect(),
+        Structure::Atsr { scopes, .. } | Structure::Satc { scopes, .. } | Structure::Sidp { scopes, .. } => {
+            scopes.collect()
+        }
+        _ => Vec::new(),
+    }
 }

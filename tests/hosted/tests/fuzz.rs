@@ -97,3 +97,24 @@ fn every_entry_of_every_queue_says_something_or_is_told_to_be_malformed() {
 
     run(fuzz::queue_entries, 3, 200_000, 64, &golden);
 }
+
+#[test]
+fn every_dmar_table_is_refused_or_read_to_its_end() {
+    // Header right, segment, seed, requester ID in two bytes; then a unit for the bridge 00:01.0 and an
+    // endpoint behind it, a region, root ports, near memory, a name, an SoC device, and a structure of a type
+    // that there is not.
+    let unit = [0, 0, 34, 0, 0, 0, 0, 0, 0, 0, 0xD9, 0xFE, 0, 0, 0, 0];
+    let scopes = [2, 8, 0, 0, 0, 0, 1, 0, 1, 10, 0, 0, 0, 0, 1, 0, 2, 0];
+    let region = [1, 0, 32, 0, 0, 0, 0, 0, 0, 0, 0x80, 0x7B, 0, 0, 0, 0, 0xFF, 0xFF, 0xFF, 0x7F, 0, 0, 0, 0];
+    let endpoint = [1, 8, 0, 0, 0, 0, 2, 0];
+    let rest = [0, 0, 16, 0, 1, 0, 0, 0, 0, 0x10, 0xD9, 0xFE, 0, 0, 0, 0, 2, 0, 8, 0, 1, 0, 0, 0];
+    let near = [3, 0, 20, 0, 0, 0, 0, 0, 0, 0x10, 0xD9, 0xFE, 0, 0, 0, 0, 1, 0, 0, 0];
+    let name = [4, 0, 11, 0, 0, 0, 0, 1, b'\\', b'A', 0];
+    let soc = [[5, 0, 16, 0, 1, 0, 0, 0], endpoint, [6, 0, 16, 0, 0, 0, 0, 0], endpoint].concat();
+    let unknown = [0x7F, 0, 5, 0, 9];
+    let structures: [&[u8]; 8] = [&unit, &scopes, &region, &endpoint, &rest, &near, &name, &soc];
+    let whole = [structures.concat(), unknown.to_vec()].concat();
+    let golden = [[&[1, 0, 5, 0, 0x10][..], &whole].concat(), [&[1, 0, 5, 1, 0][..], &rest].concat()];
+
+    run(fuzz::dmar, 4, 200_000, 160, &golden);
+}

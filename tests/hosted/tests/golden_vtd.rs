@@ -11,7 +11,6 @@ use iommu::{
 };
 use vtd::{
     commands::Descriptor,
-    dmar::{self, Dmar, Structure},
     events::{FaultEntry, RequestEntry},
     tables::{ContextEntry, DirectoryEntry, PasidEntry, RootHalf},
 };
@@ -329,104 +328,6 @@ mod fault_records {
             let fault = FaultEntry([0, 1 << 63 | u64::from(code) << 32]).decode().expect("F is set");
 
             assert_eq!((fault.reason, fault.code), (expected, code), "{code:#04x}");
-        }
-    }
-}
-
-mod acpi {
-    use super::*;
-
-    /// Header of 36 bytes, host address width 39, flags 1, then reserved up to 48.
-    fn table(structures: &[&[u8]]) -> Vec<u8> {
-        let mut table = b"DMAR".to_vec();
-        table.extend([0; 32]);
-        table.extend([38, 1]);
-        table.extend([0; 10]);
-        structures.iter().for_each(|s| table.extend(*s));
-        let length = table.len() as u32;
-        table[4..8].copy_from_slice(&length.to_le_bytes());
-        table
-    }
-
-    /// A unit of segment 1 at 0x12_FED9_1000 with 2^3 pages, and a bridge (type 2, bus 1, path 1c.0) in its scope.
-    const GRAPHICS: [u8; 24] =
-        [0, 0, 24, 0, 0x00, 3, 1, 0, 0x00, 0x10, 0xD9, 0xFE, 0x12, 0, 0, 0, 2, 8, 0, 0, 0, 1, 0x1C, 0];
-    /// Reserved memory 0x7B80_0000 to 0x7FFF_FFFF for 00:02.0.
-    const RESERVED: [u8; 32] = [
-        1, 0, 32, 0, 0, 0, 0, 0, 0, 0, 0x80, 0x7B, 0, 0, 0, 0, 0xFF, 0xFF, 0xFF, 0x7F, 0, 0, 0, 0, 1, 8, 0,
-        0, 0, 0, 2, 0,
-    ];
-    /// The unit for all the rest at 0xFED9_0000, with an I/O APIC (id 2, 1e.7) and a timer (0, 1e.6) in its scope.
-    const REST: [u8; 32] = [
-        0, 0, 32, 0, 0x01, 0, 0, 0, 0x00, 0x00, 0xD9, 0xFE, 0, 0, 0, 0, 3, 8, 0, 0, 2, 0xF0, 0x1E, 7, 4, 8,
-        0, 0, 0, 0xF0, 0x1E, 6,
-    ];
-    /// ATS on all ports of segment 0.
-    const PORTS: [u8; 8] = [2, 0, 8, 0, 1, 0, 0, 0];
-
-    #[test]
-    fn units_are_found_among_other_structures() {
-        let table = table(&[&GRAPHICS, &RESERVED, &REST, &PORTS]);
-        let dmar = Dmar::new(&table).expect("a DMAR table");
-
-        let graphics = dmar::Unit {
-            base: PhysAddr(0x12_FED9_1000),
-            bytes: 8 * 4096,
-            segment: 1,
-            include_pci_all: false,
-        };
-        let rest = dmar::Unit { base: PhysAddr(0xFED9_0000), bytes: 4096, segment: 0, include_pci_all: true };
-        assert_eq!(dmar.address_bits(), 39);
-        assert_eq!(
-            dmar.structures().collect::<Vec<_>>(),
-            [
-                Ok(Structure::Unit(graphics)),
-                Ok(Structure::Other(1)),
-                Ok(Structure::Unit(rest)),
-                Ok(Structure::Other(2))
-            ]
-        );
-        assert_eq!(dmar.units().collect::<Vec<_>>(), [Ok(graphics), Ok(rest)]);
-    }
-
-    #[test]
-    fn a_table_of_another_name_or_too_short_is_refused() {
-        let mut wrong = table(&[&REST]);
-        wrong[3] = b'S';
-
-        assert_eq!(Dmar::new(&wrong).err(), Some(dmar::Error::NotDmar));
-        assert_eq!(Dmar::new(&table(&[])[..47]).err(), Some(dmar::Error::NotDmar));
-        assert!(Dmar::new(&table(&[])).is_ok_and(|dmar| dmar.structures().next().is_none()));
-    }
-
-    #[test]
-    fn a_wrong_length_is_an_error_that_names_the_structure_and_ends_the_list() {
-        // Zero; shorter than its own header; a unit shorter than its fixed part; longer than the table.
-        for length in [0, 3, 15, 33] {
-            let mut last = REST;
-            last[2] = length;
-            let table = table(&[&PORTS, &last]);
-
-            let found: Vec<_> = Dmar::new(&table).expect("a DMAR table").structures().collect();
-
-            let error = dmar::Error::Structure { offset: 56, kind: 0, length: length.into() };
-            assert_eq!(found, [Ok(Structure::Other(2)), Err(error)]);
-            assert!(error.to_string().contains("0x38"), "{error}");
-        }
-    }
-
-    #[test]
-    fn no_byte_of_a_table_can_make_the_reader_panic_or_run_for_ever() {
-        let good = table(&[&GRAPHICS, &RESERVED, &REST, &PORTS]);
-        for at in 0..good.len() {
-            for value in [0, 1, 0x7F, 0x80, 0xFF] {
-                let mut bad = good.clone();
-                bad[at] = value;
-                if let Ok(dmar) = Dmar::new(&bad) {
-                    // Each structure has 4 bytes or more.
-                    assert!(dmar.structures().count() <= good.len() / 4);
-                }
-            }
         }
     }
 }

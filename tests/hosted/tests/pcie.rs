@@ -1,6 +1,7 @@
 //! The configuration-space driver against a modelled function that watches the order of its enables.
 #![expect(clippy::expect_used, reason = "a test that is surprised has failed")]
 
+use broker::{Ledger, Limits};
 use iommu::StreamId;
 use models::endpoint::{Abilities, ConfigurationSpace};
 use pcie::{Error, Function};
@@ -87,13 +88,79 @@ fn a_function_without_one_of_the_three_is_refused_by_its_name() {
 }
 
 #[test]
-fn a_function_that_is_taken_out_does_no_harm() {
+fn a_function_that_is_taken_out_is_absent_and_neither_on_nor_stopped() {
     let (space, function) = space(Abilities::FULL);
     space.remove(DISK);
 
-    // All ones is not "stopped", nor anything else: what counts is that it ends, and says something.
-    let _ = function.enable_page_requests(&space, 32, true);
+    let absent = Error::Absent { function: DISK };
+    assert_eq!(function.enable_page_requests(&space, 32, true), Err(absent));
+    assert_eq!(function.enable_ats(&space), Err(absent));
+    assert_eq!(function.page_requests_stopped(&space), Err(absent));
+    assert_eq!(function.device_tlb(&space), Err(absent));
     function.disable_page_requests(&space);
     function.enable_bus_master(&space);
     assert_eq!(Function::find(&space, DISK), None);
+}
+
+#[test]
+fn page_requests_have_stopped_once_they_are_off_and_all_answered() {
+    let (space, function) = space(Abilities::FULL);
+    assert_eq!(function.page_requests_stopped(&space), Ok(true), "freshly reset");
+    assert!(function.enable_page_requests(&space, 32, true).is_ok());
+    space.set_waiting(DISK, true);
+
+    assert_eq!(function.page_requests_stopped(&space), Ok(false), "on");
+    function.disable_page_requests_alone(&space);
+    assert_eq!(function.page_requests_stopped(&space), Ok(false), "off, and owed answers");
+    space.set_waiting(DISK, false);
+    assert_eq!(function.page_requests_stopped(&space), Ok(true));
+    assert_lawful(&space);
+}
+
+#[test]
+fn ats_goes_on_alone() {
+    let (space, function) = space(Abilities { left_enabled: true, ..Abilities::FULL });
+
+    assert_eq!(function.enable_ats(&space), Ok(()));
+
+    let state = space.enabled(DISK).expect("it is there");
+    assert!(state.ats && !state.pasid && !state.page_requests, "{state:?}");
+    assert_lawful(&space);
+}
+
+#[test]
+fn an_invalidate_queue_depth_of_zero_is_32() {
+    for (field, depth) in [(0, 32), (1, 1), (31, 31)] {
+        let (space, function) = space(Abilities { invalidate_queue_depth: field, ..Abilities::FULL });
+
+        let tlb = function.device_tlb(&space).expect("it has one");
+
+        assert_eq!((tlb.invalidate_queue_depth, tlb.physical), (depth, DISK));
+        assert!(tlb.page_aligned && !tlb.global_invalidate);
+    }
+}
+
+#[test]
+fn what_functions_may_have_outstanding_fits_the_queue_while_the_ledger_takes_them() {
+    // A queue of 127 entries; each function asks for 15 page requests, and has as many stop markers.
+    const ENTRIES: u32 = 127;
+    let ledger: Ledger<1, 64, 16, 16> = Ledger::new(ENTRIES);
+    let space = ConfigurationSpace::new();
+    let mut outstanding = 0;
+    let mut taken = 0;
+    for id in (0..10).map(|device| StreamId(device << 3)) {
+        // The third has fewer than were asked for.
+        let page_requests = Some(if id.0 == 0x10 { 4 } else { 64 });
+        space.add(id, Abilities { page_requests, ..Abilities::FULL });
+        let function = Function::find(&space, id).expect("it answers");
+        if ledger.add_device(id, &Limits::with_requests(15)).is_err() {
+            continue;
+        }
+        taken += 1;
+        outstanding += function.enable_page_requests(&space, 15, true).expect("it has all three").allocation;
+    }
+
+    assert_eq!((taken, outstanding), (4, 3 * 15 + 4), "four times 2 x 15 fit 127, five times do not");
+    assert!(2 * outstanding <= ENTRIES);
+    assert_lawful(&space);
 }

@@ -598,3 +598,20 @@ impl<const S: usize> Queue<S> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_page_keeps_its_address_and_each_of_its_permissions() {
+        for bits in 0..16 {
+            let [read, write, execute, privileged] = [0, 1, 2, 3].map(|bit| bits >> bit & 1 == 1);
+            let perms = Perms { read, write, execute, privileged };
+
+            let page = Page::new(Iova(0xFFFF_0000_1234_5FFF), perms);
+
+            assert_eq!((page.iova(), page.perms()), (Iova(0xFFFF_0000_1234_5000), perms));
+        }
+    }
+}

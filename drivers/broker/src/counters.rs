@@ -2,7 +2,7 @@
 
 use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-/// Buckets of a histogram.
+/// Buckets of a histogram of times.
 pub const BUCKETS: usize = 24;
 
 macro_rules! counters {

@@ -332,6 +332,42 @@ mod tests {
     }
 
     #[test]
+    fn whatever_is_armed_and_taken_back_in_whatever_order_is_due_in_its_tick() {
+        const ENTRIES: u32 = 24;
+        let mut deadlines = Box::new(Deadlines::<{ ENTRIES as usize }>::new());
+        let mut expected = [None; ENTRIES as usize];
+        let (mut now_us, mut random) = (0, 1_u64);
+        for _ in 0..200_000 {
+            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            let (entry, after_us) = ((random >> 40) as u32 % ENTRIES, (random >> 20) % 40_000);
+            match random >> 60 {
+                0..8 => {
+                    deadlines.arm(entry, now_us, after_us);
+                    expected[entry as usize] = Some(now_us + after_us);
+                }
+                8..12 => {
+                    deadlines.disarm(entry);
+                    expected[entry as usize] = None;
+                }
+                _ => now_us += after_us / 8,
+            }
+            let tick_us = now_us & !(TICK_US - 1);
+            // One of those that are due at times, and all at others.
+            if random >> 57 & 1 == 0
+                && let Due::Entry(entry) = deadlines.pop(now_us)
+            {
+                assert!(expected[entry as usize].take().is_some_and(|at_us| at_us <= tick_us));
+            }
+            if random >> 58 & 1 == 0 {
+                let is_due = |&entry: &u32| expected[entry as usize].is_some_and(|at_us| at_us <= tick_us);
+                let all: BTreeSet<u32> = (0..ENTRIES).filter(is_due).collect();
+                assert_eq!(due(&mut deadlines, now_us), all);
+                all.iter().for_each(|&entry| expected[entry as usize] = None);
+            }
+        }
+    }
+
+    #[test]
     fn a_deadline_beyond_the_turn_of_the_wheel_is_met_in_its_time() {
         let mut deadlines = Box::new(Deadlines::<4>::new());
         let turn_us = BUCKETS as u64 * TICK_US;

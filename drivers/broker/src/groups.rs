@@ -122,3 +122,33 @@ impl<const N: usize> Groups<N> {
         Some(Key { name, bucket: name.bucket(N) as u32 })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use iommu::Pasid;
+
+    #[test]
+    fn a_group_is_found_by_its_name_as_long_as_its_place_has_that_name() {
+        const PLACES: u32 = 8;
+        let key = |n: u32| {
+            let tag = GroupTag { pasid: Pasid::new(n % 3), index: (n / 3) as u16 };
+            Groups::<{ PLACES as usize }>::key(StreamId(n / 9), tag)
+        };
+        let mut groups = Groups::<{ PLACES as usize }>::new();
+        let mut names = [None; PLACES as usize];
+        for n in 0..10_000 {
+            let place = n * 5 % 7 % PLACES;
+            groups.insert(place, key(n));
+            names[place as usize] = Some(n);
+            let removed = n * 11 % 13 % PLACES;
+            groups.remove(removed);
+            names[removed as usize] = None;
+
+            for last in n.saturating_sub(20)..=n {
+                let named = names.iter().position(|&name| name == Some(last));
+                assert_eq!(groups.find(key(last)), named.map(|place| place as u32));
+            }
+        }
+    }
+}

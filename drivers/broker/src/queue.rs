@@ -621,4 +621,16 @@ mod tests {
         queue.summary.fetch_or(0b11, AcqRel);
         assert_eq!([queue.take(), queue.take(), queue.take()], [Some(128), Some(129), None]);
     }
+
+    #[test]
+    fn a_page_keeps_its_address_and_each_of_its_permissions() {
+        for bits in 0..16 {
+            let [read, write, execute, privileged] = [0, 1, 2, 3].map(|bit| bits >> bit & 1 == 1);
+            let perms = Perms { read, write, execute, privileged };
+
+            let page = Page::new(Iova(0xFFFF_0000_1234_5FFF), perms);
+
+            assert_eq!((page.iova(), page.perms()), (Iova(0xFFFF_0000_1234_5000), perms));
+        }
+    }
 }

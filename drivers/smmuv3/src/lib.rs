@@ -21,6 +21,7 @@
 //!
 //! | feature | supported | note |
 //! |---|---|---|
+//! | discovery | ACPI | all units, root complexes and components of an `IORT` table, reserved memory; not the device tree |
 //! | stage 1 | yes | 4 levels, 48 bits; memory attribute 0 is write-back |
 //! | stage 2 | yes | 4 levels, 44 bits |
 //! | stream table | yes | linear, or two levels: the second is made as devices are assigned, and stays |
@@ -36,6 +37,7 @@
 pub mod commands;
 pub mod events;
 mod interrupts;
+pub mod iort;
 mod queue;
 mod regs;
 pub mod streams;

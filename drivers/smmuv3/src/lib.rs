@@ -30,11 +30,13 @@
 //! | page requests (PRI) | yes | groups are put together by the broker |
 //! | events | yes | overflow |
 //! | range invalidation (RIL) | yes | where the unit has it |
+//! | errata | yes | by `IIDR`; the driver does without what cannot be relied on, whatever the part |
 //! | PASIDs (substreams), nested stages, stalls, messages (MSI), takeover, Secure and Realm | no | |
 #![cfg_attr(not(test), no_std)]
 #![forbid(unsafe_code)]
 
 pub mod commands;
+pub mod errata;
 pub mod events;
 mod interrupts;
 pub mod iort;
@@ -44,6 +46,7 @@ pub mod streams;
 pub mod tables;
 
 pub use commands::Commands;
+pub use errata::Erratum;
 pub use events::Events;
 pub use streams::{SECOND_LEVEL_TABLES, StreamTableNeeds};
 pub use tables::{FRAME_WORDS, Tables};
@@ -78,6 +81,7 @@ pub struct Found<B> {
     idr1: LocalRegisterCopy<u32, IDR1::Register>,
     idr3: LocalRegisterCopy<u32, IDR3::Register>,
     idr5: LocalRegisterCopy<u32, IDR5::Register>,
+    iidr: u32,
 }
 
 /// Memory that a unit keeps for as long as it is in service: powers of two, aligned to their size.
@@ -122,7 +126,8 @@ impl<B: Bus + Clone> Found<B> {
             return Err(Error::Absent);
         }
         let (idr3, idr5) = (regs::IDR3.read(&bus), regs::IDR5.read(&bus));
-        Ok(Self { bus, idr0, idr1, idr3, idr5 })
+        let iidr = regs::IIDR.read(&bus).get();
+        Ok(Self { bus, idr0, idr1, idr3, idr5, iidr })
     }
 
     /// Returns what the unit can do.
@@ -139,6 +144,11 @@ impl<B: Bus + Clone> Found<B> {
             coherent_walks: self.idr0.is_set(IDR0::COHACC),
             caches_absence: false,
         }
+    }
+
+    /// Returns what this part is known not to do as the architecture says; the driver keeps clear of it by itself.
+    pub fn errata(&self) -> impl Iterator<Item = Erratum> + use<B> {
+        errata::known(self.iidr)
     }
 
     /// Returns how much memory a stream table takes in which all streams up to `last` have a place.

@@ -515,6 +515,28 @@ fn a_slow_unit_comes_into_service() {
 }
 
 #[test]
+fn a_part_with_errata_is_kept_clear_of_them() {
+    // IIDR: MMU-600 r0p0, MMU-700 r0p0, and a part of which nothing is known.
+    for (iidr, known) in [(0x4830_043B, 2), (0x4870_043B, 3), (0, 0)] {
+        let config = Config { iidr, ..Config::full() };
+        assert_eq!(Found::probe(unit(config).0).expect("it is there").errata().count(), known, "{iidr:#x}");
+        let mut machine = Machine::new(STREAM_TABLE, config);
+        let before = machine.unit.executed().len();
+
+        machine.assign(DISK, Features::default());
+
+        let commands = machine.unit.executed();
+        let syncs: Vec<_> = commands.iter().filter(|words| words[0] & 0xFF == 0x46).collect();
+        assert!(syncs.iter().all(|words| **words == golden::SYNC), "CS is 0: no signal that could be lost");
+        assert!(
+            before < commands.len() && commands.last() == Some(&golden::SYNC),
+            "every batch ends with one"
+        );
+        machine.assert_lawful();
+    }
+}
+
+#[test]
 fn a_unit_of_few_streams_is_given_no_more_than_it_has() {
     // IDR1.SIDSIZE is [5:0]: 4 bits.
     let qemu = Config::qemu();

@@ -11,7 +11,7 @@ use crate::{
 };
 use core::{fmt, ops::Range};
 use heapless::Vec;
-use iommu::{Capabilities, DmaBuf, PhysAddr, Root, Translation};
+use iommu::{Capabilities, DmaBuf, PhysAddr, Root, StreamId, Translation};
 
 /// The event side of the unit.
 pub type Events = smmuv3::Events<Mmio>;
@@ -81,8 +81,10 @@ pub struct Unit {
 
 /// Bytes of a unit's registers: two pages of 64 KiB.
 const REGISTER_BYTES: u64 = 0x2_0000;
-/// Frames of the stream table: bus 0, 64 streams a frame.
-const STREAM_FRAMES: usize = 4;
+/// The last stream that has a place: every function of a PCI segment; of a unit that knows fewer, every function of bus 0.
+const LAST_STREAMS: [StreamId; 2] = [StreamId(0xFFFF), StreamId(0xFF)];
+/// Tables of the second level of the stream table, where it has two: devices are on bus 0.
+const SECOND_LEVEL_TABLES: usize = 1;
 /// Frames of the command queue: 256 entries.
 const COMMAND_FRAMES: usize = 1;
 /// Frames of the event queue: 128 entries.
@@ -160,8 +162,19 @@ impl Found {
                 iommu::Error::Memory { purpose: "the unit", words: 0, needed: frames * smmuv3::FRAME_WORDS };
             cut(frames).ok_or(Error::Unit(none))
         };
+        let [segment, bus] = LAST_STREAMS.map(|last| self.unit.stream_table(last));
+        let streams = segment.or(bus).map_err(Error::Unit)?;
+        let frames = |words: usize| words.div_ceil(smmuv3::FRAME_WORDS);
+        let mut second_level = Vec::new();
+        if streams.second_level_words > 0 {
+            for _ in 0..SECOND_LEVEL_TABLES {
+                // There is room: the constant is small.
+                let _ = second_level.push(cut(frames(streams.second_level_words))?);
+            }
+        }
         let memory = smmuv3::Memory {
-            stream_table: cut(STREAM_FRAMES)?,
+            stream_table: cut(frames(streams.words))?,
+            second_level,
             contexts: cut(1)?,
             empty_table: cut(1)?,
             command_queue: cut(COMMAND_FRAMES)?,

@@ -36,9 +36,13 @@ impl Command {
     const STREAM: Field<Self> = Field::bits(63, 32);
     const LEAF: Field<Self> = Field::bit(64);
 
-    /// Forgets the configuration of one stream, context descriptors included (`CMD_CFGI_STE`, Leaf = 1).
-    pub fn cfgi_ste(stream: StreamId) -> Self {
-        Self::default().with(Self::OPCODE, 0x03).with(Self::STREAM, stream.0.into()).with(Self::LEAF, 1)
+    /// Forgets the configuration of one stream, context descriptors included; and unless `leaf`, the entry of the first
+    /// level of the stream table that led to it (`CMD_CFGI_STE`).
+    pub fn cfgi_ste(stream: StreamId, leaf: bool) -> Self {
+        Self::default()
+            .with(Self::OPCODE, 0x03)
+            .with(Self::STREAM, stream.0.into())
+            .with(Self::LEAF, leaf.into())
     }
 
     /// Forgets the configuration of all streams (`CMD_CFGI_ALL`).
@@ -158,6 +162,8 @@ pub(crate) struct Abilities {
     pub(crate) vmid: bool,
     /// `IDR3.RIL`: pages can be invalidated by range.
     pub(crate) ranges: bool,
+    /// The stream table has two levels: the first is forgotten along with what it leads to.
+    pub(crate) two_levels: bool,
 }
 
 /// A list of commands that refuses rather than cuts off.
@@ -201,7 +207,7 @@ impl<B: Bus> Commands<B> {
                 batch.push(Command::tlbi_nsnh_all())
             }
             Invalidation::Device { stream, device_tlb } => {
-                batch.push(Command::cfgi_ste(stream))?;
+                batch.push(self.configuration(stream))?;
                 if device_tlb {
                     batch.push(Command::sync())?;
                     batch.push(Command::atc_inv(stream, Iova(0), EVERYTHING))?;
@@ -209,7 +215,7 @@ impl<B: Bus> Commands<B> {
                 Ok(())
             }
             Invalidation::Attachment(at) => {
-                batch.push(Command::cfgi_ste(at.stream))?;
+                batch.push(self.configuration(at.stream))?;
                 batch.push(Command::sync())?;
                 self.forget_all(batch, at)
             }
@@ -238,6 +244,12 @@ impl<B: Bus> Commands<B> {
             // The vocabulary may grow; what this driver does not know must not pass for done.
             _ => Err(Error::Unsupported { feature: "this invalidation" }),
         }
+    }
+
+    /// The configuration of a stream. An entry of the first level becomes valid once, so leaving it would do for all but
+    /// the first time; but it costs the unit one word to read, and nobody has to know when the first time is.
+    fn configuration(&self, stream: StreamId) -> Command {
+        Command::cfgi_ste(stream, !self.abilities.two_levels)
     }
 
     fn vmid(&self, domain: DomainId) -> u16 {
@@ -306,7 +318,8 @@ mod tests {
             Command::pri_resp(&PageResponse { stream: SID, tag, outcome })
         };
         for (command, words) in [
-            (Command::cfgi_ste(SID), [0x0000_0108_0000_0003, 0x1]),
+            (Command::cfgi_ste(SID, true), [0x0000_0108_0000_0003, 0x1]),
+            (Command::cfgi_ste(SID, false), [0x0000_0108_0000_0003, 0]),
             (Command::cfgi_all(), [0x04, 0x1F]),
             (Command::tlbi_nh_all(0x2A), [0x0000_002A_0000_0010, 0]),
             (Command::tlbi_nh_va(0x2A, 7, Iova(0x4020_1000)), [0x0007_002A_0000_0012, 0x4020_1001]),

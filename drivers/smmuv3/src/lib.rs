@@ -21,37 +21,47 @@
 //!
 //! | feature | supported | note |
 //! |---|---|---|
+//! | discovery | ACPI | all units, root complexes and components of an `IORT` table, reserved memory; not the device tree |
 //! | stage 1 | yes | 4 levels, 48 bits; memory attribute 0 is write-back |
 //! | stage 2 | yes | 4 levels, 44 bits |
-//! | stream table | linear | one entry for each stream that is served |
+//! | stream table | yes | linear, or two levels: the second is made as devices are assigned, and stays |
 //! | command queue | yes | tickets; an error is reported, and stops the queue for good |
 //! | device TLBs (ATS) | yes | a time-out stops the queue for good |
 //! | page requests (PRI) | yes | groups are put together by the broker |
 //! | events | yes | overflow |
 //! | range invalidation (RIL) | yes | where the unit has it |
+//! | errata | yes | by `IIDR`; the driver does without what cannot be relied on, whatever the part |
 //! | PASIDs (substreams), nested stages, stalls, messages (MSI), takeover, Secure and Realm | no | |
 #![cfg_attr(not(test), no_std)]
 #![forbid(unsafe_code)]
 
 pub mod commands;
+pub mod errata;
 pub mod events;
 mod interrupts;
+pub mod iort;
 mod queue;
 mod regs;
+pub mod streams;
 pub mod tables;
 
 pub use commands::Commands;
+pub use errata::Erratum;
 pub use events::Events;
+pub use streams::{SECOND_LEVEL_TABLES, StreamTableNeeds};
 pub use tables::{FRAME_WORDS, Tables};
 
+use heapless::Vec;
 use iommu::{
-    Bus, Capabilities, Commands as _, Completion, DmaBuf, Error, Invalidation, PhysAddr, bus::wait_until,
+    Bus, Capabilities, Commands as _, Completion, DmaBuf, Error, Invalidation, PhysAddr, StreamId,
+    bus::wait_until,
 };
 use queue::{COMMAND_WORDS, CommandQueue, EVENT_WORDS, REQUEST_WORDS, ReportQueue};
 use regs::{
     CR0, CR2, GBPA, IDR0, IDR1, IDR3, IDR5, QUEUE_BASE, QueueRegisters, STRTAB_BASE, STRTAB_BASE_CFG,
 };
-use tables::{STREAM_WORDS, Walks};
+use streams::StreamTable;
+use tables::Walks;
 use tock_registers::{LocalRegisterCopy, fields::FieldValue};
 
 /// How long the unit may take to acknowledge a control write or a first invalidation, in microseconds.
@@ -71,13 +81,18 @@ pub struct Found<B> {
     idr1: LocalRegisterCopy<u32, IDR1::Register>,
     idr3: LocalRegisterCopy<u32, IDR3::Register>,
     idr5: LocalRegisterCopy<u32, IDR5::Register>,
+    iidr: u32,
 }
 
 /// Memory that a unit keeps for as long as it is in service: powers of two, aligned to their size.
 #[derive(Debug)]
 pub struct Memory {
-    /// The stream table, 64 streams a frame from stream 0 on. Devices past its end are blocked, and recorded.
+    /// The stream table, as large as [`Found::stream_table`] says: 64 streams a frame from stream 0 on, or the first of
+    /// two levels, 8 bytes for each table of the second. Devices past its end are blocked, and recorded.
     pub stream_table: DmaBuf,
+    /// Tables of the second level, 64, 256 or 1024 streams each; without them the stream table is linear. One is taken
+    /// for the first device of its streams that is assigned.
+    pub second_level: Vec<DmaBuf, SECOND_LEVEL_TABLES>,
     /// One frame: context descriptors.
     pub contexts: DmaBuf,
     /// One frame: a table that stays empty.
@@ -111,7 +126,8 @@ impl<B: Bus + Clone> Found<B> {
             return Err(Error::Absent);
         }
         let (idr3, idr5) = (regs::IDR3.read(&bus), regs::IDR5.read(&bus));
-        Ok(Self { bus, idr0, idr1, idr3, idr5 })
+        let iidr = regs::IIDR.read(&bus).get();
+        Ok(Self { bus, idr0, idr1, idr3, idr5, iidr })
     }
 
     /// Returns what the unit can do.
@@ -130,6 +146,31 @@ impl<B: Bus + Clone> Found<B> {
         }
     }
 
+    /// Returns what this part is known not to do as the architecture says; the driver keeps clear of it by itself.
+    pub fn errata(&self) -> impl Iterator<Item = Erratum> + use<B> {
+        errata::known(self.iidr)
+    }
+
+    /// Returns how much memory a stream table takes in which all streams up to `last` have a place.
+    ///
+    /// It is linear where that takes 16 KiB or less, or where the unit knows nothing else.
+    pub fn stream_table(&self, last: StreamId) -> Result<StreamTableNeeds, Error> {
+        let log2 = u32::BITS - last.0.leading_zeros();
+        if log2 > self.stream_bits() {
+            return Err(Error::UnknownStream { stream: last });
+        }
+        Ok(StreamTableNeeds::new(log2, self.has_two_levels()))
+    }
+
+    /// Returns the bits of a StreamID.
+    fn stream_bits(&self) -> u32 {
+        self.idr1.read(IDR1::SIDSIZE).min(32)
+    }
+
+    fn has_two_levels(&self) -> bool {
+        self.idr0.matches_all(IDR0::ST_LEVEL::TwoLevel)
+    }
+
     /// Takes the unit into service, in the order of the manual. Interrupts stay off.
     ///
     /// While translation is off, accesses are refused (`GBPA.ABORT`), and then by the stream table: there is no moment in
@@ -137,7 +178,8 @@ impl<B: Bus + Clone> Found<B> {
     pub fn enable(self, memory: Memory) -> Result<Smmu<B>, Error> {
         self.check()?;
         let Memory {
-            mut stream_table,
+            stream_table,
+            second_level,
             mut contexts,
             mut empty_table,
             command_queue,
@@ -146,7 +188,10 @@ impl<B: Bus + Clone> Found<B> {
             answers,
         } = memory;
         let capabilities = self.capabilities();
-        let streams_log2 = entries_log2("the stream table", &stream_table, STREAM_WORDS, 32)?;
+        if !second_level.is_empty() && !self.has_two_levels() {
+            return Err(Error::Unsupported { feature: "IDR0.ST_LEVEL (stream tables of two levels)" });
+        }
+        let mut streams = StreamTable::new(stream_table, second_level)?;
         for (purpose, frame) in [("context descriptors", &contexts), ("the empty table", &empty_table)] {
             aligned(purpose, frame, FRAME_WORDS)?;
         }
@@ -183,18 +228,23 @@ impl<B: Bus + Clone> Found<B> {
                 + CR2::PTM.val(self.idr0.read(IDR0::BTM))
                 + CR2::REC_CFG_ATS.val(self.idr0.read(IDR0::ATSRECERR)),
         );
-        for table in [&mut stream_table, &mut contexts, &mut empty_table] {
+        for table in [&mut contexts, &mut empty_table] {
             table.clear();
             bus.publish(table.range(0, table.words()));
         }
-        let base = STRTAB_BASE::ADDR.val(stream_table.phys().0 >> 6);
+        streams.clear(bus);
+        let base = STRTAB_BASE::ADDR.val(streams.phys().0 >> 6);
         regs::STRTAB_BASE.write(bus, STRTAB_BASE::RA::SET + base);
-        regs::STRTAB_BASE_CFG.write(bus, STRTAB_BASE_CFG::LOG2SIZE.val(streams_log2));
+        let size = STRTAB_BASE_CFG::LOG2SIZE.val(streams.log2());
+        let split = streams.split().map(|split| STRTAB_BASE_CFG::SPLIT.val(split));
+        let format = split.map_or(size, |split| size + split + STRTAB_BASE_CFG::FMT::TwoLevel);
+        regs::STRTAB_BASE_CFG.write(bus, format);
 
         self.place_queue(&regs::CMDQ, &command_queue, commands_log2);
         self.switch_on(CR0::CMDQEN::SET, "CR0ACK.CMDQEN")?;
         let vmid = self.idr0.is_set(IDR0::S2P);
-        let abilities = commands::Abilities { vmid, ranges: self.idr3.is_set(IDR3::RIL) };
+        let ranges = self.idr3.is_set(IDR3::RIL);
+        let abilities = commands::Abilities { vmid, ranges, two_levels: streams.split().is_some() };
         let queue = CommandQueue::new(command_queue);
         let mut commands = Commands::new(self.bus.clone(), queue, abilities, answers);
         let ticket = commands.submit(&[Invalidation::All])?;
@@ -218,9 +268,9 @@ impl<B: Bus + Clone> Found<B> {
             coherent: capabilities.coherent_walks,
             address_size: self.idr5.read(IDR5::OAS).min(OAS_48) as u8,
         };
-        let streams = 1 << limit(IDR1::SIDSIZE).min(32);
-        let abilities = tables::Abilities { capabilities, walks, vmid, streams };
-        let frames = tables::Frames { streams: stream_table, contexts, empty: empty_table };
+        let known = 1 << self.stream_bits();
+        let abilities = tables::Abilities { capabilities, walks, vmid, streams: known };
+        let frames = tables::Frames { streams, contexts, empty: empty_table };
         let events = ReportQueue::new(event_queue, &regs::EVENTQ);
         Ok(Smmu {
             events: Events::new(self.bus.clone(), events, requests, acknowledged),

@@ -33,6 +33,10 @@ register_bitfields![u32,
         STALL_MODEL OFFSET(24) NUMBITS(2) [
             Forced = 0b10,
         ],
+        /// Whether stream tables may have two levels.
+        ST_LEVEL OFFSET(27) NUMBITS(2) [
+            TwoLevel = 0b01,
+        ],
     ],
     /// Identification Register 1.
     pub(crate) IDR1 [
@@ -118,8 +122,14 @@ register_bitfields![u32,
     ],
     /// Stream Table Base Configuration.
     pub(crate) STRTAB_BASE_CFG [
-        /// Log2 of the number of entries. The table is linear (FMT = 0).
+        /// Log2 of the number of entries, of all tables of the second level together.
         LOG2SIZE OFFSET(0) NUMBITS(6) [],
+        /// Log2 of the entries of a table of the second level.
+        SPLIT OFFSET(6) NUMBITS(5) [],
+        /// Linear, or of two levels.
+        FMT OFFSET(16) NUMBITS(2) [
+            TwoLevel = 0b01,
+        ],
     ],
     /// PROD and CONS of a queue.
     pub(crate) INDEX [
@@ -158,6 +168,7 @@ pub(crate) const IDR0: Ro<u32, IDR0::Register> = Ro::at(0x000);
 pub(crate) const IDR1: Ro<u32, IDR1::Register> = Ro::at(0x004);
 pub(crate) const IDR3: Ro<u32, IDR3::Register> = Ro::at(0x00C);
 pub(crate) const IDR5: Ro<u32, IDR5::Register> = Ro::at(0x014);
+pub(crate) const IIDR: Ro<u32> = Ro::at(0x018);
 pub(crate) const CR0: Rw<u32, CR0::Register> = Rw::at(0x020);
 pub(crate) const CR0ACK: Ro<u32, CR0::Register> = Ro::at(0x024);
 pub(crate) const CR1: Rw<u32, CR1::Register> = Rw::at(0x028);
@@ -210,7 +221,7 @@ mod tests {
     use super::*;
     use tock_registers::{LocalRegisterCopy, fields::FieldValue};
 
-    /// The registers of facts/smmuv3.md, section 11.1, rows R1, R3, R5 to R8.
+    /// The registers of facts/smmuv3.md, section 11.1, rows R1, R3 to R8.
     #[test]
     fn control_and_base_registers_hold_the_words_of_the_manual() {
         let stream_table = |fields: FieldValue<u64, STRTAB_BASE::Register>| fields.value;
@@ -222,6 +233,8 @@ mod tests {
             0x4000_0000_8020_0000
         );
         assert_eq!(STRTAB_BASE_CFG::LOG2SIZE.val(8).value, 8);
+        let two_levels = STRTAB_BASE_CFG::FMT::TwoLevel + STRTAB_BASE_CFG::SPLIT.val(8);
+        assert_eq!((two_levels + STRTAB_BASE_CFG::LOG2SIZE.val(16)).value, 0x0001_0210);
         for (address, log2, word) in [
             (0x8010_0000, 8, 0x4000_0000_8010_0008),
             (0x8010_2000, 7, 0x4000_0000_8010_2007),
@@ -244,6 +257,7 @@ mod tests {
 
         assert!(idr0.is_set(IDR0::S1P) && idr0.is_set(IDR0::S2P) && idr0.is_set(IDR0::TTF_AARCH64));
         assert!(idr0.is_set(IDR0::COHACC) && !idr0.is_set(IDR0::BTM) && !idr0.is_set(IDR0::MSI));
+        assert!(idr0.matches_all(IDR0::ST_LEVEL::TwoLevel));
         assert!(!idr0.is_set(IDR0::ATS) && !idr0.is_set(IDR0::PRI) && !idr0.is_set(IDR0::ATSRECERR));
         assert_eq!((idr0.read(IDR0::TTENDIAN), idr0.read(IDR0::STALL_MODEL)), (2, 1));
         assert_eq!((idr1.read(IDR1::SIDSIZE), idr1.read(IDR1::PRIQS)), (16, 0));

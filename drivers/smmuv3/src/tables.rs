@@ -9,6 +9,7 @@
 //! - The second stage needs a second word, for its root. Whenever V is clear or in doubt, that word points at a table that
 //!   is always empty.
 
+use crate::streams::{STREAM_WORDS, StreamTable};
 use heapless::Vec;
 use iommu::{
     Attachment, Bus, Capabilities, DmaBuf, DomainId, Error, Features, Field, Invalidation, Invalidations,
@@ -19,8 +20,7 @@ use iommu::{
 pub const FRAME_WORDS: usize = 512;
 /// Devices assigned at one time, at most: a frame holds as many context descriptors.
 pub const DEVICES: usize = FRAME_WORDS / CONTEXT_WORDS;
-/// Words of a stream table entry, and of a context descriptor.
-pub(crate) const STREAM_WORDS: usize = 8;
+/// Words of a context descriptor.
 const CONTEXT_WORDS: usize = 8;
 /// The word of a stream table entry that holds V, Config and the pointer to the context descriptor.
 const HEAD: usize = 0;
@@ -188,7 +188,7 @@ enum EntryState {
 /// The memory of the tables.
 #[derive(Debug)]
 pub(crate) struct Frames {
-    pub(crate) streams: DmaBuf,
+    pub(crate) streams: StreamTable,
     pub(crate) contexts: DmaBuf,
     pub(crate) empty: DmaBuf,
 }
@@ -232,9 +232,7 @@ impl<B: Bus> Tables<B> {
 
     /// Stores one word of a stream table entry, visible before any later store.
     fn store(&mut self, stream: StreamId, word: usize, value: u64) {
-        let at = stream.0 as usize * STREAM_WORDS + word;
-        self.frames.streams.store(at, value);
-        self.bus.publish(self.frames.streams.range(at, 1));
+        self.frames.streams.store(&self.bus, stream, word, value);
     }
 
     /// Makes an entry valid. Only words of `entry` that the module's rules name differ from what is there.
@@ -278,8 +276,7 @@ impl<B: Bus> iommu::Tables for Tables<B> {
                 return Err(Error::Unsupported { feature });
             }
         }
-        let places = (self.frames.streams.words() / STREAM_WORDS) as u64;
-        if u64::from(stream.0) >= places.min(self.abilities.streams) {
+        if u64::from(stream.0) >= self.frames.streams.streams().min(self.abilities.streams) {
             return Err(Error::UnknownStream { stream });
         }
         if self.device(stream).is_ok() {
@@ -287,6 +284,7 @@ impl<B: Bus> iommu::Tables for Tables<B> {
         }
         let free = self.devices.iter().position(Option::is_none);
         let free = free.ok_or(Error::Exhausted { what: "places for devices" })?;
+        self.frames.streams.reach(&self.bus, stream)?;
         self.devices[free] = Some(Device { stream, features, leaving: false, entry: EntryState::Blocked });
         let entry = self.blocked(DomainId(free as u16), features);
         for (word, value) in entry.0.into_iter().enumerate() {

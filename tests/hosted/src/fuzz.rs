@@ -18,6 +18,7 @@ use channel::{
 };
 use iommu::{DmaBuf, FaultRecord, Iova, PAGE_SIZE, PageRequest, Pasid, Perms, StreamId};
 use models::memory::Memory;
+use smmuv3::iort;
 use std::{
     cell::{Cell, RefCell},
     ops::RangeInclusive,
@@ -453,5 +454,76 @@ fn scopes_of<'t>(structure: &Structure<'t>) -> Vec<Scope<'t>> {
             scopes.collect()
         }
         _ => Vec::new(),
+    }
+}
+
+/// An `IORT` table: two bytes of segment and two of requester ID, then the table; its length is made to fit.
+///
+/// Its nodes lie one after the other inside it, whatever is found is one of them, and what cannot be is an error that
+/// names a node which is there.
+pub fn iort(data: &[u8]) {
+    let mut bytes = Bytes(data);
+    let [segment, requester] = [(); 2].map(|()| u16::from_le_bytes([bytes.byte(), bytes.byte()]));
+    let mut table = bytes.0.to_vec();
+    let length = (table.len() as u32).to_le_bytes();
+    if let Some(field) = table.get_mut(4..8) {
+        field.copy_from_slice(&length);
+    }
+    let Ok(iort) = iort::Iort::new(&table) else {
+        assert!(table.len() < 48 || !table.starts_with(b"IORT"));
+        return;
+    };
+
+    let nodes: Vec<_> = iort.nodes().collect();
+    assert!(nodes.len() <= table.len() / 16 + 1);
+    let offsets: Vec<_> = nodes.iter().flatten().map(iort::Node::offset).collect();
+    assert!(offsets.is_sorted_by(|a, b| a + 16 <= *b) && offsets.iter().all(|at| at + 16 <= table.len()));
+    let whole = nodes.iter().all(Result::is_ok);
+    let named = |error: iort::Error| match error {
+        iort::Error::Node { offset, kind, .. } => {
+            assert_eq!(table.get(offset), Some(&kind));
+            assert!(offsets.contains(&offset) || !whole);
+        }
+        iort::Error::Ends { missing, .. } => assert!(missing > 0 && !whole),
+        other => panic!("{other:?}"),
+    };
+
+    match iort.endpoint(segment, requester) {
+        Ok(Some(found)) => {
+            assert_eq!(found.root_complex.segment, u32::from(segment));
+            assert!(iort.units().any(|unit| unit == Ok(found.place.unit)));
+            for region in iort.regions(&found.place.unit, found.place.stream) {
+                match region {
+                    Ok(region) => {
+                        assert!(
+                            region.bytes > 0
+                                && region.bytes % 0x1_0000 == 0
+                                && region.start.0 % 0x1_0000 == 0
+                        );
+                        assert!(region.start.0.checked_add(region.bytes - 1).is_some());
+                    }
+                    Err(error) => named(error),
+                }
+            }
+        }
+        Ok(None) => assert!(whole, "half a table does not say that there is nothing"),
+        Err(error) => named(error),
+    }
+    let _ = iort.interrupts(segment, requester).map_err(named);
+    for unit in iort.units().flatten() {
+        let _ = iort.interrupts_of(&unit).map_err(named);
+    }
+    for node in nodes.into_iter().flatten() {
+        match node {
+            iort::Node::NamedComponent(component) => {
+                assert!(iort.component(component.path).is_ok_and(|found| found.is_some()));
+                for place in iort.component_streams(&component) {
+                    let _ = place.map_err(named);
+                }
+                let _ = iort.component_stream(&component, requester.into()).map_err(named);
+            }
+            iort::Node::ItsGroup(group) => assert!(group.identifiers().count() * 4 <= table.len()),
+            _ => {}
+        }
     }
 }

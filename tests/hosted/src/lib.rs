@@ -7,6 +7,7 @@
 
 pub mod fuzz;
 pub mod interleave;
+pub mod iort;
 mod machine;
 mod memory;
 mod random;

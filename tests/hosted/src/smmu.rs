@@ -13,8 +13,10 @@ use pgtable::{AARCH64_STAGE_1, AARCH64_STAGE_2, Tree};
 use smmuv3::{FRAME_WORDS, Found, Smmu};
 use std::{fmt, ops::Range, sync::Arc};
 
-/// Streams that the stream table of [`needs`] holds.
-pub const STREAMS: u32 = 256;
+/// Streams that the stream table of [`needs`] holds, whatever its levels.
+pub const STREAMS: u32 = 512;
+/// Streams of a second-level table of [`needs`]: one frame of them.
+pub const SECOND_LEVEL: u32 = 64;
 /// Entries of the command queue of [`needs`].
 pub const COMMANDS: usize = 256;
 /// Answers that [`needs`] asks room for.
@@ -31,6 +33,36 @@ pub enum Stage {
     One,
     /// Stage 2.
     Two,
+}
+
+/// Which stream table a unit is given.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum StreamTable {
+    /// One level.
+    Linear,
+    /// Two levels, with a table of the second level for each place in the first.
+    TwoLevels,
+}
+
+impl StreamTable {
+    /// Returns what `STRTAB_BASE_CFG` says of it.
+    pub fn format(self) -> u64 {
+        // FMT [17:16], SPLIT [10:6], LOG2SIZE [5:0].
+        match self {
+            Self::Linear => 9,
+            Self::TwoLevels => 1 << 16 | 6 << 6 | 9,
+        }
+    }
+
+    /// Returns what becomes of an access by a stream of which neither itself nor a near one was ever assigned.
+    pub fn untouched(self) -> Refusal {
+        match self {
+            // C_BAD_STE: there is an entry, and it is not valid.
+            Self::Linear => Refusal::Fault(0x04),
+            // C_BAD_STREAMID: there is no entry.
+            Self::TwoLevels => Refusal::Fault(0x02),
+        }
+    }
 }
 
 /// A modelled machine: memory, one SMMUv3, and the driver that has it in service.
@@ -53,11 +85,17 @@ pub fn unit(config: Config) -> (&'static SmmuUnit, Memory) {
     (Box::leak(Box::new(SmmuUnit::new(memory.clone(), config))), memory)
 }
 
-/// Takes what a unit needs: a stream table of four frames, and one frame for everything else.
-pub fn needs(memory: &Memory) -> smmuv3::Memory {
+/// Takes what a unit needs: a stream table of [`STREAMS`] streams, and one frame for everything else.
+pub fn needs(table: StreamTable, memory: &Memory) -> smmuv3::Memory {
     let frame = || memory.take(FRAME_WORDS, FRAME_WORDS);
+    let places = STREAMS / SECOND_LEVEL;
+    let (words, second_level) = match table {
+        StreamTable::Linear => (STREAMS * 8, 0),
+        StreamTable::TwoLevels => (places, places),
+    };
     smmuv3::Memory {
-        stream_table: memory.take(4 * FRAME_WORDS, 4 * FRAME_WORDS),
+        stream_table: memory.take(words as usize, words as usize),
+        second_level: (0..second_level).map(|_| frame()).collect(),
         contexts: frame(),
         empty_table: frame(),
         command_queue: frame(),
@@ -69,9 +107,9 @@ pub fn needs(memory: &Memory) -> smmuv3::Memory {
 
 impl Machine {
     /// A machine with its unit in service.
-    pub fn new(config: Config) -> Self {
+    pub fn new(table: StreamTable, config: Config) -> Self {
         let (unit, memory) = unit(config);
-        let needs = needs(&memory);
+        let needs = needs(table, &memory);
         Self::enable(unit, memory, unit, needs).expect("it comes into service")
     }
 }
@@ -191,13 +229,28 @@ impl<B: Bus + Clone> Machine<B> {
     }
 }
 
-/// Returns a word of the stream table entry of `stream`, as `unit` sees it.
+/// Returns a word of the stream table entry of `stream`, as `unit` sees it; zero where there is no entry.
 pub fn stream_word(unit: &SmmuUnit, memory: &Memory, stream: StreamId, word: u64) -> u64 {
     const STRTAB_BASE: usize = 0x080;
-    // ADDR is [55:6].
-    let table = unit.read64(STRTAB_BASE) & 0x00FF_FFFF_FFFF_FFC0;
-    let at = PhysAddr(table + u64::from(stream.0) * 64 + word * 8);
-    memory.device_load(at).expect("the table is in the memory")
+    const STRTAB_BASE_CFG: usize = 0x088;
+    // ADDR, and L2Ptr of the first level, are [55:6].
+    const ADDRESS: u64 = 0x00FF_FFFF_FFFF_FFC0;
+    let load = |at| memory.device_load(PhysAddr(at)).expect("the table is in the memory");
+    let mut table = unit.read64(STRTAB_BASE) & ADDRESS;
+    let mut index = stream.0;
+    // FMT, SPLIT.
+    let format = unit.read32(STRTAB_BASE_CFG);
+    if format >> 16 & 3 == 1 {
+        let split = format >> 6 & 0x1F;
+        let descriptor = load(table + u64::from(index >> split) * 8);
+        // Span.
+        if descriptor & 0x1F == 0 {
+            return 0;
+        }
+        table = descriptor & ADDRESS;
+        index &= (1 << split) - 1;
+    }
+    load(table + u64::from(index) * 64 + word * 8)
 }
 
 /// Names `tree` as the tables of `stage`.

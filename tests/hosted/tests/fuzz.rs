@@ -1,7 +1,10 @@
 //! The bodies of the fuzz targets with random bytes, and with golden ones that were changed here and there. `tests/fuzz` runs
 //! them for as long as one likes.
 
-use hosted::{Random, fuzz};
+use hosted::{
+    Random, fuzz,
+    iort::{EVERYTHING, QEMU, table},
+};
 
 /// Calls `body` with `count` inputs: half of them random and up to `longest` bytes, half made from `golden` ones.
 fn run(body: fn(&[u8]), seed: u64, count: u64, longest: u64, golden: &[Vec<u8>]) {
@@ -117,4 +120,23 @@ fn every_dmar_table_is_refused_or_read_to_its_end() {
     let golden = [[&[1, 0, 5, 0, 0x10][..], &whole].concat(), [&[1, 0, 5, 1, 0][..], &rest].concat()];
 
     run(fuzz::dmar, 4, 200_000, 160, &golden);
+}
+
+#[test]
+fn no_table_of_firmware_is_more_than_read_or_refused() {
+    // Segment and requester ID, then a table; functions behind each unit, and behind none.
+    let asked = |segment: u16, requester: u16, table: &[u8]| {
+        [&segment.to_le_bytes()[..], &requester.to_le_bytes(), table].concat()
+    };
+    let (everything, qemu) = (table(6, 11, &EVERYTHING.concat()), table(3, 3, &QEMU.concat()));
+    let golden = [
+        asked(1, 0x0004, &everything),
+        asked(1, 0x0100, &everything),
+        asked(0, 0x0010, &everything),
+        asked(0, 0x0010, &qemu),
+        asked(0, 0x0100, &qemu),
+        asked(7, 0, &qemu),
+    ];
+
+    run(fuzz::iort, 4, 100_000, 200, &golden);
 }

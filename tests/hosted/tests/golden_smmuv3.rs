@@ -11,6 +11,7 @@ use iommu::{
 use smmuv3::{
     commands::Command,
     events::{EventRecord, RequestEntry},
+    streams::FirstLevelEntry,
     tables::{ContextDescriptor, StreamEntry, Walks},
 };
 
@@ -68,6 +69,15 @@ mod tables {
     }
 
     #[test]
+    fn a_first_level_entry_says_where_a_table_is_and_how_long() {
+        let entry = |table, split| FirstLevelEntry::new(PhysAddr(table), split).0;
+        // L1, L2: L2Ptr [55:6], Span [4:0], which is log2 of the entries, and 1.
+        assert_eq!(entry(0x8800_4000, 8), [0x0000_0000_8800_4009]);
+        assert_eq!(entry(0x8800_5000, 6), [0x0000_0000_8800_5007]);
+        assert_eq!(entry(0x00FF_FFFF_FFFF_0000, 10), [0x00FF_FFFF_FFFF_000B]);
+    }
+
+    #[test]
     fn a_context_descriptor_has_its_fields_in_the_places_of_the_manual() {
         // C1, with attribute 0 write-back and no others.
         let context = ContextDescriptor::new(PhysAddr(0x1_0203_0000), 1, COHERENT).0;
@@ -85,8 +95,10 @@ mod commands {
     #[test]
     fn configuration_is_forgotten_of_one_stream_or_of_all() {
         // K3, K5.
-        assert_eq!(Command::cfgi_ste(SID).0, [0x0000_0108_0000_0003, 1]);
-        assert_eq!(Command::cfgi_ste(StreamId(u32::MAX)).0, [0xFFFF_FFFF_0000_0003, 1]);
+        assert_eq!(Command::cfgi_ste(SID, true).0, [0x0000_0108_0000_0003, 1]);
+        assert_eq!(Command::cfgi_ste(StreamId(u32::MAX), true).0, [0xFFFF_FFFF_0000_0003, 1]);
+        // With the way there: Leaf, bit 0 of w1, is 0.
+        assert_eq!(Command::cfgi_ste(SID, false).0, [0x0000_0108_0000_0003, 0]);
         assert_eq!(Command::cfgi_all().0, [0x04, 0x1F]);
     }
 

@@ -15,7 +15,7 @@
 //! | feature | modelled | note |
 //! |---|---|---|
 //! | registers, access rules, acknowledgement | yes | Non-secure, both pages; the queue indices of page 1 are not aliased in page 0 |
-//! | linear stream table, linear table of context descriptors | yes | two-level tables: noted as a violation |
+//! | stream table of one level or two, linear table of context descriptors | yes | two-level tables of context descriptors are refused as illegal |
 //! | commands, errors of the command queue | yes | every command of a Non-secure queue; prefetches do nothing |
 //! | stage 1, stage 2, both | yes | VMSAv8-64, 4 KiB granule (others are refused as illegal); memory attributes are not looked at |
 //! | access flag, dirty state by hardware (HTTU) | no | |
@@ -63,6 +63,8 @@ pub struct Config {
     pub idr3: u32,
     /// IDR5.
     pub idr5: u32,
+    /// IIDR.
+    pub iidr: u32,
     /// What GBPA holds after reset.
     pub gbpa: u32,
     /// How many register reads and looks at the clock pass before an update is acknowledged.
@@ -86,6 +88,7 @@ impl Config {
             idr1: 0x0273_0010,
             idr3: 0x0000_1414,
             idr5: 0x0000_0074,
+            iidr: 0,
             gbpa: 0x0000_1000,
             acknowledge_after: 3,
             clock_step_us: 1,
@@ -132,6 +135,11 @@ impl Config {
         self.has(16)
     }
 
+    /// IDR0.ST_LEVEL=1: stream tables may have two levels.
+    const fn two_levels(&self) -> bool {
+        self.has(27)
+    }
+
     /// IDR0.STALL_MODEL=0: faults may stall.
     const fn stalls(&self) -> bool {
         !self.has(24)
@@ -162,7 +170,7 @@ const fn address_bits(code: u64) -> u32 {
 }
 
 /// What the model knows, of IDR0: S2P, S1P, AArch64 tables, COHACC, ATS, NS1ATS, ASID16, PRI, VMID16, little-endian
-/// tables, no stall, TERM_MODEL, two-level tables (which no driver has to use).
+/// tables, no stall, TERM_MODEL, two-level stream tables.
 const MODELLED_IDR0: u32 = 1
     | 1 << 1
     | 1 << 3
@@ -236,6 +244,7 @@ impl SmmuUnit {
             (registers::IDR1, idr1.into()),
             (registers::IDR3, idr3.into()),
             (registers::IDR5, idr5.into()),
+            (registers::IIDR, config.iidr.into()),
             // SMMUv3.1.
             (registers::AIDR, 1),
             (registers::GBPA, config.gbpa.into()),

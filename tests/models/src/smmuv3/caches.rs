@@ -102,8 +102,9 @@ impl Pages {
 /// What a command promises to have been forgotten when the next CMD_SYNC is complete.
 #[derive(Clone, Debug)]
 pub(super) enum Forget {
-    /// CFGI_STE, CFGI_STE_RANGE, CFGI_ALL: with all context descriptors of the streams.
-    Streams(RangeInclusive<u32>),
+    /// CFGI_STE, CFGI_STE_RANGE, CFGI_ALL: with all context descriptors of the streams. Unless Leaf, the first-level
+    /// descriptors that lead to the streams as well.
+    Streams { sids: RangeInclusive<u32>, leaf: bool },
     /// CFGI_CD; without a SubstreamID, CFGI_CD_ALL.
     Contexts { sid: u32, ssid: Option<u32> },
     /// TLBI.
@@ -131,6 +132,9 @@ impl DeviceEntry {
 pub(super) struct Caches {
     /// Stream table entries, the invalid ones too.
     pub(super) streams: BTreeMap<u32, [u64; 8]>,
+    /// First-level descriptors of a stream table of two levels, the invalid ones too, by the first stream of theirs; and
+    /// their last stream.
+    pub(super) first_level: BTreeMap<u32, (u32, u64)>,
     /// Context descriptors, by StreamID and SubstreamID.
     pub(super) contexts: BTreeMap<(u32, u32), [u64; 8]>,
     /// TLB.
@@ -166,8 +170,12 @@ impl Caches {
         let before = self.leaves.clone();
         for forget in batch {
             match forget {
-                Forget::Streams(sids) => {
+                Forget::Streams { sids, leaf } => {
                     self.configuration_known |= *sids == (0..=u32::MAX);
+                    if !leaf {
+                        let leads = |first: u32, last: u32| first <= *sids.end() && *sids.start() <= last;
+                        self.first_level.retain(|&first, &mut (last, _)| !leads(first, last));
+                    }
                     self.streams.retain(|sid, _| !sids.contains(sid));
                     self.contexts.retain(|(sid, _), _| !sids.contains(sid));
                 }

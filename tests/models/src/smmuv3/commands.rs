@@ -209,15 +209,11 @@ impl State {
         let asid = (w0 >> 48) as u16;
         let everything = |of| Forget::Translations { of, pages: Pages::ALL };
         let promise = match w0 & 0xFF {
-            0x03 => Forget::Streams(sid..=sid),
+            0x03 => Forget::Streams { sids: sid..=sid, leaf: w1 & 1 != 0 },
             0x04 => {
                 let range = w1 & 0x1F;
-                if range == 31 {
-                    Forget::Streams(0..=u32::MAX)
-                } else {
-                    let below = (2u32 << range) - 1;
-                    Forget::Streams(sid & !below..=sid | below)
-                }
+                let below = if range == 31 { u32::MAX } else { (2u32 << range) - 1 };
+                Forget::Streams { sids: sid & !below..=sid | below, leaf: false }
             }
             0x05 => Forget::Contexts { sid, ssid: Some(ssid) },
             0x06 => Forget::Contexts { sid, ssid: None },

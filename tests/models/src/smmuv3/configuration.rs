@@ -122,13 +122,15 @@ impl State {
     pub(super) fn ste(&mut self, request: &Request) -> Result<[u64; 8], Stop> {
         let sid = request.sid;
         if u64::from(sid) >> self.stream_bits() != 0 {
-            let recorded = self.get(CR2) & RECINVSID != 0;
-            return Err(if recorded { Fault::configuration(0x02, 0).into() } else { Stop::Unrecorded(0x02) });
+            return Err(self.bad_stream());
         }
         let ste = match self.caches.streams.get(&sid) {
             Some(&ste) => ste,
             None => {
-                let at = self.stream_table() + u64::from(sid) * 64;
+                let at = match self.split() {
+                    None => self.stream_table() + u64::from(sid) * 64,
+                    Some(split) => self.second_level(sid, split)?,
+                };
                 let ste = self.words(at).map_err(|_| Fault::configuration(0x03, at))?;
                 self.caches.streams.insert(sid, ste);
                 ste
@@ -138,6 +140,63 @@ impl State {
             return Err(Fault::configuration(0x04, 0).into());
         }
         Ok(ste)
+    }
+
+    /// C_BAD_STREAMID: there is no entry for the stream.
+    fn bad_stream(&self) -> Stop {
+        let recorded = self.get(CR2) & RECINVSID != 0;
+        if recorded { Fault::configuration(0x02, 0).into() } else { Stop::Unrecorded(0x02) }
+    }
+
+    /// Finds where the STE of `sid` is in a stream table of two levels, by the first in the cache or in memory.
+    fn second_level(&mut self, sid: u32, split: u64) -> Result<u64, Stop> {
+        let below = (1u32 << split) - 1;
+        let first = sid & !below;
+        let descriptor = match self.caches.first_level.get(&first) {
+            Some(&(_, descriptor)) => descriptor,
+            None => {
+                let at = self.stream_table() + u64::from(sid >> split) * 8;
+                let fetched = self.memory.device_load(PhysAddr(at));
+                let descriptor = fetched.map_err(|_| Fault::configuration(0x03, at))?;
+                self.caches.first_level.insert(first, (first | below, descriptor));
+                descriptor
+            }
+        };
+        // Span is [4:0]: 2^(Span - 1) entries. None, reserved, or more than SPLIT leaves room for.
+        let span = descriptor & 0x1F;
+        if span == 0 || span > 11 || span > split + 1 {
+            return Err(self.bad_stream());
+        }
+        if descriptor & !(0x00FF_FFFF_FFFF_FFC0 | 0x1F) != 0 {
+            self.violation(format!("L1STD {descriptor:#x}: reserved bits are set"));
+        }
+        let entries = 1u64 << (span - 1);
+        let (pointer, index) = (descriptor & 0x00FF_FFFF_FFFF_FFC0, u64::from(sid & below));
+        if index >= entries {
+            return Err(self.bad_stream());
+        }
+        // The unit takes the low bits for zero.
+        let table = pointer & !(entries * 64 - 1);
+        if table != pointer {
+            self.violation(format!("L1STD.L2Ptr {pointer:#x} is not aligned to its {entries} entries"));
+        }
+        Ok(table + index * 64)
+    }
+
+    /// The tables of STEs that the unit can reach from memory or from its caches: where, and how many bytes.
+    fn stream_tables(&self) -> Vec<(u64, u64)> {
+        let Some(split) = self.split() else { return vec![(self.stream_table(), 64 << self.stream_bits())] };
+        let places = 1u64 << self.stream_bits().saturating_sub(split);
+        let stored = (0..places).map(|place| PhysAddr(self.stream_table() + place * 8));
+        let stored = stored.filter_map(|at| self.memory.device_load(at).ok());
+        let cached = self.caches.first_level.values().map(|&(_, descriptor)| descriptor);
+        let table = |descriptor: u64| {
+            let span = descriptor & 0x1F;
+            let bytes = 64 << span.saturating_sub(1);
+            let reachable = (1..=split + 1).contains(&span);
+            reachable.then_some((descriptor & 0x00FF_FFFF_FFFF_FFC0 & !(bytes - 1), bytes))
+        };
+        stored.chain(cached).filter_map(table).collect()
     }
 
     /// Whether `ste` is invalid, or has one of the combinations that end in C_BAD_STE.
@@ -298,7 +357,8 @@ impl State {
         if !self.on(SMMUEN) {
             return Vec::new();
         }
-        let mut tables = vec![(Entry::Ste, self.stream_table(), 64 << self.stream_bits())];
+        let mut tables: Vec<_> =
+            self.stream_tables().into_iter().map(|(table, bytes)| (Entry::Ste, table, bytes)).collect();
         for ste in self.caches.streams.values().filter(|ste| ste[0] & 1 != 0) {
             if selects_stage_1(ste) && !selects_stage_2(ste) {
                 tables.push((Entry::Cd, ste[0] & 0x00FF_FFFF_FFFF_FFC0, 64 << (ste[0] >> 59)));
@@ -357,7 +417,8 @@ mod tests {
     use super::super::{
         Config, Refusal,
         bench::{
-            Bench, CONTEXTS, DEVICE, IOVA, IPA, PAGE, PAGE_2, PASID, SID, STREAMS, context, stage_1, stage_2,
+            Bench, CONTEXTS, DEVICE, IOVA, IPA, PAGE, PAGE_2, PASID, SID, STREAMS, SYNC, context, stage_1,
+            stage_2,
         },
     };
     use crate::golden_smmuv3 as golden;
@@ -401,6 +462,166 @@ mod tests {
 
         assert_eq!(bench.read(IOVA), Err(Refusal::Fault(0x03)));
         bench.assert_events(&[[golden::F_STE_FETCH[0], 0, 0, 0x8020_0000 + SID * 64]]);
+    }
+
+    /// Where the tests below have a table of the second level.
+    const SECOND: u64 = STREAMS + 0x2_0000;
+
+    /// A unit whose stream table has two levels, LOG2SIZE 16, and nothing in the first.
+    fn two_levels(split: u32) -> Bench {
+        use super::super::registers::{SMMUEN, STRTAB_BASE_CFG};
+        let bench = Bench::started(Config::qemu());
+        bench.switch(SMMUEN, false);
+        bench.unit.write32(STRTAB_BASE_CFG, 1 << 16 | split << 6 | 16);
+        bench.enable(SMMUEN);
+        bench
+    }
+
+    fn read(bench: &Bench, sid: u32) -> Result<Vec<u8>, Refusal> {
+        bench.unit.dma_read(StreamId(sid), None, IOVA, 1)
+    }
+
+    #[test]
+    fn a_first_level_descriptor_leads_to_the_streams_of_its_span() {
+        // L4: SID 0x108 with SPLIT 8 is entry 8 below the second descriptor. Span 9 is all of 256, Span 4 is 8 of them.
+        for (split, span, first, inside, outside) in [
+            (8, 9, 0x100, &[0x100, 0x108, 0x1FF][..], &[0xFF, 0x200][..]),
+            (8, 4, 0x100, &[0x100, 0x107], &[0x108, 0x1FF]),
+            (8, 1, 0x100, &[0x100], &[0x101]),
+            (6, 7, 0x100, &[0x100, 0x13F], &[0xFF, 0x140]),
+            (10, 11, 0, &[0, 0x3FF], &[0x400]),
+            // Nothing, more than SPLIT leaves room for, and what is reserved.
+            (8, 0, 0x100, &[], &[0x100, 0x108]),
+            (8, 10, 0x100, &[], &[0x100]),
+            (10, 12, 0, &[], &[0]),
+            (10, 31, 0, &[], &[0]),
+        ] {
+            let bench = two_levels(split);
+            for index in 0..256 {
+                bench.put(SECOND + index * 64, &golden::STE_ABORT);
+            }
+            bench.put(SECOND + 0x3FF * 64, &golden::STE_ABORT);
+            bench.put(STREAMS + (first >> split) * 8, &[SECOND | span]);
+
+            for &sid in inside {
+                assert_eq!(read(&bench, sid), Err(Refusal::Aborted), "SPLIT {split}, Span {span}: {sid:#x}");
+            }
+            bench.assert_events(&[]);
+            for &sid in outside {
+                assert_eq!(
+                    read(&bench, sid),
+                    Err(Refusal::Fault(0x02)),
+                    "SPLIT {split}, Span {span}: {sid:#x}"
+                );
+                bench.assert_events(&[[u64::from(sid) << 32 | 0x02, 0, 0, 0]]);
+            }
+            bench.assert_lawful();
+        }
+    }
+
+    #[test]
+    fn the_entry_of_a_stream_is_read_where_its_descriptor_says() {
+        let bench = two_levels(8);
+        bench.put(STREAMS + 8, &[golden::L1_STREAMS]);
+
+        assert_eq!(read(&bench, 0x108), Err(Refusal::Fault(0x03)));
+
+        bench.assert_events(&[golden::F_STE_FETCH]);
+    }
+
+    #[test]
+    fn a_first_level_descriptor_is_remembered_until_the_way_to_a_stream_is_forgotten() {
+        let bench = two_levels(8);
+        bench.put(SECOND + 8 * 64, &golden::STE_ABORT);
+        bench.put(SECOND + 9 * 64, &golden::STE_ABORT);
+        assert_eq!(read(&bench, 0x108), Err(Refusal::Fault(0x02)));
+        bench.put(STREAMS + 8, &[SECOND | 9]);
+        assert_eq!(read(&bench, 0x109), Err(Refusal::Fault(0x02)), "another stream of the same descriptor");
+
+        // K3 has Leaf = 1. The same for another stream, and Leaf = 0 for a stream of another descriptor.
+        for command in [golden::CFGI_STE, [0x0000_0109_0000_0003, 1], [0x0000_0200_0000_0003, 0]] {
+            bench.submit(&[command, SYNC]);
+            assert_eq!(read(&bench, 0x108), Err(Refusal::Fault(0x02)), "{command:x?}");
+        }
+        // Leaf = 0, of any stream of the descriptor.
+        bench.submit(&[[0x0000_01FF_0000_0003, 0], SYNC]);
+        assert_eq!(read(&bench, 0x108), Err(Refusal::Aborted));
+
+        // And the way back: the entry itself is remembered too, longer than the descriptor.
+        bench.put(STREAMS + 8, &[0]);
+        assert_eq!(read(&bench, 0x109), Err(Refusal::Aborted));
+        bench.submit(&[[0x0000_01FF_0000_0003, 0], SYNC]);
+        assert_eq!(
+            (read(&bench, 0x108), read(&bench, 0x10A)),
+            (Err(Refusal::Aborted), Err(Refusal::Fault(0x02)))
+        );
+        // K4: 256 streams from 0x100.
+        bench.submit(&[golden::CFGI_STE_RANGE, SYNC]);
+        assert_eq!(read(&bench, 0x109), Err(Refusal::Fault(0x02)));
+        bench.assert_lawful();
+    }
+
+    #[test]
+    fn a_range_or_everything_is_forgotten_with_the_way_there() {
+        for command in [golden::CFGI_STE_RANGE, golden::CFGI_ALL] {
+            let bench = two_levels(6);
+            bench.put(SECOND + 8 * 64, &golden::STE_ABORT);
+            assert_eq!(read(&bench, 0x108), Err(Refusal::Fault(0x02)));
+            bench.put(STREAMS + 4 * 8, &[SECOND | 7]);
+
+            bench.submit(&[command, SYNC]);
+
+            assert_eq!(read(&bench, 0x108), Err(Refusal::Aborted), "{command:x?}");
+        }
+    }
+
+    #[test]
+    fn a_first_level_descriptor_that_is_crooked_is_noted() {
+        let bench = two_levels(8);
+        bench.put(SECOND + 8 * 64, &golden::STE_ABORT);
+        bench.put(STREAMS + 8, &[SECOND | 0x40 | 9]);
+        assert_eq!(read(&bench, 0x108), Err(Refusal::Aborted), "the unit takes the low bits for zero");
+        bench.assert_broken("L1STD.L2Ptr");
+
+        let bench = two_levels(8);
+        bench.put(STREAMS + 8, &[SECOND | 1 << 5 | 1 << 60 | 9]);
+        assert_eq!(read(&bench, 0x108), Err(Refusal::Fault(0x04)));
+        bench.assert_broken("reserved bits");
+    }
+
+    #[test]
+    fn a_first_level_without_memory_is_a_fetch_fault_and_is_not_remembered() {
+        use super::super::registers::{SMMUEN, STRTAB_BASE};
+        let bench = two_levels(8);
+        bench.switch(SMMUEN, false);
+        bench.unit.write64(STRTAB_BASE, golden::STRTAB_BASE);
+        bench.enable(SMMUEN);
+
+        // L4: the descriptor of SID 0x108 is at 0x80200008.
+        assert_eq!(read(&bench, 0x108), Err(Refusal::Fault(0x03)));
+        bench.assert_events(&[[golden::F_STE_FETCH[0], 0, 0, 0x8020_0008]]);
+        assert_eq!(read(&bench, 0x108), Err(Refusal::Fault(0x03)));
+    }
+
+    #[test]
+    fn entries_that_a_remembered_descriptor_leads_to_are_live() {
+        let bench = two_levels(8);
+        let memory = bench.memory();
+        let mut table = memory.take(((SECOND - STREAMS) / 8 + 16) as usize, 8);
+        let at = table.words() - 16;
+        table.clear();
+        let mut publish = |words: [u64; 4]| {
+            words.iter().enumerate().for_each(|(n, &word)| table.store(at + n, word));
+            bench.unit.publish(table.range(at, 4));
+            bench.unit.violations().len()
+        };
+        assert_eq!(publish([1, 2, 3, 4]), 0, "nothing leads there");
+        assert_eq!(publish([0; 4]), 0);
+
+        bench.put(STREAMS + 8, &[SECOND | 9]);
+        assert_eq!(publish([1, 2, 3, 4]), 1);
+
+        bench.assert_broken("Ste at");
     }
 
     #[test]

@@ -6,6 +6,7 @@ pub(super) const IDR0: usize = 0x000;
 pub(super) const IDR1: usize = 0x004;
 pub(super) const IDR3: usize = 0x00C;
 pub(super) const IDR5: usize = 0x014;
+pub(super) const IIDR: usize = 0x018;
 pub(super) const AIDR: usize = 0x01C;
 pub(super) const CR0: usize = 0x020;
 pub(super) const CR0ACK: usize = 0x024;
@@ -134,7 +135,9 @@ pub(super) fn map(config: &Config) -> Vec<Register> {
     }
     let address = |low: u32| (1 << 56) - (1 << low);
     add(STRTAB_BASE, 8, "STRTAB_BASE", 1 << 62 | address(6), When::Off(SMMUEN));
-    add(STRTAB_BASE_CFG, 4, "STRTAB_BASE_CFG", 0x3_07FF, When::Off(SMMUEN));
+    // FMT and SPLIT are reserved where there is one level alone.
+    let two_levels = if config.two_levels() { 0x3_07C0 } else { 0 };
+    add(STRTAB_BASE_CFG, 4, "STRTAB_BASE_CFG", two_levels | 0x3F, When::Off(SMMUEN));
     let base = 1 << 62 | address(5) | 0x1F;
     add(CMDQ_BASE, 8, "CMDQ_BASE", base, When::Off(CMDQEN));
     add(CMDQ_PROD, 4, "CMDQ_PROD", POINTER, When::Always);
@@ -326,8 +329,11 @@ impl State {
                 self.run_commands();
                 self.flush_stalls();
             }
-            STRTAB_BASE_CFG if new >> 16 & 3 == 1 => {
-                self.violation("STRTAB_BASE_CFG.FMT: two-level tables are not modelled".into());
+            STRTAB_BASE_CFG if new >> 16 & 3 > 1 => {
+                self.violation(format!("STRTAB_BASE_CFG {new:#x}: FMT is reserved"));
+            }
+            STRTAB_BASE_CFG if new >> 16 & 3 == 1 && !matches!(new >> 6 & 0x1F, 6 | 8 | 10) => {
+                self.violation(format!("STRTAB_BASE_CFG {new:#x}: SPLIT is reserved"));
             }
             CMDQ_BASE => self.check_base(CMDQ),
             EVENTQ_BASE => self.check_base(EVENTQ),
@@ -398,9 +404,25 @@ impl State {
         (self.get(STRTAB_BASE_CFG) & 0x3F).min(self.get(IDR1) & 0x3F).min(32)
     }
 
+    /// STRTAB_BASE_CFG.SPLIT of a stream table of two levels; none of a linear one.
+    pub(super) fn split(&self) -> Option<u64> {
+        let config = self.get(STRTAB_BASE_CFG);
+        let split = match config >> 6 & 0x1F {
+            known @ (6 | 8 | 10) => known,
+            _ => 6,
+        };
+        (config >> 16 & 3 == 1).then_some(split)
+    }
+
     /// STRTAB_BASE.ADDR, aligned as the unit does: to the size that LOG2SIZE says, also where that is beyond IDR1.SIDSIZE.
+    ///
+    /// Of two levels, this is the first: 8 bytes for each 2^SPLIT streams, and 64 at least.
     pub(super) fn stream_table(&self) -> u64 {
-        let log2 = 6 + (self.get(STRTAB_BASE_CFG) & 0x3F);
+        let streams = self.get(STRTAB_BASE_CFG) & 0x3F;
+        let log2 = match self.split() {
+            None => 6 + streams,
+            Some(split) => (3 + streams.saturating_sub(split)).max(6),
+        };
         self.get(STRTAB_BASE) & ((1 << 56) - (1 << 6)) & !((1u128 << log2) - 1) as u64
     }
 
@@ -634,7 +656,8 @@ mod tests {
             unit.write32(IRQ_CTRL, 5);
         });
         assert_breaks("no error is active", |unit| unit.write32(GERRORN, 4));
-        assert_breaks("two-level", |unit| unit.write32(STRTAB_BASE_CFG, 1 << 16 | 8 << 6));
+        assert_breaks("SPLIT is reserved", |unit| unit.write32(STRTAB_BASE_CFG, 1 << 16 | 7 << 6));
+        assert_breaks("FMT is reserved", |unit| unit.write32(STRTAB_BASE_CFG, 2 << 16));
         assert_breaks("beyond what IDR1", |unit| unit.write64(CMDQ_BASE, 20));
         assert_breaks("not aligned", |unit| unit.write64(EVENTQ_BASE, 0x8010_2020 | 7));
         assert_breaks("beyond the wrap bit", |unit| unit.write32(PRIQ_CONS, 2));
@@ -656,6 +679,41 @@ mod tests {
             let broken = |violation: &String| violation.contains("not aligned to the table");
             assert_eq!(unit.violations().iter().any(broken), !aligned, "{log2} {base:#x}");
         }
+    }
+
+    #[test]
+    fn the_first_of_two_levels_is_aligned_to_its_size_and_to_64_bytes() {
+        // 2^(16 - 8) entries are 2 KiB; 2^(8 - 6) are 32 bytes.
+        for (config, base, aligned) in [
+            (0x1_0210, 0x8020_0800, true),
+            (0x1_0210, 0x8020_0400, false),
+            (0x1_0188, 0x8020_0040, true),
+            // 2^(16 - 10) entries; and of an even smaller table, one.
+            (0x1_0290, 0x8020_0200, true),
+            (0x1_0290, 0x8020_0100, false),
+            (0x1_0284, 0x8020_0040, true),
+        ] {
+            let unit = unit();
+            unit.write64(STRTAB_BASE, base);
+            unit.write32(STRTAB_BASE_CFG, config);
+            assert_eq!((unit.read32(STRTAB_BASE_CFG), unit.violations()), (config, vec![]));
+
+            unit.write32(CR0, SMMUEN as u32);
+
+            let broken = |violation: &String| violation.contains("not aligned to the table");
+            assert_eq!(unit.violations().iter().any(broken), !aligned, "{config:#x} {base:#x}");
+        }
+    }
+
+    #[test]
+    fn a_part_of_linear_tables_alone_has_no_format_to_choose() {
+        let config = Config { idr0: Config::full().idr0 & !(1 << 27), ..Config::full() };
+        let unit = SmmuUnit::new(Memory::new(8), config);
+
+        unit.write32(STRTAB_BASE_CFG, 0x1_0210);
+
+        assert_eq!(unit.read32(STRTAB_BASE_CFG), 0x10);
+        assert!(unit.violations()[0].contains("reserved bits 0x10200"), "{:?}", unit.violations());
     }
 
     #[test]

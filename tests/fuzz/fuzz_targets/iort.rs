@@ -1,0 +1,4 @@
+//! An `IORT` table of firmware.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| hosted::fuzz::iort(data));

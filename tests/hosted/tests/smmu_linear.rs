@@ -1,0 +1,12 @@
+//! The SMMUv3 driver against the modelled unit, with a linear stream table.
+#![expect(clippy::expect_used, reason = "a test that is surprised has failed")]
+
+/// The stream table of every machine here.
+const STREAM_TABLE: hosted::smmu::StreamTable = hosted::smmu::StreamTable::Linear;
+
+#[path = "smmu/bring_up.rs"]
+mod bring_up;
+#[path = "smmu/events.rs"]
+mod events;
+#[path = "smmu/tables.rs"]
+mod tables;

@@ -1,0 +1,15 @@
+//! The SMMUv3 driver against the modelled unit, with a stream table of two levels: all that holds with a
+//! linear one, and what is about the levels.
+#![expect(clippy::expect_used, reason = "a test that is surprised has failed")]
+
+/// The stream table of every machine here.
+const STREAM_TABLE: hosted::smmu::StreamTable = hosted::smmu::StreamTable::TwoLevels;
+
+#[path = "smmu/bring_up.rs"]
+mod bring_up;
+#[path = "smmu/events.rs"]
+mod events;
+#[path = "smmu/levels.rs"]
+mod levels;
+#[path = "smmu/tables.rs"]
+mod tables;

@@ -6,14 +6,14 @@ use crate::{
     hypervisor::{ATTACHMENTS, DEVICES_PER_GUEST, GUESTS, Hypervisor},
     memory::{self, Share},
 };
-use arch::unit::{self, DEVICE_TABLES};
+use arch::unit::{self, DeviceTables};
 use broker::{AttachmentId, Policy};
 use core::sync::atomic::Ordering::Relaxed;
 use heapless::Vec;
 use iommu::{
     Attachment, Features, Grant, Invalidation, Iova, Leaving, PAGE_SIZE, Pasid, Perms, StreamId, Tables as _,
 };
-use pgtable::Tree;
+use pgtable::{Gather, Limits, Tree};
 
 /// Page requests that one device may have outstanding. All devices together stay below what the unit's queue holds.
 pub const ALLOCATION: u32 = 15;
@@ -45,7 +45,7 @@ pub struct Space {
     /// Its name in the unit.
     pub attachment: Attachment,
     /// What it reaches.
-    pub tree: Tree,
+    pub tree: Tree<DeviceTables>,
 }
 
 /// A space whose page requests go to somebody.
@@ -190,7 +190,8 @@ pub fn assign(hv: &Hypervisor, stream: StreamId, features: Features) -> Result<(
 impl Space {
     /// Lets accesses of `stream` that carry `pasid` (or none) through empty tables of their own.
     fn new(hv: &Hypervisor, share: &Share, stream: StreamId, pasid: Option<Pasid>) -> Result<Self, Error> {
-        let tree = share.with(hv.pool, |frames| Tree::new(frames, DEVICE_TABLES)).map_err(Error::Tables)?;
+        // Pages alone: a guest may take back any page of what it lent.
+        let tree = share.with(hv.pool, |frames| Tree::new(frames, Limits::PAGES)).map_err(Error::Tables)?;
         let translation = unit::translation(memory::root(&tree));
         match hv.tables.with(|tables| tables.attach(stream, pasid, translation)) {
             Ok((attachment, invalidations)) => {
@@ -266,9 +267,19 @@ pub fn map(
 /// Unmaps `bytes` from `iova`, and returns when nothing reaches the memory any more. On an error of the unit the device may
 /// still reach it, until it is detached.
 pub fn unmap(hv: &Hypervisor, share: &Share, owned: &Owned, iova: Iova, bytes: u64) -> Result<(), Error> {
-    share.with(hv.pool, |frames| owned.space.tree.unmap(frames, iova.0, bytes)).map_err(Error::Tables)?;
+    let mut gather = Gather::new();
+    share
+        .with(hv.pool, |frames| owned.space.tree.unmap(frames, iova.0, bytes, &mut gather))
+        .map_err(Error::Tables)?;
     let Attachment { stream, pasid, domain, .. } = owned.space.attachment;
-    hv.invalidate(&[Invalidation::covering(owned.space.attachment, iova, bytes)]).map_err(Error::Unit)?;
+    // `Pages` leaves what the unit remembers of the tables above.
+    let invalidation = match gather.tables_went() {
+        true => Invalidation::Attachment(owned.space.attachment),
+        false => Invalidation::covering(owned.space.attachment, iova, bytes),
+    };
+    // On an error the tables that went are never used again.
+    hv.invalidate(&[invalidation]).map_err(Error::Unit)?;
+    share.with(hv.pool, |frames| gather.give_back(frames));
     defmt::debug!(
         "unmap stream={=u32:#x} pasid={=u32:#x} domain={=u16:#x} iova={=u64:#x} pages={=u64}",
         stream.0,

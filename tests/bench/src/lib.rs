@@ -1,5 +1,7 @@
 //! What the benches share. How to run them, and what they need: `README.md` beside this package.
 
+pub mod pgtable;
+
 use std::process::Command;
 
 /// The programs that count instructions, and what installs each.

@@ -15,7 +15,7 @@ mod tapped;
 mod threads;
 
 pub use machine::{Machine, needs, unit};
-pub use memory::{TableFrames, Window, grant, root};
+pub use memory::{TableFrames, TableWords, Window, grant, root};
 pub use random::Random;
 pub use tapped::{Moment, Tapped};
 pub use threads::Ends;

@@ -19,7 +19,7 @@ use iommu::{
     Pasid, Perms, StreamId, Tables,
 };
 use models::vtd::{Config, Refusal, Requested};
-use pgtable::{Tree, VTD_FIRST_STAGE};
+use pgtable::{Tree, VtdFirstStage};
 use std::collections::VecDeque;
 
 const DISK: StreamId = StreamId(0x20);
@@ -37,7 +37,7 @@ fn pasid() -> Option<Pasid> {
 struct Owned {
     attachment: Attachment,
     id: AttachmentId,
-    tree: Tree,
+    tree: Tree<VtdFirstStage>,
 }
 
 /// What a hypervisor does between the parts, for one guest with a channel.
@@ -79,7 +79,7 @@ impl Host {
 
     /// Gives `stream` to the guest, which has `budget` groups.
     fn give(&mut self, stream: StreamId, budget: u8) -> Owned {
-        let tree = self.machine.tree(VTD_FIRST_STAGE);
+        let tree = self.machine.tree(VtdFirstStage::<4>);
         self.machine.assign(stream, ALL);
         let attachment = self.machine.attach(stream, pasid(), &tree);
         let id = self.attachments.add(Policy {

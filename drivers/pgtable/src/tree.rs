@@ -899,9 +899,7 @@ impl<F: Format> Tree<F> {
     /// Whether hardware has nothing to record in `entry`: then only the writer of the tree changes it.
     #[inline(always)]
     fn is_recorded(entry: u64) -> bool {
-        entry & Self::L.accessed == Self::L.accessed
-            && (Self::L.writes.clean == Self::L.writes.untracked
-                || entry & Self::L.writes.bits != Self::L.writes.clean)
+        entry & Self::L.accessed == Self::L.accessed && entry & Self::L.writes.bits != Self::L.writes.clean
     }
 
     fn walk_in(

@@ -100,7 +100,7 @@ pub enum Who {
     Aarch64Paging,
     Multiarch,
     X86_64,
-    /// Does nothing but what surrounds the operations: the random numbers of `translate`.
+    /// Does what surrounds the operations, and nothing else: the loop, the addresses, the random numbers.
     Nobody,
 }
 
@@ -186,25 +186,41 @@ fn random_addresses() -> impl Iterator<Item = u64> {
 
 struct Nobody;
 
+impl Nobody {
+    fn call_each(leaves: Leaves) -> Option<()> {
+        for at in leaves.each() {
+            black_box((START + at, leaves.memory() + at));
+        }
+        Some(())
+    }
+}
+
 impl Subject for Nobody {
     fn map_all(&mut self, _: Leaves) -> Option<()> {
         None
     }
-    fn map_each(&mut self, _: Leaves) -> Option<()> {
-        None
+    #[inline(never)]
+    fn map_each(&mut self, leaves: Leaves) -> Option<()> {
+        Self::call_each(leaves)
     }
     fn unmap_all(&mut self, _: Leaves) -> Option<()> {
         None
     }
-    fn unmap_each(&mut self, _: Leaves) -> Option<()> {
-        None
+    #[inline(never)]
+    fn unmap_each(&mut self, leaves: Leaves) -> Option<()> {
+        for at in leaves.each() {
+            black_box(START + at);
+        }
+        Some(())
     }
     fn protect_all(&mut self, _: Leaves) -> Option<()> {
         None
     }
-    fn protect_each(&mut self, _: Leaves) -> Option<()> {
-        None
+    #[inline(never)]
+    fn protect_each(&mut self, leaves: Leaves) -> Option<()> {
+        self.unmap_each(leaves)
     }
+    #[inline(never)]
     fn translate(&mut self) -> Option<u64> {
         Some(random_addresses().fold(0, u64::wrapping_add))
     }

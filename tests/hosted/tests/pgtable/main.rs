@@ -177,7 +177,7 @@ fn some_range(random: &mut Random, model: &Model) -> (u64, u64) {
 
 fn a_tree_means_what_a_map_of_leaves_means<F: Format>(kind: Kind) {
     let shape = Shape::of(kind);
-    let (memory, mut frames) = frames(if shape.page > 4096 { 64 } else { 16 });
+    let (memory, mut frames) = frames(if shape.page > 4096 { 24 } else { 8 });
     let tree = Tree::<F>::new(&mut frames, Limits::NONE).expect("a frame");
     assert_eq!(usize::from(tree.levels()), shape.spans.len());
     let mut model = Model::new(kind, u64::MAX);
@@ -298,13 +298,19 @@ fn a_tree_means_what_a_map_of_leaves_means<F: Format>(kind: Kind) {
                 model.leaves.iter().map(|(&at, leaf)| (at, (leaf.phys, leaf.bytes))).collect();
             assert_eq!(walked, all);
             assert_eq!(frames.unpublished(), None, "what was stored was published");
+            let words = frames.content().into_iter().flat_map(|(_, words)| words);
+            assert_eq!(
+                words.into_iter().find(|&word| word != 0 && word & 0b11 == 0),
+                None,
+                "nothing is left of what went"
+            );
         }
     }
 
     // How often tables go, or frames are short, depends on the format; others look at these in every format.
     for outcome in ["mapped", "unmapped", "protected", "translated", "refused"] {
         assert!(
-            done.get(outcome).is_some_and(|&times| times > 50),
+            done.get(outcome).is_some_and(|&times| times >= 10),
             "{outcome} is rare in {kind:?}: {done:?}"
         );
     }

@@ -192,26 +192,30 @@ fn cve_2023_52484_a_range_however_large_is_one_range_to_invalidate() {
 fn more_ranges_than_a_gather_keeps_apart_are_all_covered() {
     let (_, mut frames) = frames(1);
     let tree = Tree::<VtdFirstStage>::new(&mut frames, Limits::NONE).expect("a frame");
-    let pages: Vec<u64> = (0..40).map(|n| n * 3 * PAGE_SIZE).collect();
-    for &at in &pages {
-        map(&tree, &mut frames, at, 0, PAGE_SIZE, Perms::READ).expect("there is room");
-    }
-    map(&tree, &mut frames, GIB1, GIB1, MIB2, Perms::READ).expect("there is room");
+    // Pages and larger leaves in turn, upwards and downwards, none beside another.
+    let upwards: Vec<(u64, u64)> =
+        (0..20).flat_map(|n| [(4 * n * MIB2, PAGE_SIZE), (4 * n * MIB2 + 2 * MIB2, MIB2)]).collect();
+    let downwards: Vec<_> = upwards.iter().rev().copied().collect();
 
-    let mut gather = Gather::new();
-    tree.unmap(&mut frames, GIB1, MIB2, &mut gather).expect("it is mapped");
-    for &at in pages.iter().rev() {
-        tree.unmap(&mut frames, at, PAGE_SIZE, &mut gather).expect("it is mapped");
-    }
+    for leaves in [upwards, downwards] {
+        for &(at, bytes) in &leaves {
+            map(&tree, &mut frames, at, GIB1 + at, bytes, Perms::READ).expect("there is room");
+        }
 
-    let ranges: Vec<_> = gather.ranges().collect();
-    assert_eq!(ranges.len(), pgtable::RANGES);
-    let covered = |at: u64, leaf: u64| {
-        ranges.iter().any(|range| {
-            let end = range.start() + range.bytes();
-            range.start() <= at && at + leaf <= end && range.leaf_bytes() <= leaf
-        })
-    };
-    assert!(covered(GIB1, MIB2) && pages.iter().all(|&at| covered(at, PAGE_SIZE)), "{ranges:?}");
+        let mut gather = Gather::new();
+        for &(at, bytes) in &leaves {
+            tree.unmap(&mut frames, at, bytes, &mut gather).expect("it is mapped");
+        }
+
+        let ranges: Vec<_> = gather.ranges().collect();
+        assert_eq!(ranges.len(), pgtable::RANGES);
+        for &(at, bytes) in &leaves {
+            let covers = |range: &pgtable::Changed| {
+                let end = range.start() + range.bytes();
+                range.start() <= at && at + bytes <= end && range.leaf_bytes() <= bytes
+            };
+            assert!(ranges.iter().any(covers), "{at:#x}: {ranges:?}");
+        }
+    }
     tree.take_down(&mut frames);
 }

@@ -8,7 +8,7 @@ use crate::{
 };
 use arch::{
     cpu,
-    unit::{self, DEVICE_TABLES},
+    unit::{self, DeviceTables},
 };
 use broker::{AttachmentId, DeviceId, Limits, Policy, QueueId, Restraint, Whose};
 use core::sync::atomic::Ordering::Relaxed;
@@ -16,7 +16,7 @@ use heapless::Vec;
 use iommu::{
     Attachment, Features, Grant, Invalidation, Iova, Leaving, PAGE_SIZE, Pasid, Perms, StreamId, Tables as _,
 };
-use pgtable::Tree;
+use pgtable::{Gather, Tree};
 
 /// Page requests that one device may have outstanding. All devices together stay below what the unit's queue holds.
 pub const ALLOCATION: u32 = 15;
@@ -63,7 +63,7 @@ pub struct Space {
     /// Its name in the unit.
     pub attachment: Attachment,
     /// What it reaches.
-    pub tree: Tree,
+    pub tree: Tree<DeviceTables>,
 }
 
 /// A space whose page requests go to somebody.
@@ -271,7 +271,9 @@ impl Space {
         stream: StreamId,
         pasid: Option<Pasid>,
     ) -> Result<Self, Error> {
-        let tree = share.with(hv.pool, |frames| Tree::new(frames, DEVICE_TABLES)).map_err(Error::Tables)?;
+        // Pages alone: a guest may take back any page of what it lent.
+        let tree =
+            share.with(hv.pool, |frames| Tree::new(frames, pgtable::Limits::PAGES)).map_err(Error::Tables)?;
         let translation = unit::translation(memory::root(&tree));
         match hv.tables.with(|tables| tables.attach(stream, pasid, translation)) {
             Ok((attachment, invalidations)) => {
@@ -306,9 +308,19 @@ impl Space {
     /// Unmaps `bytes` from `iova`, and returns when nothing reaches the memory any more. On an error of the unit the device
     /// may still reach it, until it is detached.
     pub fn unmap(&self, hv: &Hypervisor, share: &Share, iova: Iova, bytes: u64) -> Result<(), Error> {
-        share.with(hv.pool, |frames| self.tree.unmap(frames, iova.0, bytes)).map_err(Error::Tables)?;
+        let mut gather = Gather::new();
+        share
+            .with(hv.pool, |frames| self.tree.unmap(frames, iova.0, bytes, &mut gather))
+            .map_err(Error::Tables)?;
         let Attachment { stream, pasid, domain, .. } = self.attachment;
-        hv.invalidate(&[Invalidation::covering(self.attachment, iova, bytes)]).map_err(Error::Unit)?;
+        // `Pages` leaves what the unit remembers of the tables above.
+        let invalidation = match gather.tables_went() {
+            true => Invalidation::Attachment(self.attachment),
+            false => Invalidation::covering(self.attachment, iova, bytes),
+        };
+        // On an error the tables that went are never used again.
+        hv.invalidate(&[invalidation]).map_err(Error::Unit)?;
+        share.with(hv.pool, |frames| gather.give_back(frames));
         defmt::debug!(
             "unmap stream={=u32:#x} pasid={=u32:#x} domain={=u16:#x} iova={=u64:#x} pages={=u64}",
             stream.0,

@@ -9,14 +9,14 @@ use arch::{
     cpu,
     guest::{Exit, Vcpu},
     interrupts::{self, Source},
-    unit::GUEST_TABLES,
+    unit::GuestTables,
 };
 use broker::{Missed, Owner, QueueId, Tally, Whose};
 use channel::{host::Host, ring};
 use core::sync::atomic::Ordering::{Relaxed, SeqCst};
 use heapless::Vec;
 use iommu::{DmaBuf, Gpa, PAGE_SIZE, Perms};
-use pgtable::Tree;
+use pgtable::{Limits, Tree};
 
 /// Frames of a guest's RAM, which starts at its address 0: 2 MiB.
 pub const RAM_FRAMES: usize = 512;
@@ -30,8 +30,10 @@ pub const REGISTERS: Gpa = Gpa(0x9000_0000);
 pub const WINDOW: u64 = 1 << 20;
 /// Frames for the tables of a guest's devices.
 const TABLE_FRAMES: usize = 64;
-/// Pages that are mapped in one hold of the pool.
-const STEP: u64 = 64 * PAGE_SIZE;
+/// What is mapped in one hold of the pool: one leaf, where the memory is aligned to it.
+const STEP: u64 = 512 * PAGE_SIZE;
+/// Leaves of a guest's tables: pages, and 2 MiB, which every core takes.
+const GUEST_LEAVES: Limits = Limits { leaf_sizes: 1 << 21, ..Limits::NONE };
 /// Attachments of a guest.
 pub const ATTACHMENTS: usize = 4;
 
@@ -44,7 +46,7 @@ pub struct Guest {
     /// Its memory.
     pub ram: GuestRam,
     /// What its virtual CPU reaches.
-    pub nested: Tree,
+    pub nested: Tree<GuestTables>,
     /// Its virtual CPU.
     pub vcpu: Vcpu,
     /// The queue of its page requests.
@@ -151,7 +153,7 @@ impl Guest {
     #[inline(never)]
     fn with_queue(hv: &'static Hypervisor, index: usize, queue: QueueId) -> Result<Self, NotMade> {
         let mut ram = GuestRam::new(hv.pool, RAM_FRAMES).ok_or(NotMade::Memory)?;
-        let nested = match hv.pool.with(|pool| Tree::new(pool, GUEST_TABLES)) {
+        let nested = match hv.pool.with(|pool| Tree::new(pool, GUEST_LEAVES)) {
             Ok(nested) => nested,
             Err(error) => {
                 hv.pool.with(|pool| pool.give_back(ram.into_buffer()));
@@ -186,7 +188,12 @@ impl Guest {
     }
 
     /// Maps the guest's memory for its virtual CPU, and puts its program there.
-    fn load(hv: &Hypervisor, index: usize, ram: &mut GuestRam, nested: &Tree) -> Result<Vcpu, NotMade> {
+    fn load(
+        hv: &Hypervisor,
+        index: usize,
+        ram: &mut GuestRam,
+        nested: &Tree<GuestTables>,
+    ) -> Result<Vcpu, NotMade> {
         let perms = Perms { execute: true, ..Perms::READ_WRITE };
         for at in (0..ram.bytes()).step_by(STEP as usize) {
             let part = ram.grant(Gpa(at), STEP.min(ram.bytes() - at)).ok_or(NotMade::Memory)?;

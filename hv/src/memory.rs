@@ -5,9 +5,17 @@
 #![expect(unsafe_code, reason = "physical memory becomes typed memory here, and nowhere else")]
 
 use arch::{bus::Mmio, cpu::Locked};
-use core::{cell::Cell, ops::Range, ptr::NonNull};
+use core::{
+    cell::Cell,
+    ops::Range,
+    ptr::NonNull,
+    sync::atomic::{
+        AtomicU64,
+        Ordering::{Acquire, Release, SeqCst},
+    },
+};
 use iommu::{Bus, DmaBuf, Gpa, Grant, PAGE_SIZE, PhysAddr, Root};
-use pgtable::Tree;
+use pgtable::{Format, Table as _, Tree, Words as _};
 
 /// Frames that the pool manages, at most: 256 MiB.
 const FRAMES: usize = 1 << 16;
@@ -101,49 +109,61 @@ impl Pool {
         // SAFETY: the value was just written; the frames are never given back, and this is the only reference.
         Some(unsafe { place.as_mut() })
     }
+}
 
-    fn publish(&self, at: PhysAddr, bytes: u64) {
-        if let Some(publisher) = &self.publisher {
-            publisher.publish(at..PhysAddr(at.0 + bytes));
-        }
+/// A frame of the pool that is a table. Hardware may walk it, and change it.
+#[derive(Clone, Copy)]
+pub struct Table(&'static [AtomicU64; FRAME_WORDS]);
+
+impl pgtable::Table for Table {
+    fn load(self, index: usize) -> u64 {
+        self.0[index].load(Acquire)
     }
 
-    /// Returns the address of word `index` of a frame of the pool.
-    fn word(&self, frame: PhysAddr, index: usize) -> NonNull<u64> {
+    fn store(self, index: usize, value: u64) {
+        self.0[index].store(value, Release);
+    }
+
+    fn exchange(self, index: usize, current: u64, new: u64) -> Result<(), u64> {
+        self.0[index].compare_exchange(current, new, SeqCst, Acquire).map(|_| ())
+    }
+}
+
+impl pgtable::Words for Pool {
+    type Table = Table;
+
+    fn table(&self, frame: PhysAddr) -> Table {
         let inside = frame.0 >= self.start && (frame.0 - self.start) / PAGE_SIZE < self.frames as u64;
-        assert!(inside && index < FRAME_WORDS, "tables lie in frames of the pool");
+        assert!(inside, "tables lie in frames of the pool");
         let base = arch::bus::direct(PhysAddr(frame.0 & !(PAGE_SIZE - 1)));
         // PANICS: never: what the pool holds is mapped.
-        let base = base.unwrap_or(NonNull::dangling());
-        // SAFETY: `index` stays inside the frame.
-        unsafe { base.add(index) }
+        let base = base.unwrap_or(NonNull::dangling()).cast();
+        // SAFETY: the frame is RAM that stays mapped, and aligned. It was taken as a table, and while it is one everybody
+        // reaches it by atomic accesses alone.
+        Table(unsafe { base.as_ref() })
     }
 }
 
 impl pgtable::Frames for Pool {
-    fn take(&mut self) -> Option<PhysAddr> {
-        let phys = self.take_one()?;
+    fn take(&mut self, bytes: usize) -> Option<PhysAddr> {
+        // The formats of both machines have tables of one frame, the top one included.
+        let phys = if bytes == PAGE_SIZE as usize { self.take_one()? } else { return None };
+        let table = self.table(phys);
         for index in 0..FRAME_WORDS {
-            // SAFETY: the frame was free, and is a table's from now on; hardware may walk it, so stores are volatile.
-            unsafe { self.word(phys, index).write_volatile(0) };
+            table.store(index, 0);
         }
-        self.publish(phys, PAGE_SIZE);
+        self.publish(phys..PhysAddr(phys.0 + PAGE_SIZE));
         Some(phys)
     }
 
-    fn give_back(&mut self, frame: PhysAddr) {
+    fn give_back(&mut self, frame: PhysAddr, _bytes: usize) {
         self.give_back_run(frame, 1);
     }
 
-    fn load(&self, frame: PhysAddr, index: usize) -> u64 {
-        // SAFETY: the word lies in a frame of the pool; hardware may change it, so the load is volatile.
-        unsafe { self.word(frame, index).read_volatile() }
-    }
-
-    fn store(&mut self, frame: PhysAddr, index: usize, value: u64) {
-        // SAFETY: the word lies in a frame that the caller took as a table.
-        unsafe { self.word(frame, index).write_volatile(value) };
-        self.publish(PhysAddr(frame.0 + index as u64 * 8), 8);
+    fn publish(&self, range: Range<PhysAddr>) {
+        if let Some(publisher) = &self.publisher {
+            publisher.publish(range);
+        }
     }
 }
 
@@ -183,25 +203,29 @@ pub struct Shared<'s> {
     left: &'s Cell<usize>,
 }
 
+impl pgtable::Words for Shared<'_> {
+    type Table = Table;
+
+    fn table(&self, frame: PhysAddr) -> Table {
+        self.pool.table(frame)
+    }
+}
+
 impl pgtable::Frames for Shared<'_> {
-    fn take(&mut self) -> Option<PhysAddr> {
+    fn take(&mut self, bytes: usize) -> Option<PhysAddr> {
         let left = self.left.get().checked_sub(1)?;
-        let frame = self.pool.take()?;
+        let frame = self.pool.take(bytes)?;
         self.left.set(left);
         Some(frame)
     }
 
-    fn give_back(&mut self, frame: PhysAddr) {
-        pgtable::Frames::give_back(self.pool, frame);
+    fn give_back(&mut self, frame: PhysAddr, bytes: usize) {
+        pgtable::Frames::give_back(self.pool, frame, bytes);
         self.left.set(self.left.get() + 1);
     }
 
-    fn load(&self, frame: PhysAddr, index: usize) -> u64 {
-        self.pool.load(frame, index)
-    }
-
-    fn store(&mut self, frame: PhysAddr, index: usize, value: u64) {
-        self.pool.store(frame, index, value);
+    fn publish(&self, range: Range<PhysAddr>) {
+        self.pool.publish(range);
     }
 }
 
@@ -209,7 +233,7 @@ impl pgtable::Frames for Shared<'_> {
 ///
 /// Trees map only what was granted to the guest that they serve, and are taken down only after their guest stopped and
 /// the invalidation that follows the detachment has completed; otherwise their frames are never used again.
-pub fn root(tree: &Tree) -> Root {
+pub fn root<F: Format>(tree: &Tree<F>) -> Root {
     // SAFETY: the life of a tree, above; its tables are frames of the pool until it is taken down.
     unsafe { Root::new(tree.root(), tree.levels()) }
 }

@@ -20,12 +20,12 @@ pub type Commands = smmuv3::Commands<Mmio>;
 /// The table side of the unit.
 pub type Tables = smmuv3::Tables<Mmio>;
 
-/// The format of tables that translate what devices issue.
-pub const DEVICE_TABLES: pgtable::Format = pgtable::AARCH64_STAGE_1;
-/// The format of tables that translate what guests issue.
-pub const GUEST_TABLES: pgtable::Format = pgtable::AARCH64_STAGE_2;
+/// The format of tables that translate what devices issue: 4 levels of 4 KiB, 48 bits.
+pub type DeviceTables = pgtable::Stage1<12, 48>;
+/// The format of tables that translate what guests issue: 4 levels of 4 KiB, 44 bits.
+pub type GuestTables = pgtable::Stage2<12, 44>;
 
-/// Translates a device by tables in the format [`DEVICE_TABLES`].
+/// Translates a device by tables in the format [`DeviceTables`].
 pub fn translation(root: Root) -> Translation {
     Translation::Stage1(root)
 }

@@ -19,11 +19,11 @@ pub type Commands = vtd::Commands<Mmio>;
 pub type Tables = vtd::Tables<Mmio>;
 
 /// The format of tables that translate what devices issue.
-pub const DEVICE_TABLES: pgtable::Format = pgtable::VTD_FIRST_STAGE;
+pub type DeviceTables = pgtable::VtdFirstStage;
 /// The format of tables that translate what guests issue.
-pub const GUEST_TABLES: pgtable::Format = pgtable::SVM_NESTED;
+pub type GuestTables = pgtable::SvmNested;
 
-/// Translates a device by tables in the format [`DEVICE_TABLES`].
+/// Translates a device by tables in the format [`DeviceTables`].
 pub fn translation(root: Root) -> Translation {
     Translation::Stage1(root)
 }

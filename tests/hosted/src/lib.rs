@@ -22,7 +22,7 @@ mod threads;
 pub use core::{fmt, iter, mem, ops, ptr};
 
 pub use machine::{Machine, needs, unit};
-pub use memory::{TableFrames, Window};
+pub use memory::{TableFrames, TableWords, Window};
 pub use models::memory::{grant, root};
 pub use random::Random;
 pub use tapped::{Moment, Tapped};

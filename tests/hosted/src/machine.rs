@@ -9,7 +9,7 @@ use models::{
     memory::Memory,
     vtd::{Config, Refusal, VtdUnit},
 };
-use pgtable::{Format, Tree};
+use pgtable::{Format, Gather, Limits, Tree};
 use vtd::{FRAME_WORDS, Found, Vtd};
 
 /// A modelled machine: memory, one VT-d unit, and the driver that has it in service.
@@ -72,12 +72,12 @@ impl<B: Bus + Clone> Machine<B> {
     }
 
     /// Returns an empty tree of `format`.
-    pub fn tree(&mut self, format: Format) -> Tree {
-        Tree::new(&mut self.frames, format).expect("there are frames")
+    pub fn tree<F: Format>(&mut self, _format: F) -> Tree<F> {
+        Tree::new(&mut self.frames, Limits::NONE).expect("there are frames")
     }
 
     /// Maps a new page that begins with `word` at `iova`.
-    pub fn map(&mut self, tree: &Tree, iova: Iova, word: u64) -> PhysAddr {
+    pub fn map(&mut self, tree: &Tree<impl Format>, iova: Iova, word: u64) -> PhysAddr {
         let page = self.page(word);
         tree.map(&mut self.frames, iova.0, &grant(page.0, 1), Perms::READ_WRITE)
             .expect("nothing is mapped there");
@@ -85,8 +85,8 @@ impl<B: Bus + Clone> Machine<B> {
     }
 
     /// Unmaps the page at `iova`, and invalidates nothing.
-    pub fn unmap(&mut self, tree: &Tree, iova: Iova) {
-        tree.unmap(&mut self.frames, iova.0, PAGE_SIZE).expect("it is mapped");
+    pub fn unmap(&mut self, tree: &Tree<impl Format>, iova: Iova) {
+        tree.unmap(&mut self.frames, iova.0, PAGE_SIZE, &mut Gather::new()).expect("it is mapped");
     }
 
     /// Plugs in the device `stream` and assigns it.
@@ -97,7 +97,7 @@ impl<B: Bus + Clone> Machine<B> {
     }
 
     /// Attaches a PASID of a device, or accesses without one, to first-stage tables.
-    pub fn attach(&mut self, stream: StreamId, pasid: Option<Pasid>, tree: &Tree) -> Attachment {
+    pub fn attach(&mut self, stream: StreamId, pasid: Option<Pasid>, tree: &Tree<impl Format>) -> Attachment {
         let translation = Translation::Stage1(root(tree.root().0, tree.levels()));
         let attached = self.vtd.tables.attach(stream, pasid, translation);
         let (attachment, invalidations) = attached.expect("it can be attached");

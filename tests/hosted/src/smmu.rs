@@ -2,14 +2,14 @@
 
 use crate::{Moment, TableFrames, grant, root};
 use iommu::{
-    Attachment, Bus, Commands, Completion, Error, Event, Events, Features, Invalidation, Iova, PAGE_SIZE,
-    Pasid, Perms, PhysAddr, StreamId, Tables, Ticket, Translation,
+    Attachment, Bus, Commands, Completion, Error, Event, Events, Features, Grant, Invalidation, Iova,
+    PAGE_SIZE, Pasid, Perms, PhysAddr, StreamId, Tables, Ticket, Translation,
 };
 use models::{
     memory::Memory,
     smmuv3::{Config, Refusal, SmmuUnit},
 };
-use pgtable::{AARCH64_STAGE_1, AARCH64_STAGE_2, Tree};
+use pgtable::{Gather, Limits, Stage1, Stage2, Tree};
 use smmuv3::{FRAME_WORDS, Found, Smmu};
 use std::{fmt, ops::Range, sync::Arc};
 
@@ -61,6 +61,63 @@ impl StreamTable {
             Self::Linear => Refusal::Fault(0x04),
             // C_BAD_STREAMID: there is no entry.
             Self::TwoLevels => Refusal::Fault(0x02),
+        }
+    }
+}
+
+/// Tables of either stage.
+#[derive(Debug)]
+pub enum StageTree {
+    /// Stage 1, 48 bits.
+    One(Tree<Stage1>),
+    /// Stage 2, 44 bits.
+    Two(Tree<Stage2<12, 44>>),
+}
+
+impl StageTree {
+    /// Returns the physical address of the top table.
+    pub fn root(&self) -> PhysAddr {
+        match self {
+            Self::One(tree) => tree.root(),
+            Self::Two(tree) => tree.root(),
+        }
+    }
+
+    /// Returns the number of levels.
+    pub fn levels(&self) -> u8 {
+        match self {
+            Self::One(tree) => tree.levels(),
+            Self::Two(tree) => tree.levels(),
+        }
+    }
+
+    /// Maps `grant` at `address`.
+    pub fn map(
+        &self,
+        frames: &mut TableFrames,
+        address: u64,
+        grant: &Grant,
+        perms: Perms,
+    ) -> Result<(), pgtable::Error> {
+        match self {
+            Self::One(tree) => tree.map(frames, address, grant, perms),
+            Self::Two(tree) => tree.map(frames, address, grant, perms),
+        }
+    }
+
+    /// Unmaps `bytes` bytes; what changed is the caller's to know.
+    pub fn unmap(&self, frames: &mut TableFrames, address: u64, bytes: u64) -> Result<(), pgtable::Error> {
+        match self {
+            Self::One(tree) => tree.unmap(frames, address, bytes, &mut Gather::new()),
+            Self::Two(tree) => tree.unmap(frames, address, bytes, &mut Gather::new()),
+        }
+    }
+
+    /// Gives all tables back.
+    pub fn take_down(self, frames: &mut TableFrames) {
+        match self {
+            Self::One(tree) => tree.take_down(frames),
+            Self::Two(tree) => tree.take_down(frames),
         }
     }
 }
@@ -128,16 +185,19 @@ impl<B: Bus + Clone> Machine<B> {
     }
 
     /// Returns an empty tree for `stage`.
-    pub fn tree(&mut self, stage: Stage) -> Tree {
-        let format = match stage {
-            Stage::One => AARCH64_STAGE_1,
-            Stage::Two => AARCH64_STAGE_2,
-        };
-        Tree::new(&mut self.frames, format).expect("there are frames")
+    pub fn tree(&mut self, stage: Stage) -> StageTree {
+        match stage {
+            Stage::One => {
+                StageTree::One(Tree::new(&mut self.frames, Limits::NONE).expect("there are frames"))
+            }
+            Stage::Two => {
+                StageTree::Two(Tree::new(&mut self.frames, Limits::NONE).expect("there are frames"))
+            }
+        }
     }
 
     /// Maps a new page that begins with `word` at `iova`.
-    pub fn map(&mut self, tree: &Tree, iova: Iova, word: u64, perms: Perms) {
+    pub fn map(&mut self, tree: &StageTree, iova: Iova, word: u64, perms: Perms) {
         let mut page = self.memory.take(FRAME_WORDS, FRAME_WORDS);
         page.clear();
         page.store(0, word);
@@ -146,7 +206,7 @@ impl<B: Bus + Clone> Machine<B> {
     }
 
     /// Unmaps `pages` pages from `iova`, and invalidates nothing.
-    pub fn unmap(&mut self, tree: &Tree, iova: Iova, pages: u64) {
+    pub fn unmap(&mut self, tree: &StageTree, iova: Iova, pages: u64) {
         tree.unmap(&mut self.frames, iova.0, pages * PAGE_SIZE).expect("they are mapped");
     }
 
@@ -158,7 +218,7 @@ impl<B: Bus + Clone> Machine<B> {
     }
 
     /// Attaches a device to tables.
-    pub fn attach(&mut self, stream: StreamId, stage: Stage, tree: &Tree) -> Attachment {
+    pub fn attach(&mut self, stream: StreamId, stage: Stage, tree: &StageTree) -> Attachment {
         let attached = self.smmu.tables.attach(stream, None, translation(stage, tree));
         let (attachment, invalidations) = attached.expect("it can be attached");
         self.invalidate(&invalidations);
@@ -254,7 +314,7 @@ pub fn stream_word(unit: &SmmuUnit, memory: &Memory, stream: StreamId, word: u64
 }
 
 /// Names `tree` as the tables of `stage`.
-pub fn translation(stage: Stage, tree: &Tree) -> Translation {
+pub fn translation(stage: Stage, tree: &StageTree) -> Translation {
     let root = root(tree.root().0, tree.levels());
     match stage {
         Stage::One => Translation::Stage1(root),

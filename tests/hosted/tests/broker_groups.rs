@@ -30,7 +30,7 @@ use iommu::{
     StreamId,
 };
 use models::vtd::{Config, Requested};
-use pgtable::VTD_FIRST_STAGE;
+use pgtable::VtdFirstStage;
 
 const DISK: StreamId = StreamId(0x20);
 const NIC: StreamId = StreamId(0x28);
@@ -533,7 +533,7 @@ fn a_group_that_was_answered_does_not_hinder_the_next_one_with_its_number() {
 fn stop_markers_and_malformed_entries_between_its_requests_leave_a_group_as_it_is() {
     let mut machine = Machine::new(Config::full());
     machine.assign(DISK, Features { device_tlb: true, page_requests: true, pasid: true });
-    let tree = machine.tree(VTD_FIRST_STAGE);
+    let tree = machine.tree(VtdFirstStage::<4>);
     machine.attach(DISK, Pasid::new(5), &tree);
     let mut world = World::new();
     let disk = world.attached(DISK, &LIMITS, 0);

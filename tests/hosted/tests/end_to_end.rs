@@ -23,7 +23,7 @@ use iommu::{
     PageRequest, Pasid, Perms, StreamId, Tables,
 };
 use models::vtd::{Config, Refusal, Requested, VtdUnit};
-use pgtable::{Tree, VTD_FIRST_STAGE};
+use pgtable::{Tree, VtdFirstStage};
 use std::{
     sync::{
         Mutex,
@@ -49,7 +49,7 @@ struct Owned {
     attachment: Attachment,
     id: AttachmentId,
     device: DeviceId,
-    tree: Tree,
+    tree: Tree<VtdFirstStage>,
 }
 
 /// What a hypervisor does between the parts, for one guest with a channel.
@@ -93,7 +93,7 @@ impl Host {
 
     /// Gives `stream` to the guest, which may have `budget` requests.
     fn give(&mut self, stream: StreamId, budget: u32) -> Owned {
-        let tree = self.machine.tree(VTD_FIRST_STAGE);
+        let tree = self.machine.tree(VtdFirstStage::<4>);
         self.machine.assign(stream, ALL);
         let attachment = self.machine.attach(stream, pasid(), &tree);
         let escalation = Escalation { warn: 0, throttle: 0, requests_off: 0, block: 0 };

@@ -7,7 +7,7 @@ use iommu::{
     Iova, Outcome, PAGE_SIZE, PageRequest, PageResponse, Pasid, Perms, PhysAddr, StreamId, Ticket,
 };
 use models::vtd::{Config, VtdUnit};
-use pgtable::VTD_FIRST_STAGE;
+use pgtable::VtdFirstStage;
 use std::{
     ops::Range,
     sync::{
@@ -138,7 +138,7 @@ fn no_block_is_larger_than_the_unit_says() {
 #[test]
 fn the_pages_of_a_range_are_forgotten_and_no_others() {
     let mut machine = Machine::new(Config::full());
-    let tree = machine.tree(VTD_FIRST_STAGE);
+    let tree = machine.tree(VtdFirstStage::<4>);
     machine.assign(DISK, ALL);
     let attachment = machine.attach(DISK, pasid(5), &tree);
     const START: u64 = 0x4000_0000;
@@ -243,7 +243,7 @@ fn answer(index: u16) -> PageResponse {
 /// A machine whose disk may send page requests of PASID 5.
 fn with_page_requests() -> Machine {
     let mut machine = Machine::new(Config::full());
-    let tree = machine.tree(VTD_FIRST_STAGE);
+    let tree = machine.tree(VtdFirstStage::<4>);
     machine.assign(DISK, ALL);
     machine.attach(DISK, pasid(5), &tree);
     machine
@@ -387,7 +387,7 @@ fn a_status_that_the_unit_never_promised_is_not_done() {
 #[test]
 fn a_device_that_does_not_answer_is_reported_once_and_its_ticket_is_never_done() {
     let mut machine = Machine::new(Config { device_tlb_timeout_us: 1_000, ..Config::full() });
-    let tree = machine.tree(VTD_FIRST_STAGE);
+    let tree = machine.tree(VtdFirstStage::<4>);
     machine.map(&tree, Iova(0x1000), 7);
     machine.assign(DISK, ALL);
     let attachment = machine.attach(DISK, pasid(5), &tree);
@@ -472,7 +472,7 @@ fn a_drain_brings_in_the_page_requests_that_were_on_their_way() {
 #[test]
 fn an_answer_ends_the_group_that_it_names_and_no_other() {
     let mut machine = with_page_requests();
-    let tree = machine.tree(VTD_FIRST_STAGE);
+    let tree = machine.tree(VtdFirstStage::<4>);
     machine.attach(DISK, pasid(6), &tree);
     machine.attach(DISK, None, &tree);
     machine.assign(NIC, ALL);

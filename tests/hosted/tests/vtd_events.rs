@@ -11,7 +11,7 @@ use models::{
     memory::Memory,
     vtd::{Config, Refusal, Requested, VtdUnit},
 };
-use pgtable::VTD_FIRST_STAGE;
+use pgtable::VtdFirstStage;
 use std::sync::{Arc, Mutex};
 
 const DISK: StreamId = StreamId(0x20);
@@ -39,7 +39,7 @@ fn attach_all<B: Bus + Clone>(mut machine: Machine<B>) -> Machine<B> {
     for stream in [DISK, NIC] {
         machine.assign(stream, ALL);
         for number in [None, pasid(5)] {
-            let tree = machine.tree(VTD_FIRST_STAGE);
+            let tree = machine.tree(VtdFirstStage::<4>);
             machine.attach(stream, number, &tree);
         }
     }
@@ -476,7 +476,7 @@ fn what_happened_before_interrupts_were_let_through_interrupts_then() {
     let parts = needs(&memory);
     let mut machine = Machine::enable(unit, memory, unit, parts).expect("it comes into service");
     machine.assign(DISK, ALL);
-    let tree = machine.tree(VTD_FIRST_STAGE);
+    let tree = machine.tree(VtdFirstStage::<4>);
     machine.attach(DISK, pasid(5), &tree);
     fail(unit);
     ask_once(unit);
@@ -506,7 +506,7 @@ fn a_message_to_a_far_processor_is_programmed_whole() {
 fn a_request_of_a_device_without_page_requests_is_a_fault_and_no_request() {
     let mut machine = Machine::new(Config::full());
     machine.assign(DISK, Features { device_tlb: true, page_requests: false, pasid: true });
-    let tree = machine.tree(VTD_FIRST_STAGE);
+    let tree = machine.tree(VtdFirstStage::<4>);
     machine.attach(DISK, pasid(5), &tree);
 
     // SCT.8.

@@ -7,7 +7,7 @@ use iommu::{
     Pasid, Perms, StreamId, Tables, Translation,
 };
 use models::vtd::{Config, Refusal};
-use pgtable::{Format, VTD_FIRST_STAGE};
+use pgtable::{VtdFirstStage, VtdSecondStage};
 use std::{
     collections::BTreeSet,
     sync::{Arc, Mutex},
@@ -17,19 +17,6 @@ const DISK: StreamId = StreamId(0x20);
 const NIC: StreamId = StreamId(0x28);
 const ALL: Features = Features { device_tlb: true, page_requests: true, pasid: true };
 const HERE: Iova = Iova(0x4000_0000);
-
-/// Second-stage tables: R bit 0 and W bit 1 at every level, address 51:12 (facts 2.4).
-const SECOND_STAGE: Format = Format {
-    levels: 4,
-    input_bits: 48,
-    present: 1,
-    table: 1 << 1,
-    leaf: 0,
-    write: 1 << 1,
-    read_only: 0,
-    no_execute: 0,
-    address: 0x000F_FFFF_FFFF_F000,
-};
 
 fn pasid(value: u32) -> Option<Pasid> {
     Some(Pasid::new(value).expect("20 bits"))
@@ -47,7 +34,7 @@ fn faults(machine: &mut Machine) -> Vec<FaultReason> {
 #[test]
 fn a_device_reaches_what_is_mapped_for_its_pasid_and_nothing_else() {
     let mut machine = Machine::new(Config::full());
-    let tree = machine.tree(VTD_FIRST_STAGE);
+    let tree = machine.tree(VtdFirstStage::<4>);
     let page = machine.map(&tree, HERE, 0x1234_5678);
     machine.assign(DISK, ALL);
     machine.attach(DISK, pasid(5), &tree);
@@ -71,7 +58,7 @@ fn a_device_reaches_what_is_mapped_for_its_pasid_and_nothing_else() {
 fn accesses_without_pasid_have_an_attachment_of_their_own() {
     let mut machine = Machine::new(Config::qemu());
     let [plain, tagged] = [1, 2].map(|content| {
-        let tree = machine.tree(VTD_FIRST_STAGE);
+        let tree = machine.tree(VtdFirstStage::<4>);
         machine.map(&tree, HERE, content);
         tree
     });
@@ -92,7 +79,7 @@ fn accesses_without_pasid_have_an_attachment_of_their_own() {
 fn a_page_that_was_unmapped_is_reached_until_its_invalidation_completes_and_not_after() {
     for device_tlb in [false, true] {
         let mut machine = Machine::new(Config::full());
-        let tree = machine.tree(VTD_FIRST_STAGE);
+        let tree = machine.tree(VtdFirstStage::<4>);
         machine.map(&tree, HERE, 1);
         machine.map(&tree, Iova(HERE.0 + PAGE_SIZE), 2);
         machine.assign(DISK, Features { device_tlb, page_requests: false, pasid: true });
@@ -118,7 +105,7 @@ fn a_page_that_was_unmapped_is_reached_until_its_invalidation_completes_and_not_
 fn pages_without_pasid_are_forgotten_by_the_device_as_well() {
     for pages in [1, 3, 8, 40] {
         let mut machine = Machine::new(Config::full());
-        let tree = machine.tree(VTD_FIRST_STAGE);
+        let tree = machine.tree(VtdFirstStage::<4>);
         machine.assign(DISK, ALL);
         let attachment = machine.attach(DISK, None, &tree);
         let page = |n: u64| Iova(HERE.0 + n * PAGE_SIZE);
@@ -139,7 +126,7 @@ fn pages_without_pasid_are_forgotten_by_the_device_as_well() {
 #[test]
 fn a_detached_pasid_is_over_when_its_invalidations_complete_and_not_before() {
     let mut machine = Machine::new(Config::full());
-    let tree = machine.tree(VTD_FIRST_STAGE);
+    let tree = machine.tree(VtdFirstStage::<4>);
     machine.map(&tree, HERE, 1);
     let fresh = Iova(HERE.0 + PAGE_SIZE);
     machine.map(&tree, fresh, 2);
@@ -168,7 +155,7 @@ fn a_detached_pasid_is_over_when_its_invalidations_complete_and_not_before() {
 #[test]
 fn a_pasid_is_not_attached_again_before_hardware_has_let_go_of_it() {
     let mut machine = Machine::new(Config::full());
-    let tree = machine.tree(VTD_FIRST_STAGE);
+    let tree = machine.tree(VtdFirstStage::<4>);
     machine.assign(DISK, ALL);
     let first = machine.attach(DISK, pasid(5), &tree);
     let translation = Translation::Stage1(root(tree.root().0, 4));
@@ -193,7 +180,7 @@ fn a_pasid_is_not_attached_again_before_hardware_has_let_go_of_it() {
 fn a_domain_is_not_used_again_before_hardware_has_let_go_of_it() {
     let mut machine = Machine::new(Config::full());
     let [old, new] = [1, 2].map(|content| {
-        let tree = machine.tree(VTD_FIRST_STAGE);
+        let tree = machine.tree(VtdFirstStage::<4>);
         machine.map(&tree, HERE, content);
         tree
     });
@@ -216,7 +203,7 @@ fn a_domain_is_not_used_again_before_hardware_has_let_go_of_it() {
 #[test]
 fn an_attachment_that_was_detached_does_not_name_the_one_that_came_after_it() {
     let mut machine = Machine::new(Config::full());
-    let tree = machine.tree(VTD_FIRST_STAGE);
+    let tree = machine.tree(VtdFirstStage::<4>);
     machine.map(&tree, HERE, 1);
     machine.assign(DISK, ALL);
     let first = machine.attach(DISK, pasid(5), &tree);
@@ -250,7 +237,7 @@ fn each_pasid_of_each_device_is_attached_and_detached_alone() {
     for (d, stream) in [DISK, NIC].into_iter().enumerate() {
         machine.assign(stream, ALL);
         for (n, number) in numbers.into_iter().enumerate() {
-            let tree = machine.tree(VTD_FIRST_STAGE);
+            let tree = machine.tree(VtdFirstStage::<4>);
             let content = (d * 10 + n) as u64;
             machine.map(&tree, HERE, content);
             let attachment = machine.attach(stream, number, &tree);
@@ -288,7 +275,7 @@ fn a_device_is_found_wherever_it_is() {
     // Both halves of the first, the second and the last bus, and the ends of each.
     let streams = [0x0000, 0x007F, 0x0080, 0x00FF, 0x0100, 0x01FF, 0xFF00, 0xFFFF].map(StreamId);
     for stream in streams {
-        let tree = machine.tree(VTD_FIRST_STAGE);
+        let tree = machine.tree(VtdFirstStage::<4>);
         machine.map(&tree, HERE, stream.0.into());
         machine.assign(stream, ALL);
         machine.attach(stream, pasid(5), &tree);
@@ -303,7 +290,7 @@ fn a_device_is_found_wherever_it_is() {
 #[test]
 fn a_departure_blocks_lets_go_and_gives_everything_back() {
     let mut machine = Machine::new(Config::full());
-    let tree = machine.tree(VTD_FIRST_STAGE);
+    let tree = machine.tree(VtdFirstStage::<4>);
     machine.map(&tree, HERE, 1);
     machine.assign(NIC, ALL);
     machine.attach(NIC, None, &tree);
@@ -339,7 +326,7 @@ fn a_departure_blocks_lets_go_and_gives_everything_back() {
     // And it can be given to someone else, who sees nothing of what was.
     machine.assign(DISK, ALL);
     assert_eq!(machine.read(DISK, pasid(5), HERE), Err(Refusal::Fault(0x51)));
-    let other = machine.tree(VTD_FIRST_STAGE);
+    let other = machine.tree(VtdFirstStage::<4>);
     machine.map(&other, HERE, 2);
     machine.attach(DISK, pasid(5), &other);
     assert_eq!(machine.read(DISK, pasid(5), HERE), Ok(2));
@@ -349,7 +336,7 @@ fn a_departure_blocks_lets_go_and_gives_everything_back() {
 #[test]
 fn a_blocked_device_whose_attachments_stay_keeps_its_tables() {
     let mut machine = Machine::new(Config::full());
-    let tree = machine.tree(VTD_FIRST_STAGE);
+    let tree = machine.tree(VtdFirstStage::<4>);
     machine.assign(DISK, ALL);
     let attachment = machine.attach(DISK, pasid(5), &tree);
     let free = machine.vtd.tables.frames_free();
@@ -368,7 +355,7 @@ fn a_blocked_device_whose_attachments_stay_keeps_its_tables() {
 #[test]
 fn what_the_tables_do_not_hold_is_refused_by_name() {
     let mut machine = Machine::new(Config::full());
-    let tree = machine.tree(VTD_FIRST_STAGE);
+    let tree = machine.tree(VtdFirstStage::<4>);
     let stage1 = Translation::Stage1(root(tree.root().0, 4));
     let tables = &mut machine.vtd.tables;
     let attach = |tables: &mut vtd::Tables<_>, stream, number, translation| {
@@ -452,7 +439,7 @@ fn when_frames_run_out_nothing_is_half_done() {
     // The interrupt remapping table; a context table, a directory, a PASID table; a directory for the second device.
     needs.frames.truncate(5);
     let mut machine = Machine::enable(unit, memory, unit, needs).expect("it comes into service");
-    let tree = machine.tree(VTD_FIRST_STAGE);
+    let tree = machine.tree(VtdFirstStage::<4>);
     machine.map(&tree, HERE, 1);
     let translation = Translation::Stage1(root(tree.root().0, 4));
     machine.assign(DISK, ALL);
@@ -480,7 +467,7 @@ fn every_place_can_be_taken_and_one_more_is_refused() {
     let mut parts = needs(&memory);
     while parts.frames.push(memory.take(512, 512)).is_ok() {}
     let mut machine = Machine::enable(unit, memory, unit, parts).expect("it comes into service");
-    let tree = machine.tree(VTD_FIRST_STAGE);
+    let tree = machine.tree(VtdFirstStage::<4>);
     let translation = Translation::Stage1(root(tree.root().0, 4));
     // Sixteen devices on both halves of a bus; four PASID tables of a device, 64 PASIDs each, 127 domains.
     for device in 0..16 {
@@ -515,7 +502,7 @@ fn a_unit_with_few_domains_is_given_no_more_than_it_has() {
     let (unit, memory) = unit(Config { cap: Config::full().cap & !7, ..Config::full() });
     let needs = needs(&memory);
     let mut machine = Machine::enable(unit, memory, unit, needs).expect("it comes into service");
-    let tree = machine.tree(VTD_FIRST_STAGE);
+    let tree = machine.tree(VtdFirstStage::<4>);
     machine.map(&tree, HERE, 1);
     machine.assign(DISK, ALL);
 
@@ -535,7 +522,7 @@ fn a_unit_with_few_domains_is_given_no_more_than_it_has() {
 #[test]
 fn a_unit_that_remembers_absence_is_told_of_what_becomes_present() {
     let mut machine = Machine::new(Config::full().with_caching_mode());
-    let tree = machine.tree(VTD_FIRST_STAGE);
+    let tree = machine.tree(VtdFirstStage::<4>);
     machine.map(&tree, HERE, 1);
     machine.unit.plug(DISK);
     // It has seen that there is nothing, and remembers.
@@ -561,7 +548,7 @@ fn a_unit_that_remembers_absence_is_told_of_what_becomes_present() {
 #[test]
 fn second_stage_tables_translate_and_are_forgotten() {
     let mut machine = Machine::new(Config::full());
-    let tree = machine.tree(SECOND_STAGE);
+    let tree = machine.tree(VtdSecondStage::<4>);
     machine.map(&tree, HERE, 1);
     let read_only = Iova(HERE.0 + PAGE_SIZE);
     let page = machine.page(2);
@@ -590,7 +577,7 @@ fn second_stage_tables_translate_and_are_forgotten() {
 #[test]
 fn a_detachment_that_never_completes_keeps_what_it_names_blocked() {
     let mut machine = Machine::new(Config::full());
-    let tree = machine.tree(VTD_FIRST_STAGE);
+    let tree = machine.tree(VtdFirstStage::<4>);
     machine.map(&tree, HERE, 1);
     machine.assign(DISK, ALL);
     let attachment = machine.attach(DISK, pasid(5), &tree);
@@ -637,7 +624,7 @@ fn a_device_meets_the_old_state_or_the_new_at_every_moment_and_nothing_in_betwee
     };
     let needs = needs(&memory);
     let mut machine = Machine::enable(unit, memory, bus, needs).expect("it comes into service");
-    let tree = machine.tree(VTD_FIRST_STAGE);
+    let tree = machine.tree(VtdFirstStage::<4>);
     machine.map(&tree, HERE, 1);
 
     // Root, context, directory and PASID entry not present: SRT.2, SCT.2, SPD.2, SPT.2. Nothing else: a reserved bit or

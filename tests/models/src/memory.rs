@@ -88,22 +88,35 @@ impl Memory {
     ///
     /// PANICS: when the memory is used up, or `align_words` is zero.
     pub fn take(&self, words: usize, align_words: usize) -> DmaBuf {
+        let (at, cells) = self.hand_out(words, align_words);
+        let Some(cpu) = NonNull::new(ptr::from_ref(cells).cast_mut().cast::<u64>()) else {
+            unreachable!("a slice is never at address zero");
+        };
+        // SAFETY: the words are kept for ever and are aligned; being inside atomics, they may be written through a
+        // pointer made from a shared reference; they are handed out once. What else reaches them is this module
+        // alone, by atomic access: `publish` and `observe` in the role of the memory system, and `cpu_load`.
+        unsafe { DmaBuf::new(cpu, at, words) }
+    }
+
+    /// Hands out `words` words as `take` does, for several cores to load and store.
+    ///
+    /// PANICS: as `take` does.
+    pub fn take_shared(&self, words: usize, align_words: usize) -> (PhysAddr, &'static [AtomicU64]) {
+        self.hand_out(words, align_words)
+    }
+
+    fn hand_out(&self, words: usize, align_words: usize) -> (PhysAddr, &'static [AtomicU64]) {
         let size = self.views.cpu.len();
         let place = |taken: usize| Some(taken.next_multiple_of(align_words)).filter(|at| at + words <= size);
         let taken = self.views.taken.fetch_update(SeqCst, SeqCst, |taken| place(taken).map(|at| at + words));
         let Some(at) = taken.ok().and_then(place) else {
             panic!("the modelled memory of {size} words is used up: give `Memory::new` more");
         };
-        for cell in &self.views.cpu[at..at + words] {
+        let cells = &self.views.cpu[at..at + words];
+        for cell in cells {
             cell.store(UNWRITTEN, SeqCst);
         }
-        let Some(cpu) = NonNull::new(ptr::from_ref(&self.views.cpu[at..]).cast_mut().cast::<u64>()) else {
-            unreachable!("a slice is never at address zero");
-        };
-        // SAFETY: the words are kept for ever and are aligned; being inside atomics, they may be written through a
-        // pointer made from a shared reference; they are handed out once. What else reaches them is this module
-        // alone, by atomic access: `publish` and `observe` in the role of the memory system, and `cpu_load`.
-        unsafe { DmaBuf::new(cpu, Self::address(at), words) }
+        (Self::address(at), cells)
     }
 
     /// Makes the CPU's stores to `range` visible to the device.

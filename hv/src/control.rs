@@ -70,6 +70,8 @@ pub struct Space {
 pub struct Owned {
     /// Its name in the broker.
     id: AttachmentId,
+    /// The name of its device there.
+    device: DeviceId,
     /// What it reaches.
     pub space: Space,
 }
@@ -163,6 +165,7 @@ impl Guest {
     /// Unmaps, and returns when nothing reaches the memory any more.
     pub fn unmap(&self, owned: &Owned, iova: Iova, bytes: u64) -> Result<(), Error> {
         owned.space.unmap(self.hv, &self.share, iova, bytes)?;
+        self.hv.ledger.unmapped(owned.device, owned.space.attachment.pasid, iova, bytes / PAGE_SIZE);
         self.home().unmapped.fetch_add(1, Relaxed);
         Ok(())
     }
@@ -397,7 +400,7 @@ fn attach(hv: &Hypervisor, share: &Share, policy: &Policy, pasid: Option<Pasid>)
         hv.ledger.leave(id);
         hv.ledger.detach(id);
     })?;
-    Ok(Owned { id, space })
+    Ok(Owned { id, device: policy.device, space })
 }
 
 /// Blocks all of a device, and returns when the unit knows.
@@ -410,7 +413,7 @@ pub fn block(hv: &Hypervisor, stream: StreamId) -> Result<Leaving, Error> {
 /// Detaches: mark as leaving; block in hardware, invalidate, wait; let the service core pass; answer what is outstanding;
 /// wait until the answers are out; and only then let go of the tables.
 fn detach(hv: &Hypervisor, share: &Share, queue: QueueId, owned: Owned) -> Result<(), Error> {
-    let Owned { id, space } = owned;
+    let Owned { id, device, space } = owned;
     hv.ledger.leave(id);
     let leaving = space.block(hv)?;
     // The drain is also the grace period: no handler that saw the attachment alive is still at work.
@@ -420,6 +423,7 @@ fn detach(hv: &Hypervisor, share: &Share, queue: QueueId, owned: Owned) -> Resul
     }
     hv.invalidate(&[]).map_err(Error::Unit)?;
     hv.ledger.detach(id);
+    hv.ledger.unmapped(device, space.attachment.pasid, Iova(0), u64::MAX);
     space.free(hv, share, leaving);
     Ok(())
 }

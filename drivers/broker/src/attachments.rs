@@ -153,9 +153,21 @@ impl<const A: usize> Attachments<A> {
         self.find_exact(who(stream, ANY))
     }
 
+    /// Returns where the requests of an attachment went that is leaving.
+    pub fn find_leaving(&self, stream: StreamId, pasid: Option<Pasid>) -> Option<Target> {
+        let leaving = |who| self.target(self.directory.find_leaving(who)?);
+        leaving(who(stream, pasid_word(pasid))).or_else(|| leaving(who(stream, ANY)))
+    }
+
     #[inline(always)]
     fn find_exact(&self, who: u64) -> Option<(AttachmentId, Target)> {
         let id = self.directory.find(who)?;
+        Some((AttachmentId(id), self.target(id)?))
+    }
+
+    /// Reads where the requests of an attachment go; `None` if it changed meanwhile.
+    #[inline(always)]
+    fn target(&self, id: Id) -> Option<Target> {
         let entry = self.entries.get(id.place as usize)?;
         let (device_name, queue) = (entry.device_name.load(Relaxed), entry.queue.load(Relaxed));
         let target = Target {
@@ -164,6 +176,6 @@ impl<const A: usize> Attachments<A> {
             name: (device_name >> 32) as u32,
             opaque: entry.opaque.load(Relaxed),
         };
-        self.directory.is_still(id).then_some((AttachmentId(id), target))
+        self.directory.is_still(id).then_some(target)
     }
 }

@@ -118,8 +118,11 @@ pub struct Latencies {
     pub answer: [u64; BUCKETS],
 }
 
-/// Pages that are remembered as repaired, for each device.
-const REPAIRED: usize = 4;
+/// Pages that are remembered as repaired, for each device: the last of each page number modulo so many.
+///
+/// Whoever goes round among more pages than these, or among such as share a place, is not found out; what that costs is for
+/// [`Limits::per_second`] to bound.
+const REPAIRED: usize = 32;
 /// A rate is kept in parts of a microsecond, of which there are 2^10.
 const PARTS: u32 = 10;
 /// The first answer that is held back is so for this long after its report, in microseconds; each further one longer.
@@ -297,6 +300,19 @@ impl Device {
     /// Returns where a page is remembered: neighbours in different places.
     fn repaired_at(&self, word: u64) -> &AtomicU64 {
         &self.repaired[(word / PAGE_SIZE) as usize % REPAIRED]
+    }
+
+    /// Takes note that the guest took pages back: to be asked for them again says nothing about its claims.
+    pub fn unmapped(&self, pasid: Option<Pasid>, first: Iova, pages: u64) {
+        if pages > REPAIRED as u64 {
+            self.repaired.iter().for_each(|page| page.store(0, Relaxed));
+            return;
+        }
+        for page in 0..pages {
+            let word = page_word(pasid, Iova(first.0.wrapping_add(page * PAGE_SIZE)));
+            // Lost only against a claim about another page, which stays.
+            let _ = self.repaired_at(word).compare_exchange(word, 0, Relaxed, Relaxed);
+        }
     }
 
     /// Takes note that the guest claims to have repaired `page`.
@@ -525,6 +541,42 @@ mod tests {
         }));
         assert_eq!(device.hold_us(), 0, "good ones earn trust again");
         assert_eq!(device.counters.tally().unrepaired, 43);
+    }
+
+    #[test]
+    fn whoever_goes_round_among_a_few_pages_without_repairing_them_is_found_out() {
+        for pages in [1, 4, 8, 32] {
+            let device = device(Limits::with_requests(4));
+            for round in 0..200 {
+                let page = Iova((round % pages) * PAGE_SIZE);
+                device.asked(None, page);
+                device.repaired(None, page);
+            }
+            assert_eq!(device.counters.tally().unrepaired, 200 - pages, "{pages} pages");
+            assert_eq!(device.hold_us(), 100_000, "{pages} pages");
+        }
+    }
+
+    #[test]
+    fn a_guest_that_took_pages_back_may_be_asked_for_them_again() {
+        let device = device(Limits::with_requests(4));
+        for round in 0..100 {
+            for page in (0..4).map(|page| Iova(0x1000 * page)) {
+                device.asked(Pasid::new(5), page);
+                device.repaired(Pasid::new(5), page);
+            }
+            match round % 2 {
+                0 => device.unmapped(Pasid::new(5), Iova(0), 4),
+                _ => device.unmapped(Pasid::new(5), Iova(0), u64::MAX),
+            }
+        }
+        assert_eq!(device.counters.tally().unrepaired, 0);
+
+        device.repaired(Pasid::new(5), Iova(0x1000));
+        device.unmapped(None, Iova(0x1000), 1);
+        device.unmapped(Pasid::new(5), Iova(0x2000), 1);
+        device.asked(Pasid::new(5), Iova(0x1000));
+        assert_eq!(device.counters.tally().unrepaired, 1, "those were other pages");
     }
 
     #[test]

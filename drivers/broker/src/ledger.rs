@@ -12,7 +12,7 @@ use core::sync::atomic::{
     AtomicU64,
     Ordering::{AcqRel, Acquire, Relaxed, Release},
 };
-use iommu::{Outcome, Pasid, StreamId};
+use iommu::{Iova, Outcome, Pasid, StreamId};
 
 /// Whose a queue is. The broker keeps it, and makes nothing of it.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -269,6 +269,14 @@ impl<const Q: usize, const S: usize, const D: usize, const A: usize> Ledger<Q, S
         self.devices.of(device).map_or(0, |device| device.outstanding.load(Relaxed))
     }
 
+    /// Takes note that the owner took pages back, or all that it had mapped for a PASID: a device that asks for them again is
+    /// no sign that it had claimed repairs which were none. Looks at as many pages as are remembered, 32.
+    pub fn unmapped(&self, device: DeviceId, pasid: Option<Pasid>, first: Iova, pages: u64) {
+        if let Some(device) = self.devices.of(device) {
+            device.unmapped(pasid, first, pages);
+        }
+    }
+
     /// Returns how many requests came for which nobody was attached.
     pub fn strays(&self) -> u64 {
         self.strays.load(Relaxed)
@@ -283,6 +291,9 @@ impl<const Q: usize, const S: usize, const D: usize, const A: usize> Ledger<Q, S
 
     /// Attaches: from here on the requests that `policy` names are admitted. If the queue is closed or the device removed
     /// while it is attached, they are refused, whoever has the place then.
+    ///
+    /// Devices whose requests go to one queue share its slots. If they are not one owner's, the queue is to have at least as
+    /// many as they may have requests outstanding together.
     pub fn attach(&self, policy: &Policy) -> Result<AttachmentId, Error> {
         self.queue(policy.queue).ok_or(Error::Gone)?;
         self.devices.of(policy.device).ok_or(Error::Gone)?;
@@ -300,8 +311,11 @@ impl<const Q: usize, const S: usize, const D: usize, const A: usize> Ledger<Q, S
     }
 
     /// Returns the queue, the owner's name for the device and the opaque value of the attachment that a fault belongs to.
+    /// One that is leaving, and is not forgotten yet, is still told what happened before.
     pub fn owner_of(&self, stream: StreamId, pasid: Option<Pasid>) -> Option<(usize, u32, u64)> {
-        let (_, target) = self.attachments.find(stream, pasid)?;
+        let attachments = &self.attachments;
+        let live = attachments.find(stream, pasid).map(|(_, target)| target);
+        let target = live.or_else(|| attachments.find_leaving(stream, pasid))?;
         self.queue(target.queue)?;
         Some((target.queue.index(), target.name, target.opaque))
     }

@@ -230,7 +230,10 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
         if !device.charge(now_us, true) {
             return self.refuse(device, to(), request, now_us);
         }
-        let may_begin = deadline_us > 0 && (request.last || device.may_have_half_seen());
+        // A request for no access is malformed: nobody could repair what it asks for.
+        let may_begin = deadline_us > 0
+            && request.perms.is_for_some_access()
+            && (request.last || device.may_have_half_seen());
         let begun = if may_begin { ledger.open_queue(target.queue) } else { None }
             .and_then(|queue| Some((queue, queue.begin(&target, attachment.0.place, request, now_us)?)));
         let Some((queue, slot)) = begun else {
@@ -289,7 +292,7 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
         else {
             return Verdict::Nothing;
         };
-        let is_wanted = self.is_wanted(&to);
+        let is_wanted = self.is_wanted(&to) && request.perms.is_for_some_access();
         let is_charged = device.charge(now_us, false);
         if is_wanted && is_charged && queue.add(slot, request) {
             if !request.last {
@@ -298,7 +301,7 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
             self.unlist(place, device);
             return self.forward(queue, queue_index, slot, device, request, now_us);
         }
-        // Too many pages, over budget, or its attachment is leaving.
+        // Malformed, too many pages, over budget, or its attachment is leaving.
         if is_charged {
             device.discharge(1);
         }

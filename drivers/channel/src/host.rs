@@ -58,6 +58,8 @@ impl<const FRAME: usize, const WORD: usize> Ring<FRAME, WORD> {
     /// The guest's word is read once: what was checked is what is used.
     fn room(&mut self, frames: &[DmaBuf; FRAMES]) -> Result<u64, Broken> {
         let consumed = frames[CONSUMER].load(WORD);
+        // ORDER: the guest has read what it gives back before the place is written again.
+        fence(Ordering::Acquire);
         let unread = self.produced.wrapping_sub(consumed);
         // What is unread can only have become less. At most RECORDS were, so this holds them to that as well.
         if unread > self.produced.wrapping_sub(self.consumed) {

@@ -82,6 +82,11 @@ impl Perms {
     pub const READ: Self = Self { read: true, write: false, execute: false, privileged: false };
     /// Reads and writes.
     pub const READ_WRITE: Self = Self { write: true, ..Self::READ };
+
+    /// Returns whether they are for any access at all.
+    pub const fn is_for_some_access(self) -> bool {
+        self.read || self.write || self.execute
+    }
 }
 
 /// Addresses and identities are logged in hexadecimal, as manuals and other tools print them.

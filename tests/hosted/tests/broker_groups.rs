@@ -189,6 +189,25 @@ fn a_group_has_sixteen_pages_and_a_longer_one_is_refused_whole_and_once() {
     }
 }
 
+/// PCI Express, "Page Request Message": a request for no access that does not end its group has no meaning.
+#[test]
+fn a_part_that_asks_for_no_access_poisons_its_group_wherever_it_comes() {
+    for place in 0..3 {
+        let mut world = World::new();
+        let disk = world.attached(DISK, &LIMITS, 0);
+
+        for at in 0..3 {
+            let request = if at < 2 { part(DISK, 1, at) } else { last(DISK, 1, at) };
+            let perms = if at == place { Perms::default() } else { Perms::READ };
+            let did = world.admit(PageRequest { perms, ..request }, 0);
+            assert_eq!(did, if at < 2 { Did::Nothing } else { refused(DISK, 1) }, "{place}");
+        }
+
+        assert_eq!(world.ledger.outstanding_requests(disk), 0);
+        assert_eq!(world.admit(last(DISK, 1, 7), 0), Did::Forwarded(0), "its number is free again");
+    }
+}
+
 #[test]
 fn a_part_over_the_budget_poisons_its_group_alone() {
     let mut world = World::new();

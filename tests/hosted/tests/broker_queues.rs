@@ -68,6 +68,21 @@ fn several_attachments_share_a_queue_and_each_request_says_whose_it_is() {
     assert_eq!(world.ledger.outstanding(world.queues[0]), 3);
 }
 
+/// A fault may be told after the detachment began in which it no longer could happen.
+#[test]
+fn faults_from_before_a_detachment_are_told_as_its_own_until_it_is_over() {
+    let world = World::new();
+    let disk = world.add(DISK, &LIMITS);
+    let policy = Policy { name: 0x21, opaque: 7, ..world.policy(DISK, disk, 0) };
+    let attachment = world.ledger.attach(&policy).expect("there is room");
+    let owner = || world.ledger.owner_of(DISK, Pasid::new(5));
+
+    world.ledger.leave(attachment);
+    assert_eq!(owner(), Some((0, 0x21, 7)));
+    world.ledger.detach(attachment);
+    assert_eq!(owner(), None);
+}
+
 /// "Fix event queue release use-after-free": the queue goes before what is attached to it.
 #[test]
 fn a_queue_that_was_opened_for_another_guest_gets_nothing_of_what_was_attached_before() {

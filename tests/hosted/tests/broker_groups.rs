@@ -91,7 +91,8 @@ fn every_permission_and_every_pasid_survives_the_way_to_the_owner() {
         let requests = broker::Requests::from(pasid);
         let policy = broker::Policy { requests, ..world.policy(DISK, disk, 0) };
         let _ = world.ledger.attach(&policy).expect("there is room");
-        for bits in 0..16 {
+        // Those for no access at all are malformed.
+        for bits in (0..16).filter(|bits| bits & 7 != 0) {
             let bit = |n: u32| bits >> n & 1 != 0;
             let perms = Perms { read: bit(0), write: bit(1), execute: bit(2), privileged: bit(3) };
             let (tag, iova) = (GroupTag { pasid, index }, Iova(0xFFFF_FFFF_FFFF_F000));

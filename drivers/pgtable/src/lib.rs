@@ -5,9 +5,9 @@
 //! when the invalidation that covers them has completed, or when the tree is taken down.
 //!
 //! ```
+//! # use iommu::{Grant, Perms};
 //! # use pgtable::*;
-//! # use iommu::*;
-//! # fn invalidate_and_wait(_: &[Changed]) -> bool { true }
+//! # fn invalidate_and_wait(_: impl Iterator<Item = Changed>) -> bool { true }
 //! fn lend(frames: &mut impl Frames, page: &Grant) -> Result<(), Error> {
 //!     let tree = Tree::<VtdFirstStage>::new(frames, Limits::NONE)?;
 //!     tree.map(frames, 0x4000_0000, page, Perms::READ_WRITE)?;

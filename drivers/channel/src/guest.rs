@@ -31,8 +31,12 @@ impl<F: Frames> Guest<F> {
     ///
     /// A guest that opens it once more goes on where it was.
     pub fn open(frames: F) -> Option<Self> {
-        let expected = VERSION | RECORDS << 32;
-        let known = frames.load(HEADER, MAGIC_WORD) == MAGIC && frames.load(HEADER, VERSION_WORD) == expected;
+        if frames.load(HEADER, MAGIC_WORD) != MAGIC {
+            return None;
+        }
+        // ORDER: who finds the magic number finds everything else.
+        fence(Ordering::Acquire);
+        let known = frames.load(HEADER, VERSION_WORD) == VERSION | RECORDS << 32;
         let [requests, events] = [REQUESTS_WORD, EVENTS_WORD].map(|word| frames.load(CONSUMER, word));
         known.then_some(Self { frames, requests, events })
     }

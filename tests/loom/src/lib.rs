@@ -1,4 +1,4 @@
-//! The broker, compiled a second time with atomics that loom controls.
+//! The broker, compiled a second time with atomics that loom controls; and what the channel needs for the same.
 //!
 //! loom runs a model of a few threads in every interleaving of their atomic accesses, and lets each load see every value
 //! that the memory order allows. The source is the product's own: in this crate `core` is [`sync`] and a few modules of the
@@ -8,13 +8,19 @@
 extern crate self as core;
 extern crate self as heapless;
 
+mod dma;
 pub mod spsc;
 pub mod sync;
+
+pub use dma::DmaBuf;
+// For the channel, to which this crate is `iommu` as well.
+#[doc(no_inline)]
+pub use iommu::{FaultReason, Field, Iova, Pasid, Perms, Words, descriptor};
 
 #[doc(no_inline)]
 pub use real_heapless::Vec;
 #[doc(no_inline)]
-pub use std::{fmt, mem, ops, ptr};
+pub use std::{array, fmt, mem, ops, ptr};
 
 #[path = "../../../drivers/broker/src/attachments.rs"]
 mod attachments;

@@ -67,6 +67,10 @@ pub struct Capabilities {
     pub stage2: bool,
     /// Levels of a table hierarchy, at most.
     pub levels: u8,
+    /// Sizes of leaves in first-stage tables of 4 KiB pages: bit n set, it takes leaves of 2^n bytes.
+    pub stage1_leaves: u64,
+    /// The same of second-stage tables.
+    pub stage2_leaves: u64,
     /// Bits of a PASID; 0 where the unit knows none.
     pub pasid_bits: u8,
     /// Page requests are served, and can be drained.

@@ -125,7 +125,8 @@ impl From<Perms> for Attributes {
 pub struct Limits {
     /// Bits of a physical address that it takes.
     pub output_bits: u32,
-    /// Bit n set: it takes leaves of 2^n bytes. Pages of the smallest size it always takes.
+    /// Bit n set: it takes leaves of 2^n bytes, as a unit reports in
+    /// [`Capabilities::stage1_leaves`](iommu::Capabilities) and `stage2_leaves`. Pages of the smallest size it always takes.
     pub leaf_sizes: u64,
 }
 

@@ -138,6 +138,9 @@ impl<B: Bus + Clone> Found<B> {
             // With less a table of 4 levels has no legal start.
             stage2: self.idr0.is_set(IDR0::S2P) && self.idr5.read(IDR5::OAS) >= OAS_44,
             levels: 4,
+            // What the architecture has for a granule of 4 KiB, every unit has.
+            stage1_leaves: LEAVES_4K,
+            stage2_leaves: LEAVES_4K,
             pasid_bits: 0,
             page_requests: self.idr0.is_set(IDR0::PRI) && device_tlb,
             device_tlb,
@@ -339,6 +342,9 @@ fn aligned(purpose: &'static str, buffer: &DmaBuf, needed: usize) -> Result<(), 
         Err(Error::Memory { purpose, words, needed })
     }
 }
+
+/// Leaves of tables with a granule of 4 KiB: 4 KiB, 2 MiB, 1 GiB.
+const LEAVES_4K: u64 = 1 << 12 | 1 << 21 | 1 << 30;
 
 /// Words below which a base register cannot name a place: the address fields of `STRTAB_BASE` and of the queues begin at
 /// bit 5 or above.

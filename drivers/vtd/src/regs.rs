@@ -20,6 +20,8 @@ register_bitfields![u64,
         SAGAW OFFSET(8) NUMBITS(5) [],
         /// Fault-recording register offset, in 16 bytes.
         FRO OFFSET(24) NUMBITS(10) [],
+        /// Large pages of second-stage tables: bit 0 of 2 MiB, bit 1 of 1 GiB.
+        SSLPS OFFSET(34) NUMBITS(4) [],
         /// Page-selective invalidation of second-stage translations.
         PSI OFFSET(39) NUMBITS(1) [],
         /// Number of fault-recording registers, minus one.
@@ -30,6 +32,8 @@ register_bitfields![u64,
         DWD OFFSET(54) NUMBITS(1) [],
         /// Read draining.
         DRD OFFSET(55) NUMBITS(1) [],
+        /// First-stage pages of 1 GiB.
+        FS1GP OFFSET(56) NUMBITS(1) [],
         /// First-stage 5-level paging.
         FS5LP OFFSET(60) NUMBITS(1) [],
         /// Setting the root table pointer invalidates all caches.

@@ -149,6 +149,29 @@ fn before_it_is_taken_into_service_a_unit_is_only_read() {
     assert_eq!((capabilities.levels, capabilities.pasid_bits), (4, 20));
 }
 
+/// XSA-304: leaves are as large as the unit reports, and no larger.
+#[test]
+fn a_unit_has_the_leaves_that_it_reports() {
+    const KIB4: u64 = 1 << 12;
+    const MIB2: u64 = 1 << 21;
+    const GIB1: u64 = 1 << 30;
+    // CAP.SSLPS: bit 34 2 MiB, bit 35 1 GiB, 36 and 37 reserved; CAP.FS1GP: bit 56.
+    let none = Config::qemu().cap & !(0xF << 34 | 1 << 56);
+    for (bits, stage1, stage2) in [
+        (0, KIB4 | MIB2, KIB4),
+        (1 << 34, KIB4 | MIB2, KIB4 | MIB2),
+        (1 << 35, KIB4 | MIB2, KIB4 | GIB1),
+        (0xF << 34, KIB4 | MIB2, KIB4 | MIB2 | GIB1),
+        (1 << 56, KIB4 | MIB2 | GIB1, KIB4),
+    ] {
+        let (unit, _) = unit(Config { cap: none | bits, ..Config::qemu() });
+
+        let capabilities = Found::probe(unit).expect("it is there").capabilities();
+
+        assert_eq!((capabilities.stage1_leaves, capabilities.stage2_leaves), (stage1, stage2), "{bits:#x}");
+    }
+}
+
 #[test]
 fn a_unit_that_cannot_drain_page_requests_has_none() {
     // ECAP.PDS is bit 42, ECAP.PRS bit 29.

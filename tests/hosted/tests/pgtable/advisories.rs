@@ -1,4 +1,7 @@
 //! Bugs that others had in their tables: each line of their advisories that is about tables and superpages, by its number.
+//!
+//! One has no test here. XSA-285: a page became somebody else's while a table was filled. Whose a page is, is not for the tables
+//! to know: they map what a `Grant` promises, all of it in one call, under the lock of whoever made the promise.
 
 use crate::{Kind, Perms, device_walk, frames, in_every_format, map, unmap};
 use hosted::TableFrames;

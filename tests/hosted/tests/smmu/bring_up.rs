@@ -205,6 +205,9 @@ fn before_it_is_taken_into_service_a_unit_is_only_read() {
     assert!(capabilities.stage1 && capabilities.stage2 && capabilities.page_requests);
     assert!(capabilities.device_tlb && capabilities.coherent_walks);
     assert_eq!((capabilities.levels, capabilities.pasid_bits), (4, 0));
+    // A granule of 4 KiB has blocks of 2 MiB and 1 GiB, in either stage.
+    let leaves = 0x1000 | 0x20_0000 | 0x4000_0000;
+    assert_eq!((capabilities.stage1_leaves, capabilities.stage2_leaves), (leaves, leaves));
 }
 
 #[test]

@@ -134,7 +134,7 @@ impl<const N: usize> Directory<N> {
 
     /// Returns what is leaving under `key`, and was not removed yet.
     pub fn find_leaving(&self, key: u64) -> Option<Id> {
-        FACTORS.into_iter().flat_map(|factor| Self::bucket(key, factor)).find_map(|place| {
+        Self::places(key).find_map(|place| {
             let word = self.words[place].load(Acquire);
             let is_it = word & STATE == LEAVING && self.keys[place].load(Relaxed) == key;
             is_it.then_some(Id { place: place as u32, word })

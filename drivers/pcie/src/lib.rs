@@ -539,16 +539,19 @@ impl Function {
 
     /// Turns off PRI alone: the device asks for no more pages.
     pub fn disable_page_requests_alone(&self, config: &impl ConfigSpace) {
-        if let Some(at) = self.pri {
-            config.write32(self.id, at + 4, 0);
-            // The read makes the posted write arrive.
-            let _ = config.read32(self.id, at + 4);
-        }
+        self.switch_off(config, self.pri);
     }
 
     /// Turns off PRI, then ATS, then PASID.
     pub fn disable_page_requests(&self, config: &impl ConfigSpace) {
-        for at in [self.pri, self.ats, self.pasid].into_iter().flatten() {
+        for capability in [self.pri, self.ats, self.pasid] {
+            self.switch_off(config, capability);
+        }
+    }
+
+    /// Clears what a capability controls, if the function has it.
+    fn switch_off(&self, config: &impl ConfigSpace, capability: Option<u16>) {
+        if let Some(at) = capability {
             config.write32(self.id, at + 4, 0);
             // The read makes the posted write arrive before the next step relies on it.
             let _ = config.read32(self.id, at + 4);

@@ -13,7 +13,7 @@ const TOOLS: [(&str, &str); 2] = [
 /// Ends the process, and says what to install, if a program that counts instructions is missing.
 pub fn tools_or_exit() {
     // The process that is counted is started by one that has looked.
-    if std::env::args().any(|argument| argument.starts_with("--gungraun-run")) {
+    if is_counted() {
         return;
     }
     let missing = TOOLS.iter().filter(|(name, _)| {

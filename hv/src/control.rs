@@ -147,8 +147,15 @@ impl Guest {
 
     /// Notes that hardware may still know what it was to forget: then the guest's memory is never used again.
     fn stuck_if_late<T>(&mut self, result: Result<T, Error>) -> Result<T, Error> {
-        self.stuck |=
-            matches!(result, Err(Error::Unit(iommu::Error::Timeout { .. } | iommu::Error::QueueFull { .. })));
+        self.stuck |= matches!(
+            result,
+            Err(Error::Unit(
+                iommu::Error::Timeout { .. }
+                    | iommu::Error::QueueFull { .. }
+                    | iommu::Error::Busy { .. }
+                    | iommu::Error::Failed { .. }
+            ))
+        );
         result
     }
 

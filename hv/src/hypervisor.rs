@@ -375,7 +375,7 @@ impl Hypervisor {
         let in_time = || cpu::now_us().saturating_sub(start) < COMPLETION_LIMIT_US;
         let ticket = loop {
             match self.commands.with(|commands| commands.submit(invalidations)) {
-                Err(Error::QueueFull { .. }) if in_time() => cpu::relax(),
+                Err(Error::QueueFull { .. } | Error::Busy { .. }) if in_time() => cpu::relax(),
                 submitted => break submitted?,
             }
         };
@@ -386,8 +386,10 @@ impl Hypervisor {
         loop {
             // The clock is read first: a wait that was preempted for long looks once more before it gives up.
             let waited_us = cpu::now_us().saturating_sub(start);
-            if self.commands.with(|commands| commands.poll(ticket)) == Completion::Done {
-                return Ok(());
+            match self.commands.with(|commands| commands.poll(ticket)) {
+                Completion::Done => return Ok(()),
+                Completion::Failed => return Err(Error::Failed { ticket }),
+                Completion::Pending => {}
             }
             if waited_us >= COMPLETION_LIMIT_US {
                 return Err(Error::Timeout { register: "the invalidation queue", waited_us });

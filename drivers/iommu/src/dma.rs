@@ -1,8 +1,8 @@
 //! Memory shared with a device: the only `unsafe` code of the driver crates.
 //!
-//! Three promises, each made once by whoever owns physical memory (a hypervisor's frame allocator, a model) and relied
+//! Four promises, each made once by whoever owns physical memory (a hypervisor's frame allocator, a model) and relied
 //! on everywhere else: that memory may be used to talk to a device ([`DmaBuf`]), that a table hierarchy stays valid
-//! ([`Root`]), that a device may touch certain memory ([`Grant`]).
+//! ([`Root`]), that a device may touch certain memory ([`Grant`]) or all of it ([`Trust`]).
 #![expect(unsafe_code, reason = "shared memory is reached through raw pointers; see each type's promise")]
 
 use crate::PhysAddr;
@@ -123,6 +123,22 @@ impl Root {
     /// Returns the number of levels: 3, 4 or 5.
     pub const fn levels(self) -> u8 {
         self.levels
+    }
+}
+
+/// The word of whoever owns physical memory that a device may reach all of it.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Trust(());
+
+impl Trust {
+    /// Vouches for a device.
+    ///
+    /// # Safety
+    ///
+    /// The device that is attached with it, and whoever programs that device, may read and write all of physical memory
+    /// without breaking what the program rests on.
+    pub const unsafe fn new() -> Self {
+        Self(())
     }
 }
 

@@ -23,9 +23,9 @@ pub mod unit;
 pub use addr::{Gpa, Iova, PAGE_SIZE, Pasid, Perms, PhysAddr, StreamId};
 pub use bits::{Field, Words};
 pub use bus::{Bus, Ro, Rw, W1c};
-pub use dma::{DmaBuf, Grant, Root};
+pub use dma::{DmaBuf, Grant, Root, Trust};
 pub use event::{Access, Event, FaultReason, FaultRecord, GroupTag, Outcome, PageRequest, PageResponse};
 pub use unit::{
-    Attachment, Capabilities, Commands, Completion, DomainId, Error, Events, Features, Invalidation,
-    Invalidations, Leaving, Message, Tables, Ticket, Translation,
+    Attachment, Capabilities, Commands, Completion, DomainId, Error, Events, Failure, FailureCause, Features,
+    FirstStage, Invalidation, Invalidations, Leaving, Message, Stages, Tables, Ticket, Translation,
 };

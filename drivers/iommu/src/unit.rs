@@ -5,7 +5,7 @@
 //! says which [`Invalidation`]s make it visible; submitting them yields a [`Ticket`]; what the change took out of use
 //! may be used again once the ticket has completed, and not before.
 
-use crate::{Event, Iova, PAGE_SIZE, PageResponse, Pasid, Root, StreamId};
+use crate::{Event, Gpa, Iova, PAGE_SIZE, PageResponse, Pasid, Root, StreamId, Trust};
 use core::fmt;
 use heapless::Vec;
 
@@ -36,6 +36,11 @@ pub trait Commands {
     fn respond(&mut self, response: PageResponse) -> Result<(), (PageResponse, Error)>;
     /// Tells what became of `ticket`.
     fn poll(&mut self, ticket: Ticket) -> Completion;
+    /// Takes the queue one step out of an error, and returns what had stopped it; `None` when nothing does.
+    ///
+    /// To be called, again and again until it returns `None`, after [`Event::CommandsFailed`]: each call deals with one
+    /// error, in a bounded number of register accesses. What was queued behind the error is executed.
+    fn recover(&mut self) -> Option<Failure>;
 }
 
 /// The table side of a unit: which device is translated how. A device that was never assigned is blocked.
@@ -53,6 +58,9 @@ pub trait Tables {
     fn detach(&mut self, attachment: Attachment) -> Result<(Leaving, Invalidations), Error>;
     /// Blocks all of `stream` again.
     fn block(&mut self, stream: StreamId) -> Result<(Leaving, Invalidations), Error>;
+    /// Has what a blocked `stream` still tries refused without a record, so that it cannot flood the unit's faults. Ends
+    /// with the `finish` of its block.
+    fn silence(&mut self, stream: StreamId) -> Result<Invalidations, Error>;
     /// Takes note that the invalidations of a [`Leaving`] have completed.
     fn finish(&mut self, leaving: Leaving);
 }
@@ -65,6 +73,10 @@ pub struct Capabilities {
     pub stage1: bool,
     /// Second-stage (stage 2) tables.
     pub stage2: bool,
+    /// First-stage tables of a guest, whose addresses go through second-stage tables.
+    pub nested: bool,
+    /// Devices that reach all of memory without tables.
+    pub bypass: bool,
     /// Levels of a table hierarchy, at most.
     pub levels: u8,
     /// Sizes of leaves in first-stage tables of 4 KiB pages: bit n set, it takes leaves of 2^n bytes.
@@ -99,10 +111,65 @@ pub struct Features {
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 #[non_exhaustive]
 pub enum Translation {
+    /// Not at all: every access is refused, as it is without an attachment.
+    Blocked,
+    /// Not at all: every access reaches the physical address that it names.
+    Bypass(Trust),
     /// By first-stage (stage 1) tables.
     Stage1(Root),
     /// By second-stage (stage 2) tables.
     Stage2(Root),
+    /// By first-stage tables that a guest owns; the addresses in and from those by second-stage tables.
+    Nested {
+        /// The guest's.
+        first: FirstStage,
+        /// The hypervisor's: what the guest's own addresses are.
+        second: Root,
+    },
+}
+
+/// A first stage that a guest owns. Nothing in it is believed: all that it says goes through the second stage.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[non_exhaustive]
+pub enum FirstStage {
+    /// Page tables of `levels` levels, whose top table is at `root`.
+    Pages {
+        /// Where.
+        root: Gpa,
+        /// Levels, 4 or 5.
+        levels: u8,
+    },
+    /// A table of context descriptors, one for each PASID, as the guest's own stream table entry names it (SMMUv3).
+    Contexts {
+        /// The guest's entry; only the fields that the driver lists as a guest's to choose are taken from it.
+        entry: [u64; 8],
+    },
+}
+
+/// Which tables an attachment is translated by.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
+pub enum Stages {
+    /// None: it is blocked, or bypasses them.
+    None,
+    /// First-stage tables.
+    First,
+    /// Second-stage tables.
+    Second,
+    /// A guest's first stage over the hypervisor's second.
+    Nested,
+}
+
+impl Translation {
+    /// Returns which tables it names.
+    pub const fn stages(&self) -> Stages {
+        match self {
+            Self::Blocked | Self::Bypass(_) => Stages::None,
+            Self::Stage1(_) => Stages::First,
+            Self::Stage2(_) => Stages::Second,
+            Self::Nested { .. } => Stages::Nested,
+        }
+    }
 }
 
 /// A number under which a unit caches translations: `DID` of VT-d, VMID or ASID of SMMUv3.
@@ -122,8 +189,8 @@ pub struct Attachment {
     pub pasid: Option<Pasid>,
     /// The number under which its translations are cached.
     pub domain: DomainId,
-    /// Whether the tables are first-stage tables.
-    pub stage1: bool,
+    /// Which tables translate it.
+    pub stages: Stages,
     /// Whether the device keeps translations of its own.
     pub device_tlb: bool,
 }
@@ -146,7 +213,8 @@ pub enum Invalidation {
     },
     /// The configuration and all translations of an attachment.
     Attachment(Attachment),
-    /// The translations of `pages` pages from `iova`, whose leaf entries changed.
+    /// The translations of `pages` pages from `iova`, whose leaf entries changed. Of a nested attachment these are pages of
+    /// its second stage; as nobody knows what the first made of them, all that it cached goes with them.
     Pages {
         /// Whose.
         attachment: Attachment,
@@ -154,6 +222,31 @@ pub enum Invalidation {
         iova: Iova,
         /// How many.
         pages: u64,
+    },
+    /// What a guest changed in the first stage of its own, of a nested attachment. Device TLBs are not touched.
+    FirstStage {
+        /// Whose.
+        attachment: Attachment,
+        /// The guest's own number of the address space (ASID of SMMUv3); `None` is all of them.
+        asid: Option<u16>,
+        /// The first page and how many; `None` is all.
+        pages: Option<(Iova, u64)>,
+    },
+    /// The context descriptors of a guest's table (SMMUv3), of a nested attachment.
+    Contexts {
+        /// Whose.
+        attachment: Attachment,
+        /// Of which PASID; `None` is of all.
+        pasid: Option<Pasid>,
+    },
+    /// What the device itself remembers, of an attachment that has a device TLB.
+    DeviceTlb {
+        /// Whose.
+        attachment: Attachment,
+        /// Of which of the guest's PASIDs; `None` is without PASID.
+        pasid: Option<Pasid>,
+        /// The first page and how many; `None` is all.
+        pages: Option<(Iova, u64)>,
     },
     /// Completion also means that every page request sent before has reached its queue.
     PageRequestDrain,
@@ -185,6 +278,36 @@ pub enum Completion {
     Done,
     /// Not yet.
     Pending,
+    /// It never will: a command of it was refused, or a device did not answer. What it was to take out of use may still be
+    /// in use, until the same is submitted again and done.
+    Failed,
+}
+
+/// What stopped a command queue, as [`Commands::recover`] found it.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
+pub struct Failure {
+    /// Why.
+    pub cause: FailureCause,
+    /// Whose command it was, where it can be told: for [`FailureCause::Unanswered`] the device to quarantine.
+    pub stream: Option<StreamId>,
+    /// The ticket that is [`Completion::Failed`] now, if one is.
+    pub ticket: Option<Ticket>,
+}
+
+/// Why a command queue stopped.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
+#[non_exhaustive]
+pub enum FailureCause {
+    /// The unit does not take the command (`FSTS.IQE`, `CERROR_ILL`). It was replaced by one that does nothing.
+    Refused,
+    /// The unit could not read the queue (`CERROR_ABT`), or could not be brought to go on: nothing will be executed.
+    Stopped,
+    /// A device did not answer in time (`FSTS.ITE`, `CERROR_ATC_INV_SYNC`).
+    Unanswered,
+    /// A device gave an answer that nobody waited for (`FSTS.ICE`).
+    Unexpected,
 }
 
 /// Tables that are blocked, but that hardware may still be walking.
@@ -281,6 +404,16 @@ pub enum Error {
         /// Entries free now, without those reserved for answers.
         free: usize,
     },
+    /// The commands of this ticket were not executed; [`Commands::recover`] told why.
+    Failed {
+        /// Which.
+        ticket: Ticket,
+    },
+    /// Only one `what` may be on its way at a time; try again when the one before has completed.
+    Busy {
+        /// What is on its way.
+        what: &'static str,
+    },
     /// The unit did not acknowledge within `waited_us` microseconds.
     Timeout {
         /// The register or queue waited for, by the manual's name.
@@ -315,6 +448,8 @@ impl fmt::Display for Error {
             Self::QueueFull { needed, free } => {
                 write!(f, "the command queue has room for {free} entries, not {needed}")
             }
+            Self::Failed { ticket } => write!(f, "the commands of ticket {} failed", ticket.0),
+            Self::Busy { what } => write!(f, "another {what} is on its way"),
             Self::Timeout { register, waited_us } => {
                 write!(f, "{register} gave no acknowledgement in {waited_us} us")
             }
@@ -333,7 +468,7 @@ mod tests {
         stream: StreamId(0x20),
         pasid: None,
         domain: DomainId(1),
-        stage1: true,
+        stages: Stages::First,
         device_tlb: false,
     };
 

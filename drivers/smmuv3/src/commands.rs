@@ -5,8 +5,8 @@
 use crate::queue::CommandQueue;
 use heapless::Vec;
 use iommu::{
-    Attachment, Bus, Completion, DomainId, Error, Field, Invalidation, Iova, Outcome, PAGE_SIZE,
-    PageResponse, Pasid, StreamId, Ticket, Words, descriptor,
+    Attachment, Bus, Completion, DomainId, Error, Failure, Field, Invalidation, Iova, Outcome, PAGE_SIZE,
+    PageResponse, Pasid, Stages, StreamId, Ticket, Words, descriptor,
 };
 
 descriptor! {
@@ -259,7 +259,7 @@ impl<B: Bus> Commands<B> {
     /// One page of an attachment, in the unit.
     fn page(&self, at: Attachment, iova: Iova) -> Command {
         let vmid = self.vmid(at.domain);
-        if at.stage1 {
+        if at.stages == Stages::First {
             Command::tlbi_nh_va(vmid, at.domain.0, iova)
         } else {
             Command::tlbi_s2_ipa(vmid, iova)
@@ -269,7 +269,7 @@ impl<B: Bus> Commands<B> {
     /// All translations of an attachment: in the unit, then in the device.
     fn forget_all(&self, batch: &mut Batch, at: Attachment) -> Result<(), Error> {
         let vmid = self.vmid(at.domain);
-        batch.push(if at.stage1 {
+        batch.push(if at.stages == Stages::First {
             // Not by ASID: that would keep entries that tables mark as global.
             Command::tlbi_nh_all(vmid)
         } else {
@@ -300,6 +300,11 @@ impl<B: Bus> iommu::Commands for Commands<B> {
 
     fn poll(&mut self, ticket: Ticket) -> Completion {
         if self.queue.consumed(&self.bus) >= ticket.0 { Completion::Done } else { Completion::Pending }
+    }
+
+    /// A queue that stopped stays stopped.
+    fn recover(&mut self) -> Option<Failure> {
+        None
     }
 }
 

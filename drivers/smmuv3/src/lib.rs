@@ -140,6 +140,8 @@ impl<B: Bus + Clone> Found<B> {
             levels: 4,
             // What the architecture has for a granule of 4 KiB, every unit has.
             stage1_leaves: LEAVES_4K,
+            nested: false,
+            bypass: false,
             stage2_leaves: LEAVES_4K,
             pasid_bits: 0,
             page_requests: self.idr0.is_set(IDR0::PRI) && device_tlb,

@@ -323,7 +323,8 @@ impl<B: Bus> iommu::Tables for Tables<B> {
         }
         let features = device.features;
         let device_tlb = features.device_tlb;
-        let attachment = Attachment { serial, stream, pasid, domain, stage1, device_tlb };
+        let attachment =
+            Attachment { serial, stream, pasid, domain, stages: translation.stages(), device_tlb };
         device.entry = EntryState::Attached(attachment);
         self.attached = serial;
         let entry = self.blocked(domain, features);
@@ -362,6 +363,10 @@ impl<B: Bus> iommu::Tables for Tables<B> {
         let mut invalidations = Invalidations::new();
         let _ = invalidations.push(Invalidation::Device { stream, device_tlb: features.device_tlb });
         Ok((Leaving { stream, what: LeavingPart::Device }, invalidations))
+    }
+
+    fn silence(&mut self, _: StreamId) -> Result<Invalidations, Error> {
+        Err(Error::Unsupported { feature: "silence of a blocked device" })
     }
 
     /// Zeroes what left, and frees its place.

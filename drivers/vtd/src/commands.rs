@@ -6,8 +6,8 @@
 use crate::queue::InvalidationQueue;
 use heapless::Vec;
 use iommu::{
-    Attachment, Bus, Completion, DmaBuf, Error, Field, Invalidation, Iova, Outcome, PAGE_SIZE, PageResponse,
-    Pasid, PhysAddr, StreamId, Ticket, Words, descriptor,
+    Attachment, Bus, Completion, DmaBuf, Error, Failure, Field, Invalidation, Iova, Outcome, PAGE_SIZE,
+    PageResponse, Pasid, PhysAddr, Stages, StreamId, Ticket, Words, descriptor,
 };
 
 descriptor! {
@@ -319,9 +319,9 @@ impl<B: Bus> Commands<B> {
             }
             Invalidation::Pages { attachment: at, iova, pages } => {
                 match blocks(iova, pages, self.abilities.mask_limit) {
-                    Some(blocks) if at.stage1 || self.abilities.second_stage_pages => {
+                    Some(blocks) if at.stages == Stages::First || self.abilities.second_stage_pages => {
                         for &block in &blocks {
-                            batch.push(if at.stage1 {
+                            batch.push(if at.stages == Stages::First {
                                 Descriptor::pasid_pages(at.domain.0, number(at), block)
                             } else {
                                 Descriptor::domain_pages(at.domain.0, block, drain)
@@ -356,7 +356,7 @@ impl<B: Bus> Commands<B> {
 
     /// All translations of an attachment: in the unit, then in the device.
     fn forget_all(&self, batch: &mut Batch, at: Attachment) -> Result<(), Error> {
-        batch.push(if at.stage1 {
+        batch.push(if at.stages == Stages::First {
             Descriptor::pasid(at.domain.0, number(at))
         } else {
             Descriptor::domain(at.domain.0, self.abilities.drain)
@@ -398,6 +398,11 @@ impl<B: Bus> iommu::Commands for Commands<B> {
         let behind = (self.submitted as u32).wrapping_sub(self.status.load(0) as u32);
         let done = self.submitted.checked_sub(behind.into());
         if done.is_some_and(|done| done >= ticket.0) { Completion::Done } else { Completion::Pending }
+    }
+
+    /// A queue that stopped stays stopped.
+    fn recover(&mut self) -> Option<Failure> {
+        None
     }
 }
 

@@ -128,6 +128,8 @@ impl<B: Bus + Clone> Found<B> {
             levels: if cap.is_set(CAP::FS5LP) { 5 } else { 4 },
             // Pages of 2 MiB are in every first stage, and none but those of 4 KiB in every second.
             stage1_leaves: 1 << 12 | 1 << 21 | u64::from(cap.is_set(CAP::FS1GP)) << 30,
+            nested: false,
+            bypass: false,
             stage2_leaves: 1 << 12 | (cap.read(CAP::SSLPS) & 1) << 21 | (cap.read(CAP::SSLPS) >> 1 & 1) << 30,
             pasid_bits: if pasid { ecap.read(ECAP::PSS) as u8 + 1 } else { 0 },
             // Without drain a device cannot be taken away safely, so its page requests are not used either.

@@ -377,7 +377,7 @@ impl<B: Bus> iommu::Tables for Tables<B> {
             return Err(Error::PasidState { stream, pasid });
         }
         let device_tlb = device.features.device_tlb;
-        let stage1 = matches!(translation, Translation::Stage1(_));
+        let stages = translation.stages();
         let (at, word) = PasidTable::at(pasid.unwrap_or(Pasid::from_low_bits(0)));
         match device.tables.iter().find(|t| t.at == at) {
             Some(table) if table.state(word) != EntryState::Free => {
@@ -408,7 +408,7 @@ impl<B: Bus> iommu::Tables for Tables<B> {
         };
         self.attached += 1;
         self.serials[usize::from(domain.0)] = self.attached;
-        let attachment = Attachment { serial: self.attached, stream, pasid, domain, stage1, device_tlb };
+        let attachment = Attachment { serial: self.attached, stream, pasid, domain, stages, device_tlb };
         let (table, _) = self.entry(attachment)?;
         for i in 1..PASID_WORDS {
             table.table.store(word + i, entry.0[i]);
@@ -463,6 +463,10 @@ impl<B: Bus> iommu::Tables for Tables<B> {
         let mut invalidations = Invalidations::new();
         let _ = invalidations.push(Invalidation::Device { stream, device_tlb });
         Ok((Leaving { stream, what: LeavingPart::Device }, invalidations))
+    }
+
+    fn silence(&mut self, _: StreamId) -> Result<Invalidations, Error> {
+        Err(Error::Unsupported { feature: "silence of a blocked device" })
     }
 
     /// Zeroes what left and takes its frames back.

@@ -170,6 +170,7 @@ impl Board {
         for _ in 0..1000 {
             match reset.poll(self, self.now_us.get()) {
                 Ok(Completion::Done) => return Ok(()),
+                Ok(Completion::Failed) => panic!("a reset has no commands"),
                 Ok(Completion::Pending) => self.now_us.set(self.now_us.get() + 10_000),
                 Err(error) => return Err(error),
             }

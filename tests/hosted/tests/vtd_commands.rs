@@ -4,7 +4,7 @@
 use hosted::{Machine, Moment, Random, Tapped, needs, unit};
 use iommu::{
     Attachment, Bus, Commands, Completion, DomainId, Error, Event, Events, Features, GroupTag, Invalidation,
-    Iova, Outcome, PAGE_SIZE, PageRequest, PageResponse, Pasid, Perms, PhysAddr, StreamId, Ticket,
+    Iova, Outcome, PAGE_SIZE, PageRequest, PageResponse, Pasid, Perms, PhysAddr, Stages, StreamId, Ticket,
 };
 use models::vtd::{Config, VtdUnit};
 use pgtable::VtdFirstStage;
@@ -35,8 +35,8 @@ fn pasid(value: u32) -> Option<Pasid> {
 const PFSID: u64 = 0x30 << 52;
 
 /// An attachment that no table knows: good enough to encode.
-fn attachment(pasid: Option<Pasid>, stage1: bool, device_tlb: bool) -> Attachment {
-    Attachment { serial: 1, stream: StreamId(0x0300), pasid, domain: DomainId(0x10), stage1, device_tlb }
+fn attachment(pasid: Option<Pasid>, stages: Stages, device_tlb: bool) -> Attachment {
+    Attachment { serial: 1, stream: StreamId(0x0300), pasid, domain: DomainId(0x10), stages, device_tlb }
 }
 
 /// Returns the descriptors that `invalidation` becomes, without the wait that ends them.
@@ -55,7 +55,7 @@ fn encoded(config: Config, invalidation: Invalidation) -> Vec<[u64; 4]> {
 #[test]
 fn pages_of_a_pasid_are_cut_into_blocks_for_the_unit_and_then_for_the_device() {
     let words = |invalidation| encoded(Config::full(), invalidation);
-    let tagged = attachment(pasid(1), true, true);
+    let tagged = attachment(pasid(1), Stages::First, true);
     let pages = |attachment, iova, pages| Invalidation::Pages { attachment, iova: Iova(iova), pages };
 
     // Row 38: 512 pages at 0x20_0000. Its device TLB half as row 44 without G: eight ones from bit 12 on, and S.
@@ -78,16 +78,19 @@ fn pages_of_a_pasid_are_cut_into_blocks_for_the_unit_and_then_for_the_device() {
     );
     // Without PASID: PASID 0 (RID_PASID) for the unit, type 3 for the device. Row 30: 16 pages, three ones, S in bit 0.
     assert_eq!(
-        words(pages(attachment(None, true, true), 0x1234_0000, 16)),
+        words(pages(attachment(None, Stages::First, true), 0x1234_0000, 16)),
         [[0x10_0036, 0x1234_0004, 0, 0], [3 | 0x300 << 32 | PFSID, 0x1234_7001, 0, 0]]
     );
     // A device without a TLB is not asked.
-    assert_eq!(words(pages(attachment(pasid(1), true, false), 0x7000, 1)), [[0x1_0010_0036, 0x7000, 0, 0]]);
+    assert_eq!(
+        words(pages(attachment(pasid(1), Stages::First, false), 0x7000, 1)),
+        [[0x1_0010_0036, 0x7000, 0, 0]]
+    );
 }
 
 #[test]
 fn the_physical_function_is_named_only_to_a_unit_that_asks_for_it() {
-    let tagged = attachment(pasid(1), true, true);
+    let tagged = attachment(pasid(1), Stages::First, true);
     let pages = Invalidation::Pages { attachment: tagged, iova: Iova(0x7000), pages: 1 };
 
     // ECAP.DIT is bit 41: the modelled QEMU has none, and the field is reserved there.
@@ -98,7 +101,7 @@ fn the_physical_function_is_named_only_to_a_unit_that_asks_for_it() {
 #[test]
 fn pages_of_a_second_stage_are_invalidated_in_their_domain() {
     // Row 27 without IH, DID 0x10: 2 | 3<<4 | DW 1<<6 | DR 1<<7 | 0x10<<16; AM 4.
-    let second = attachment(pasid(1), false, false);
+    let second = attachment(pasid(1), Stages::Second, false);
     let pages = Invalidation::Pages { attachment: second, iova: Iova(0x1234_0000), pages: 16 };
 
     assert_eq!(encoded(Config::full(), pages), [[0x0010_00F2, 0x1234_0004, 0, 0]]);
@@ -112,7 +115,7 @@ fn pages_of_a_second_stage_are_invalidated_in_their_domain() {
 
 #[test]
 fn a_range_of_many_pieces_forgets_the_whole_pasid() {
-    let tagged = attachment(pasid(1), true, true);
+    let tagged = attachment(pasid(1), Stages::First, true);
     // From the second page, 255 pages: eight blocks.
     let pages = Invalidation::Pages { attachment: tagged, iova: Iova(0x1000), pages: 255 };
 
@@ -127,7 +130,7 @@ fn a_range_of_many_pieces_forgets_the_whole_pasid() {
 fn no_block_is_larger_than_the_unit_says() {
     // CAP.MAMV is 53:48. With 1: blocks of two pages.
     let small = Config { cap: Config::full().cap & !(0x3F << 48) | 1 << 48, ..Config::full() };
-    let tagged = attachment(pasid(1), true, false);
+    let tagged = attachment(pasid(1), Stages::First, false);
     let pages = |pages| Invalidation::Pages { attachment: tagged, iova: Iova(0x8000), pages };
 
     let block = |iova: u64, am| [0x1_0010_0036, iova | am, 0, 0];
@@ -169,7 +172,7 @@ fn the_pages_of_a_range_are_forgotten_and_no_others() {
 
 #[test]
 fn an_invalidation_of_everything_at_bring_up_and_of_an_attachment_is_complete() {
-    let at = attachment(pasid(0xA_BCDE), true, true);
+    let at = attachment(pasid(0xA_BCDE), Stages::First, true);
     // PASID cache as row 40 with DID 0x10, then P-IOTLB as row 37, then the device's as row 43: in this order.
     assert_eq!(
         encoded(Config::full(), Invalidation::Attachment(at)),
@@ -179,7 +182,7 @@ fn an_invalidation_of_everything_at_bring_up_and_of_an_attachment_is_complete() 
             [8 | 0x300 << 16 | 0xA_BCDE << 32 | PFSID, 0x7FFF_FFFF_FFFF_F800, 0, 0]
         ]
     );
-    let at = attachment(None, false, true);
+    let at = attachment(None, Stages::Second, true);
     // PASID 0 (RID_PASID); second stage: the domain (row 26); type 3, everything (row 28).
     assert_eq!(
         encoded(Config::full(), Invalidation::Attachment(at)),
@@ -209,7 +212,7 @@ fn a_batch_is_one_doorbell_and_one_wait() {
     });
     let mut machine = Machine::enable(unit, memory, bus, parts).expect("it comes into service");
     let (doorbells, executed) = (rung.load(SeqCst), unit.executed().len());
-    let at = attachment(pasid(5), true, false);
+    let at = attachment(pasid(5), Stages::First, false);
 
     machine.invalidate(&[Invalidation::Attachment(at), Invalidation::PageRequestDrain, Invalidation::All]);
 
@@ -224,7 +227,7 @@ fn a_batch_is_one_doorbell_and_one_wait() {
 #[test]
 fn a_batch_that_does_not_fit_is_refused_whole() {
     let mut machine = Machine::new(Config::full());
-    let at = attachment(pasid(1), true, true);
+    let at = attachment(pasid(1), Stages::First, true);
     let executed = machine.unit.executed().len();
 
     // Eleven attachments are 33 descriptors and a wait; a batch has 32.

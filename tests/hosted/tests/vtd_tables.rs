@@ -388,7 +388,7 @@ fn what_the_tables_do_not_hold_is_refused_by_name() {
         stream: NIC,
         pasid: pasid(9),
         domain: DomainId(3),
-        stage1: true,
+        stages: iommu::Stages::First,
         device_tlb: true,
     };
     let refused = tables.detach(never).map(|_| ());

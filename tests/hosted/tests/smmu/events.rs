@@ -8,7 +8,7 @@ use hosted::{
 use iommu::{
     Access, Attachment, Bus, Commands, Completion, DomainId, Error, Event, Events, FaultReason, FaultRecord,
     Features, GroupTag, Invalidation, Iova, Outcome, PAGE_SIZE, PageRequest, PageResponse, Pasid, Perms,
-    PhysAddr, StreamId,
+    PhysAddr, Stages, StreamId,
 };
 use models::smmuv3::{Config, Refusal, Requested, SmmuUnit, Wire};
 use std::{
@@ -442,12 +442,12 @@ mod commands {
     #[test]
     fn invalidations_become_the_commands_of_the_manual_in_its_order() {
         let full = Config::full();
-        let at = |stage1, device_tlb| Attachment {
+        let at = |stages, device_tlb| Attachment {
             serial: 1,
             stream: DISK,
             pasid: None,
             domain: DomainId(0x2A),
-            stage1,
+            stages,
             device_tlb,
         };
         let pages = |attachment, iova, pages| Invalidation::Pages { attachment, iova: Iova(iova), pages };
@@ -460,17 +460,17 @@ mod commands {
         for (invalidation, expected) in [
             (Invalidation::Device { stream: DISK, device_tlb: false }, vec![ste]),
             (Invalidation::Device { stream: DISK, device_tlb: true }, vec![ste, sync, everything]),
-            (Invalidation::Attachment(at(true, true)), vec![ste, sync, nh_all, sync, everything]),
-            (Invalidation::Attachment(at(false, true)), vec![ste, sync, vmall, sync, everything]),
-            (Invalidation::Attachment(at(true, false)), vec![ste, sync, nh_all]),
-            (pages(at(true, false), 0x4020_1000, 1), vec![nh_va(0x4020_1000)]),
+            (Invalidation::Attachment(at(Stages::First, true)), vec![ste, sync, nh_all, sync, everything]),
+            (Invalidation::Attachment(at(Stages::Second, true)), vec![ste, sync, vmall, sync, everything]),
+            (Invalidation::Attachment(at(Stages::First, false)), vec![ste, sync, nh_all]),
+            (pages(at(Stages::First, false), 0x4020_1000, 1), vec![nh_va(0x4020_1000)]),
             // K13 without a level: TG 1<<10, NUM 4<<12. 512 pages are 32 times 2^4: NUM 31<<12 | SCALE 4<<20.
-            (pages(at(true, false), 0x4020_5000, 5), vec![[0x002A_002A_0000_4012, 0x4020_5401]]),
-            (pages(at(true, false), 0x4020_0000, 512), vec![[0x002A_002A_0041_F012, 0x4020_0401]]),
-            (pages(at(false, false), 0x8020_0000, 5), vec![[0x0000_002A_0000_402A, 0x8020_0401]]),
+            (pages(at(Stages::First, false), 0x4020_5000, 5), vec![[0x002A_002A_0000_4012, 0x4020_5401]]),
+            (pages(at(Stages::First, false), 0x4020_0000, 512), vec![[0x002A_002A_0041_F012, 0x4020_0401]]),
+            (pages(at(Stages::Second, false), 0x8020_0000, 5), vec![[0x0000_002A_0000_402A, 0x8020_0401]]),
             // K23: four pages; and K20.
             (
-                pages(at(false, true), 0x1000_0000, 4),
+                pages(at(Stages::Second, true), 0x1000_0000, 4),
                 vec![[0x0000_002A_0000_302A, 0x1000_0401], sync, [0x0000_0108_0000_0040, 0x1000_0002]],
             ),
             (Invalidation::PageRequestDrain, vec![]),
@@ -480,15 +480,24 @@ mod commands {
         // Without ranges: page by page, up to a few; then everything.
         let single = Config { idr3: full.idr3 & !(1 << 10), ..full };
         assert_eq!(
-            encoded(single, pages(at(true, false), 0x4020_1000, 3)),
+            encoded(single, pages(at(Stages::First, false), 0x4020_1000, 3)),
             [nh_va(0x4020_1000), nh_va(0x4020_2000), nh_va(0x4020_3000)]
         );
-        assert_eq!(encoded(single, pages(at(true, true), 0x4020_1000, 9)), [nh_all, sync, everything]);
-        assert_eq!(encoded(single, pages(at(false, false), 0x4020_1000, 9)), [vmall]);
+        assert_eq!(
+            encoded(single, pages(at(Stages::First, true), 0x4020_1000, 9)),
+            [nh_all, sync, everything]
+        );
+        assert_eq!(encoded(single, pages(at(Stages::Second, false), 0x4020_1000, 9)), [vmall]);
         // Without stage 2 there are no VMIDs: reserved.
         let first = Config { idr0: full.idr0 & !1, ..full };
-        assert_eq!(encoded(first, Invalidation::Attachment(at(true, false))), [ste, sync, [0x10, 0]]);
-        assert_eq!(encoded(first, pages(at(true, false), 0x1000, 1)), [[0x002A_0000_0000_0012, 0x1001]]);
+        assert_eq!(
+            encoded(first, Invalidation::Attachment(at(Stages::First, false))),
+            [ste, sync, [0x10, 0]]
+        );
+        assert_eq!(
+            encoded(first, pages(at(Stages::First, false), 0x1000, 1)),
+            [[0x002A_0000_0000_0012, 0x1001]]
+        );
     }
 
     #[test]

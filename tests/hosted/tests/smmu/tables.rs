@@ -434,7 +434,7 @@ fn what_the_tables_do_not_hold_is_refused_by_name() {
         Some(Error::PasidState { stream: DISK, pasid })
     );
     let attachment = machine.attach(DISK, Stage::One, &tree);
-    let foreign = iommu::Attachment { stage1: false, ..attachment };
+    let foreign = iommu::Attachment { stages: iommu::Stages::Second, ..attachment };
     assert_eq!(
         machine.smmu.tables.detach(foreign).err(),
         Some(Error::PasidState { stream: DISK, pasid: None })

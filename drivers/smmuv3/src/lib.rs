@@ -44,6 +44,7 @@ mod regs;
 mod stalls;
 pub mod streams;
 pub mod tables;
+pub mod tree;
 
 pub use commands::Commands;
 pub use errata::Erratum;

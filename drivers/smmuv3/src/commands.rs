@@ -253,7 +253,7 @@ impl<B: Bus> Commands<B> {
     }
 
     fn vmid(&self, domain: DomainId) -> u16 {
-        if self.abilities.vmid { domain.0 } else { 0 }
+        if self.abilities.vmid { crate::tables::vmid(domain) } else { 0 }
     }
 
     /// One page of an attachment, in the unit.

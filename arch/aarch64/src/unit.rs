@@ -182,6 +182,7 @@ impl Found {
             event_queue: cut(EVENT_FRAMES)?,
             page_requests: cut(REQUEST_FRAMES)?,
             answers: OUTSTANDING,
+            // The devices of this machine are all behind PCI Express.
             stalling: Vec::new(),
             forced_write_back: false,
         };

@@ -344,6 +344,8 @@ impl<B: Bus> Commands<B> {
                 }
             }
             Invalidation::PageRequestDrain => Ok(()),
+            // Faults do not stall here.
+            Invalidation::Stalls { .. } => Ok(()),
             // The vocabulary may grow; what this driver does not know must not pass for done.
             _ => Err(Error::Unsupported { feature: "this invalidation" }),
         }

@@ -6,6 +6,8 @@ const STREAM_TABLE: hosted::smmu::StreamTable = hosted::smmu::StreamTable::Linea
 
 #[path = "smmu/bring_up.rs"]
 mod bring_up;
+#[path = "smmu/contexts.rs"]
+mod contexts;
 #[path = "smmu/events.rs"]
 mod events;
 #[path = "smmu/tables.rs"]

@@ -10,5 +10,7 @@ mod bring_up;
 mod contexts;
 #[path = "smmu/events.rs"]
 mod events;
+#[path = "smmu/nested.rs"]
+mod nested;
 #[path = "smmu/tables.rs"]
 mod tables;

@@ -87,14 +87,7 @@ pub struct Found {
 }
 
 /// The unit in service.
-pub struct Unit {
-    /// What it reports.
-    pub events: Events,
-    /// What it is told.
-    pub commands: Commands,
-    /// Which device is translated how.
-    pub tables: Tables,
-}
+pub type Unit = smmuv3::Smmu<Mmio>;
 
 /// The last stream that has a place: every function of a PCI segment; of a unit that knows fewer, every function of bus 0.
 const LAST_STREAMS: [StreamId; 2] = [StreamId(0xFFFF), StreamId(0xFF)];
@@ -206,7 +199,7 @@ impl Found {
             stalling: Vec::new(),
             forced_write_back: false,
         };
-        let smmuv3::Smmu { events, commands, tables } = self.unit.enable(memory).map_err(Error::Unit)?;
-        Ok(Unit { events, commands, tables })
+        // As it is: it is large, and each time that it is taken apart it takes as much of the stack again.
+        self.unit.enable(memory).map_err(Error::Unit)
     }
 }

@@ -53,6 +53,7 @@ pub use commands::Commands;
 pub use contexts::CONTEXT_TABLES;
 pub use errata::Erratum;
 pub use events::Events;
+pub use interrupts::Messages;
 pub use streams::{SECOND_LEVEL_TABLES, StreamTableNeeds};
 pub use tables::{FRAME_WORDS, Replacement, Tables};
 

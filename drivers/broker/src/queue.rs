@@ -517,9 +517,14 @@ impl<const S: usize> Queue<S> {
         now_us: u64,
     ) -> Result<Settlement<'_, S>, Refusal> {
         let at = cookie.slot();
-        let slot = self.slots.get(usize::from(at)).ok_or(Refusal::OutOfRange)?;
+        // Where there is no such slot another is looked at, so that a refusal takes the same work whatever its reason.
+        let is_there = usize::from(at) < S;
+        let slot = self.slots.get(usize::from(at)).unwrap_or(&self.slots[0]);
         let wanted = cookie.generation().wrapping_sub(self.first.load(Relaxed)) & GENERATION;
         let mut word = slot.word.load(Acquire);
+        if !is_there {
+            return Err(Refusal::OutOfRange);
+        }
         // A group changes at most three times more before it is answered, so this ends in the fourth round.
         loop {
             let current = generation(word);

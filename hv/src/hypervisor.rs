@@ -1,6 +1,6 @@
 //! What all cores share.
 
-use crate::memory::Pool;
+use crate::{memory::Pool, tables::Stage};
 use arch::{
     cpu::{self, Locked},
     interrupts::{self, Source},
@@ -202,6 +202,8 @@ pub struct Hypervisor {
     pub config: Ecam,
     /// What the unit can do.
     pub capabilities: Capabilities,
+    /// By which of its stages devices are translated.
+    pub stage: Stage,
     /// The command side of the unit.
     pub commands: Locked<Commands>,
     /// The table side of the unit. Its changes are published one by one; waiting for their invalidation comes after.
@@ -273,11 +275,13 @@ impl Hypervisor {
             // Devices past the table are left alone: blocked.
             let _ = devices.push(Device { function, registers });
         }
+        let stage = Stage::of(&capabilities);
         HYPERVISOR.call_once(|| Self {
             boot,
             pool: &POOL,
             config,
             capabilities,
+            stage,
             commands: Locked::new(commands),
             tables: Locked::new(tables),
             ledger: &LEDGER,

@@ -61,7 +61,7 @@ pub fn run() -> Result<(), Failed> {
     ensure!(version == VERSION, "the hypervisor speaks version {version}, this guest {VERSION}");
     let [task, first, second] = demand(Call::Task, [0; 4])?;
     match task {
-        EVENT => event::run(),
+        EVENT => event::run(first != 0),
         WATCH => watch::run(first),
         REPAIR => repair::run(first),
         SILENCE => silence::run(),

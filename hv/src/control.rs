@@ -5,7 +5,7 @@ use crate::{
     guest::Guest,
     hypervisor::{DEVICES_PER_GUEST, Device, GUESTS, Hypervisor},
     memory::Share,
-    tables::DeviceTables,
+    tables::{DeviceTables, Unmapped},
 };
 use arch::{cpu, unit};
 use broker::{AttachmentId, DeviceId, Limits, Policy, QueueId, Restraint, Whose};
@@ -318,8 +318,24 @@ impl Space {
     /// Unmaps `bytes` from `iova`, and returns when nothing reaches the memory any more. On an error of the unit the device
     /// may still reach it, until it is detached.
     pub fn unmap(&self, hv: &Hypervisor, share: &Share, iova: Iova, bytes: u64) -> Result<(), Error> {
-        let unmapped =
-            share.with(hv.pool, |frames| self.tree.unmap(frames, iova.0, bytes)).map_err(Error::Tables)?;
+        let unmapped = self.remove(hv, share, iova, bytes)?;
+        self.forget(hv, share, iova, bytes, unmapped)
+    }
+
+    /// Takes `bytes` from `iova` out of the tables. The unit and the device may still know them.
+    pub fn remove(&self, hv: &Hypervisor, share: &Share, iova: Iova, bytes: u64) -> Result<Unmapped, Error> {
+        share.with(hv.pool, |frames| self.tree.unmap(frames, iova.0, bytes)).map_err(Error::Tables)
+    }
+
+    /// Has the unit and the device forget what was removed, and returns when they have.
+    pub fn forget(
+        &self,
+        hv: &Hypervisor,
+        share: &Share,
+        iova: Iova,
+        bytes: u64,
+        unmapped: Unmapped,
+    ) -> Result<(), Error> {
         let Attachment { stream, pasid, domain, .. } = self.attachment;
         // `Pages` leaves what the unit remembers of the tables above.
         let invalidation = match unmapped.tables_went() {

@@ -216,6 +216,8 @@ pub struct Hypervisor {
     pub drains: Drains,
     /// Faults of devices that no guest owns: how many, and the last.
     pub unowned: Locked<(u64, Option<FaultRecord>)>,
+    /// How often the unit said that it lost reports.
+    pub lost: Losses,
     /// The most microseconds that an answer came after its deadline.
     pub latest_expiry_us: AtomicU64,
     /// Answers that the unit did not take yet; the service core tries again.
@@ -288,6 +290,7 @@ impl Hypervisor {
             homes: &HOMES,
             drains: Drains::new(),
             unowned: Locked::new((0, None)),
+            lost: Losses { faults: AtomicU64::new(0), requests: AtomicU64::new(0) },
             latest_expiry_us: AtomicU64::new(0),
             unsent: Locked::new(Vec::new()),
             control_waits: AtomicBool::new(false),
@@ -420,6 +423,14 @@ impl Hypervisor {
             cpu::relax();
         }
     }
+}
+
+/// How often the unit said that it lost an unknown number of reports.
+pub struct Losses {
+    /// Of faults.
+    pub faults: AtomicU64,
+    /// Of page requests.
+    pub requests: AtomicU64,
 }
 
 /// Passes of the service routine that someone waits for.

@@ -3,6 +3,8 @@
 //! A scene arranges, lets devices and guests act, and checks what came of it. It fails by saying which expectation did
 //! not hold. Frames are counted around each scene: one that leaves a frame taken has failed.
 
+mod pressure;
+
 use crate::{
     control,
     guest::{self},
@@ -32,6 +34,8 @@ mod task {
     pub const RESTRAINT: u64 = 10;
     pub const NEIGHBOUR: u64 = 11;
     pub const CLAIMS: u64 = 12;
+    pub const FLOOD: u64 = 13;
+    pub const BATCH: u64 = 14;
 }
 
 /// How long a scene waits for a guest, in microseconds of the machine's time.
@@ -55,7 +59,7 @@ type Unexpected = &'static str;
 
 type Scene = fn(&Hypervisor, &Seen) -> Result<&'static str, Unexpected>;
 
-/// Each scene: its name, whether it needs devices that send page requests, and itself.
+/// Each ordinary scene: its name, whether it needs devices that send page requests, and itself.
 const SCENES: [(&str, bool, Scene); 10] = [
     ("deny", false, deny),
     ("allow", false, allow),
@@ -69,13 +73,22 @@ const SCENES: [(&str, bool, Scene); 10] = [
     ("isolation", true, isolation),
 ];
 
+/// Scenes that are shown only where the command line names them, each in a boot that is made for it.
+const FURTHER: [(&str, bool, Scene); 4] = [
+    ("storm", false, pressure::storm),
+    ("overflow", true, pressure::overflow),
+    ("staleness", true, pressure::staleness),
+    ("batch", true, pressure::batch),
+];
+
 /// Shows the scenes that were asked for; returns whether all of them passed.
 pub fn run(hv: &Hypervisor) -> bool {
     let wanted = hv.boot.command_line().split_whitespace();
-    let all = wanted.clone().next().is_none();
-    let is_wanted = |name: &str| all || wanted.clone().any(|one| one == name);
+    let ordinary = wanted.clone().next().is_none();
+    let is_named = |(name, ..): &(&str, bool, Scene)| wanted.clone().any(|one| one == *name);
+    let scenes = SCENES.into_iter().filter(|scene| ordinary || is_named(scene));
     let (mut ended, mut passed, mut skipped) = (0u32, 0u32, 0u32);
-    for (name, needs_requests, scene) in SCENES.into_iter().filter(|(name, ..)| is_wanted(name)) {
+    for (name, needs_requests, scene) in scenes.chain(FURTHER.into_iter().filter(is_named)) {
         if needs_requests && requesters(hv).len() < GUESTS {
             defmt::warn!(
                 "scene skip name={=str} reason=there are no two devices that send page requests",
@@ -204,8 +217,13 @@ impl<'h> Writer<'h> {
     const PATTERN: u32 = 0x1234_5678;
 
     fn find(hv: &'h Hypervisor) -> Result<Self, Unexpected> {
+        Self::nth(hv, 0)
+    }
+
+    /// Returns the device of this kind before which there are `n` others.
+    fn nth(hv: &'h Hypervisor, n: usize) -> Result<Self, Unexpected> {
         let is_it = |d: &&Device| (d.function.vendor, d.function.device) == (0x1B36, 0x0005);
-        let device = hv.devices.iter().find(is_it).ok_or("there is no iommu-testdev")?;
+        let device = hv.devices.iter().filter(is_it).nth(n).ok_or("there are too few iommu-testdevs")?;
         device.function.enable_memory(&hv.config);
         let registers = memory::device(device.registers.clone()).ok_or("iommu-testdev is out of reach")?;
         Ok(Self { device, registers })

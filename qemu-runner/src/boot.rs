@@ -119,11 +119,12 @@ pub(crate) struct Outcome {
 }
 
 /// Names of a boot's files in its directory.
+/// What QEMU traced, and what it complained of.
 pub(crate) const TRACE: &str = "trace.txt";
+pub(crate) const STDERR: &str = "stderr.txt";
 const IMAGE: &str = "hypervisor.bin";
 const SERIAL: &str = "serial.bin";
 const LOG: &str = "log.txt";
-const STDERR: &str = "stderr.txt";
 
 impl Boot<'_> {
     /// Boots, hands each line of the log to `watch` as it comes, and returns when QEMU is gone.

@@ -2,13 +2,13 @@
 
 use std::{
     collections::VecDeque,
-    fs::File,
+    fs::{self, File},
     io::{self, BufReader, Write},
     path::{Path, PathBuf},
 };
 
 use crate::{
-    boot::{Boot, Ending, TRACE},
+    boot::{Boot, Ending, STDERR, TRACE},
     build::{Images, build_plugin},
     error::Error,
     log::{Level, Line},
@@ -155,7 +155,9 @@ impl Demonstration {
             detachments: true,
         };
         let trace = Trace::judge(BufReader::new(trace), &told)?;
+        let witnesses: Vec<&str> = wanted.iter().map(|scene| scene.witness).collect();
         report.judge(Evidence {
+            said: said_by_qemu(directory.path(), &witnesses)?,
             variant,
             qemu_version: &qemu.version,
             wanted,
@@ -168,6 +170,18 @@ impl Demonstration {
         });
         Ok(())
     }
+}
+
+/// Returns those of `texts` that QEMU said during the boot whose files are in `directory`.
+fn said_by_qemu<'t>(directory: &Path, texts: &[&'t str]) -> Result<Vec<&'t str>, Error> {
+    let mut said = Vec::new();
+    for file in [TRACE, STDERR] {
+        let path = directory.join(file);
+        let bytes = fs::read(&path).map_err(Error::io("reading", &path))?;
+        let text = String::from_utf8_lossy(&bytes);
+        said.extend(texts.iter().filter(|wanted| !wanted.is_empty() && text.contains(**wanted)));
+    }
+    Ok(said)
 }
 
 /// Returns the machine that the image at `elf` is for, unless the options name another.

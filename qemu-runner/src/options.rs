@@ -23,10 +23,12 @@ Options:
   --machine NAME     boot this machine only (x86_64, aarch64)
   --variant NAME     boot this variant only; may be given several times
                      (ordinary: the machine as it comes;
-                     second-stage: devices are translated by second-stage tables)
+                     second-stage: devices are translated by second-stage tables;
+                     pressure: queues overflow, devices remember)
   --scene NAME       show this scene only; may be given several times
                      (deny allow event repair silence forgery restraint
-                     claims departure isolation)
+                     claims departure isolation; of pressure:
+                     storm overflow staleness batch)
   --keep             keep each boot's files (serial.bin, log.txt, trace.txt, stderr.txt) and say where
   --offline          download nothing
   --timeout SECONDS  limit for each boot (60)

@@ -77,6 +77,8 @@ pub(crate) struct Evidence<'e> {
     /// Damaged frames on the serial port.
     pub(crate) lost: u64,
     pub(crate) trace: Trace,
+    /// What QEMU said of all that the scenes want it to say.
+    pub(crate) said: Vec<&'e str>,
 }
 
 impl Report {
@@ -228,7 +230,11 @@ fn judge_scene(scene: &Scene, evidence: &Evidence<'_>) -> SceneReport {
         Some(guest) if !passed => format!("; the last that a guest said: {guest}"),
         _ => String::new(),
     };
+    let witnessed = scene.witness.is_empty() || evidence.said.contains(&scene.witness);
     let (passed, skipped, seen) = match (record.map(|record| &record.progress), evidence.no_page_requests) {
+        (Some(Progress::Ended { passed: true, .. }), _) if !witnessed => {
+            (false, None, format!("the hypervisor saw it, and QEMU did not say: {}", scene.witness))
+        }
         (Some(Progress::Ended { passed, seen }), _) => (*passed, None, seen.clone() + &said(*passed)),
         (Some(Progress::Skipped { reason }), _) => (false, Some(reason.clone()), String::new()),
         (Some(Progress::Began), _) => {
@@ -292,6 +298,7 @@ mod tests {
             ending: None,
             lost: 0,
             trace: Trace { enabled: true, ..Trace::default() },
+            said: Vec::new(),
         }
     }
 
@@ -364,6 +371,18 @@ mod tests {
                 "problems": [],
             })
         );
+    }
+
+    #[test]
+    fn a_scene_that_qemu_is_to_witness_fails_where_it_does_not() {
+        let transcript = transcript(&all_passed(&["storm"]));
+        let wanted = &[Scene { name: "storm", witness: "PFO", ..VARIANTS[0].scenes[0] }];
+
+        let silent = judged(Evidence { wanted, ..evidence(&transcript) });
+        let said = judged(Evidence { wanted, said: vec!["PFO"], ..evidence(&transcript) });
+
+        assert!(said.passed(), "{said:?}");
+        assert!(!silent.passed() && silent.scenes[0].seen.contains("PFO"), "{silent:?}");
     }
 
     #[test]

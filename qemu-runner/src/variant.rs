@@ -44,11 +44,18 @@ pub(crate) struct Scene {
     pub(crate) page_requests: bool,
     /// Whether something that the scene is evidence about is our own model in place of QEMU's.
     pub(crate) test_double: bool,
+    /// What QEMU itself must have said when it was shown, in its trace or on standard error; nothing if empty.
+    pub(crate) witness: &'static str,
 }
 
 impl Scene {
     const fn plain(name: &'static str) -> Self {
-        Self { name, page_requests: false, test_double: false }
+        Self { name, page_requests: false, test_double: false, witness: "" }
+    }
+
+    /// Passes only if QEMU said `witness`.
+    const fn witnessed(self, witness: &'static str) -> Self {
+        Self { witness, ..self }
     }
 
     /// Needs the plugin's devices. On [`Machine::X86_64`] the plugin adds those alone: translation, page request queue,
@@ -116,7 +123,7 @@ const AARCH64: Variant = Variant {
 };
 
 /// Every boot of a demonstration, in order: first each machine as it comes.
-pub(crate) static VARIANTS: [Variant; 4] = [
+pub(crate) static VARIANTS: [Variant; 6] = [
     X86_64,
     AARCH64,
     Variant {
@@ -143,6 +150,29 @@ pub(crate) static VARIANTS: [Variant; 4] = [
             Scene::requests("event"),
             Scene::doubled("repair"),
             Scene::requests("isolation"),
+        ],
+        ..AARCH64
+    },
+    Variant {
+        name: Some("pressure"),
+        devices: &["iommu-testdev,addr=6"],
+        scenes: &[
+            Scene::plain("storm").witnessed("new fault is not recorded, set PFO field"),
+            Scene::requests("overflow"),
+            Scene::requests("staleness"),
+            Scene::requests("batch"),
+        ],
+        ..X86_64
+    },
+    Variant {
+        name: Some("pressure"),
+        devices: &["iommu-testdev,addr=6"],
+        scenes: &[
+            // GERROR.EVENTQ_ABT_ERR.
+            Scene::plain("storm").witnessed("smmuv3_write_gerror toggled=0x4"),
+            Scene::doubled("overflow"),
+            Scene::doubled("staleness"),
+            Scene::doubled("batch"),
         ],
         ..AARCH64
     },

@@ -3,7 +3,7 @@
 //! The layouts are those of the VT-d architecture specification, "Queued Invalidation Interface" and "Page Group
 //! Response Descriptor". Words 2 and 3 are zero in all of them.
 
-use crate::queue::InvalidationQueue;
+use crate::{queue::InvalidationQueue, tables::Mode};
 use heapless::Vec;
 use iommu::{
     Attachment, Bus, Completion, DmaBuf, Error, Failure, Field, Invalidation, Iova, Outcome, PAGE_SIZE,
@@ -45,10 +45,15 @@ impl Descriptor {
 
     /// Context-cache invalidation of one device (type 1, device-selective, all bits of the source-id compared).
     ///
-    /// In scalable mode hardware ignores the domain, so it is zero.
+    /// In scalable mode hardware ignores the domain, so it is zero. In legacy mode zero is that of what is not present.
     pub fn context(stream: StreamId) -> Self {
         const SOURCE: Field<Descriptor> = Field::bits(47, 32);
         Self::default().with(Self::TYPE, 1).with(Self::GRANULARITY, 3).with(SOURCE, source_id(stream))
+    }
+
+    /// Context-cache invalidation of one device that was cached under `domain`, in legacy mode.
+    pub fn context_of(domain: u16, stream: StreamId) -> Self {
+        Self::context(stream).with(Self::DOMAIN, domain.into())
     }
 
     /// Drain writes, then drain reads.
@@ -254,6 +259,8 @@ pub(crate) struct Abilities {
     pub(crate) second_stage_pages: bool,
     /// `ECAP.DIT`: device-TLB invalidations name the physical function. Otherwise the field is reserved.
     pub(crate) physical_function: bool,
+    /// Which tables the unit walks.
+    pub(crate) mode: Mode,
 }
 
 /// A list of descriptors that refuses rather than cuts off.
@@ -300,7 +307,9 @@ impl<B: Bus> Commands<B> {
         match invalidation {
             Invalidation::All => {
                 batch.push(Descriptor::all_contexts())?;
-                batch.push(Descriptor::all_pasid_entries())?;
+                if self.abilities.mode == Mode::Scalable {
+                    batch.push(Descriptor::all_pasid_entries())?;
+                }
                 batch.push(Descriptor::all_translations(drain))
             }
             Invalidation::Interrupts => batch.push(Descriptor::all_interrupt_entries()),
@@ -314,12 +323,22 @@ impl<B: Bus> Commands<B> {
             }
             // The unit's own caches first: what the device asks for anew must not come from a stale entry.
             Invalidation::Attachment(at) => {
-                batch.push(Descriptor::pasid_entry(at.domain.0, number(at)))?;
+                batch.push(match self.abilities.mode {
+                    Mode::Legacy => Descriptor::context_of(at.domain.0, at.stream),
+                    Mode::Scalable => Descriptor::pasid_entry(at.domain.0, number(at)),
+                })?;
                 self.forget_all(batch, at)
             }
             Invalidation::Pages { attachment: at, iova, pages } => {
+                let by_pages = match at.stages {
+                    Stages::First => true,
+                    Stages::Second => self.abilities.second_stage_pages,
+                    // Of a nested attachment they are pages of the second stage, and nobody knows what the first made of
+                    // them; one without tables has no pages.
+                    Stages::Nested | Stages::None => false,
+                };
                 match blocks(iova, pages, self.abilities.mask_limit) {
-                    Some(blocks) if at.stages == Stages::First || self.abilities.second_stage_pages => {
+                    Some(blocks) if by_pages => {
                         for &block in &blocks {
                             batch.push(if at.stages == Stages::First {
                                 Descriptor::pasid_pages(at.domain.0, number(at), block)
@@ -356,7 +375,9 @@ impl<B: Bus> Commands<B> {
 
     /// All translations of an attachment: in the unit, then in the device.
     fn forget_all(&self, batch: &mut Batch, at: Attachment) -> Result<(), Error> {
-        batch.push(if at.stages == Stages::First {
+        // What has no second stage is cached by its PASID; legacy mode knows no PASIDs.
+        let by_pasid = matches!(at.stages, Stages::First | Stages::None);
+        batch.push(if by_pasid && self.abilities.mode == Mode::Scalable {
             Descriptor::pasid(at.domain.0, number(at))
         } else {
             Descriptor::domain(at.domain.0, self.abilities.drain)

@@ -41,12 +41,20 @@ register_bitfields![u64,
     ],
     /// Extended Capability Register.
     pub(crate) ECAP [
+        /// Page walks snoop the CPU's caches: root, context and PASID tables, and paging structures of legacy mode.
+        C OFFSET(0) NUMBITS(1) [],
         /// Queued invalidation.
         QI OFFSET(1) NUMBITS(1) [],
         /// Device TLBs.
         DT OFFSET(2) NUMBITS(1) [],
         /// Interrupt remapping.
         IR OFFSET(3) NUMBITS(1) [],
+        /// Pass-through.
+        PT OFFSET(6) NUMBITS(1) [],
+        /// Snoop control: accesses can be made to snoop the CPU's caches.
+        SC OFFSET(7) NUMBITS(1) [],
+        /// Nested translation.
+        NEST OFFSET(26) NUMBITS(1) [],
         /// Page requests.
         PRS OFFSET(29) NUMBITS(1) [],
         /// PASID width, minus one.
@@ -70,6 +78,7 @@ register_bitfields![u64,
     pub(crate) RTADDR [
         /// Translation table mode.
         TTM OFFSET(10) NUMBITS(2) [
+            Legacy = 0b00,
             Scalable = 0b01,
         ],
         /// Root table address, in 4 KiB.
@@ -186,6 +195,9 @@ pub(crate) const PQH: Rw<u64, PQ::Register> = Rw::at(0x0C0);
 pub(crate) const PQT: Rw<u64, PQ::Register> = Rw::at(0x0C8);
 pub(crate) const PQA: Rw<u64, PQA::Register> = Rw::at(0x0D0);
 pub(crate) const PRS: W1c<u32, PRS::Register> = W1c::at(0x0DC);
+
+/// The one-shot bits of `GCMD`; they read back as status and must not be written back.
+pub(crate) const ONE_SHOT: u32 = 1 << 24 | 1 << 27 | 1 << 29 | 1 << 30;
 
 /// The end of the registers that have a fixed place, as far as the driver uses them.
 pub(crate) const FIXED_BYTES: usize = 0x0F0;

@@ -4,8 +4,9 @@
 use crate::{
     guest::Guest,
     hypervisor::{DEVICES_PER_GUEST, Device, GUESTS, Hypervisor},
-    memory::Share,
+    memory::{self, Share},
     tables::{DeviceTables, Unmapped},
+    wanted,
 };
 use arch::{cpu, unit};
 use broker::{AttachmentId, DeviceId, Limits, Policy, QueueId, Restraint, Whose};
@@ -13,6 +14,7 @@ use core::sync::atomic::Ordering::Relaxed;
 use heapless::Vec;
 use iommu::{
     Attachment, Features, Grant, Invalidation, Iova, Leaving, PAGE_SIZE, Pasid, Perms, StreamId, Tables as _,
+    Translation,
 };
 
 /// Page requests that one device may have outstanding. All devices together stay below what the unit's queue holds.
@@ -41,6 +43,11 @@ pub enum Error {
     Attached,
     /// The broker says so.
     Broker(broker::Error),
+    /// The device is not one that may reach all of memory: the command line does not say `trusted=` of it.
+    NotTrusted {
+        /// Which.
+        stream: StreamId,
+    },
 }
 
 /// A device that a guest owns.
@@ -359,14 +366,7 @@ impl Space {
     /// Blocks the space in hardware; returns when the unit and the device have forgotten it, and every page request sent
     /// before has reached its queue.
     fn block(&self, hv: &Hypervisor) -> Result<Leaving, Error> {
-        let (leaving, invalidations) =
-            hv.tables.with(|tables| tables.detach(self.attachment)).map_err(Error::Unit)?;
-        let mut commands: Vec<Invalidation, 8> = invalidations.iter().copied().collect();
-        if self.attachment.device_tlb && hv.capabilities.page_requests {
-            // There is room: a detachment asks for fewer.
-            let _ = commands.push(Invalidation::PageRequestDrain);
-        }
-        hv.invalidate(&commands).map_err(Error::Unit)?;
+        let leaving = detach_and_wait(hv, self.attachment)?;
         // While the domain's number is still taken, so that whoever judges the trace takes nobody else's for it.
         let Attachment { stream, pasid, domain, .. } = self.attachment;
         defmt::debug!(
@@ -388,6 +388,57 @@ impl Space {
     pub fn end(self, hv: &Hypervisor, share: &Share) -> Result<(), Error> {
         let leaving = self.block(hv)?;
         self.free(hv, share, leaving);
+        Ok(())
+    }
+}
+
+/// Blocks an attachment; returns when the unit and the device have forgotten it, and every page request sent before has
+/// reached its queue.
+fn detach_and_wait(hv: &Hypervisor, attachment: Attachment) -> Result<Leaving, Error> {
+    let (leaving, invalidations) = hv.tables.with(|tables| tables.detach(attachment)).map_err(Error::Unit)?;
+    let mut commands: Vec<Invalidation, 8> = invalidations.iter().copied().collect();
+    if attachment.device_tlb && hv.capabilities.page_requests {
+        // There is room: a detachment asks for fewer.
+        let _ = commands.push(Invalidation::PageRequestDrain);
+    }
+    hv.invalidate(&commands).map_err(Error::Unit)?;
+    Ok(leaving)
+}
+
+/// A device that reaches all of memory, untranslated.
+pub struct PassedThrough {
+    attachment: Attachment,
+}
+
+impl PassedThrough {
+    /// Lets `stream`, which was blocked, through to all of memory: only a device that the command line names as trusted.
+    pub fn new(hv: &Hypervisor, stream: StreamId) -> Result<Self, Error> {
+        let trusted = wanted::value(hv.boot.command_line(), "trusted").and_then(|number| {
+            let digits = number.strip_prefix("0x")?;
+            u32::from_str_radix(digits, 16).ok().map(StreamId)
+        });
+        if trusted != Some(stream) {
+            return Err(Error::NotTrusted { stream });
+        }
+        assign(hv, stream, Features::default())?;
+        let translation = Translation::Bypass(memory::trust());
+        let (attachment, invalidations) =
+            hv.tables.with(|tables| tables.attach(stream, None, translation)).map_err(Error::Unit)?;
+        hv.invalidate(&invalidations).map_err(Error::Unit)?;
+        Ok(Self { attachment })
+    }
+
+    /// Blocks the device again, and returns when the unit knows.
+    ///
+    /// All of the device: QEMU's VT-d in scalable mode goes on to let a device through whose PASID table entry went, until
+    /// it is told to forget the context entry.
+    pub fn end(self, hv: &Hypervisor) -> Result<(), Error> {
+        let device = block(hv, self.attachment.stream)?;
+        let attachment = detach_and_wait(hv, self.attachment)?;
+        hv.tables.with(|tables| {
+            tables.finish(attachment);
+            tables.finish(device);
+        });
         Ok(())
     }
 }

@@ -19,6 +19,7 @@ mod memory;
 mod scenes;
 mod service;
 mod tables;
+mod wanted;
 
 use arch::{cpu, interrupts, machine::Boot, unit};
 use hypervisor::{Hypervisor, POOL};

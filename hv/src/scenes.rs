@@ -4,6 +4,7 @@
 //! not hold. Frames are counted around each scene: one that leaves a frame taken has failed.
 
 mod pressure;
+mod trust;
 
 use crate::{
     control,
@@ -12,6 +13,7 @@ use crate::{
     memory::{self, GuestRam, Share},
     service,
     tables::Stage,
+    wanted,
 };
 use arch::cpu;
 use broker::{Missed, Restraint, Tally};
@@ -74,16 +76,17 @@ const SCENES: [(&str, bool, Scene); 10] = [
 ];
 
 /// Scenes that are shown only where the command line names them, each in a boot that is made for it.
-const FURTHER: [(&str, bool, Scene); 4] = [
+const FURTHER: [(&str, bool, Scene); 5] = [
     ("storm", false, pressure::storm),
     ("overflow", true, pressure::overflow),
     ("staleness", true, pressure::staleness),
     ("batch", true, pressure::batch),
+    ("trust", false, trust::trust),
 ];
 
 /// Shows the scenes that were asked for; returns whether all of them passed.
 pub fn run(hv: &Hypervisor) -> bool {
-    let wanted = hv.boot.command_line().split_whitespace();
+    let wanted = wanted::scenes(hv.boot.command_line());
     let ordinary = wanted.clone().next().is_none();
     let is_named = |(name, ..): &(&str, bool, Scene)| wanted.clone().any(|one| one == *name);
     let scenes = SCENES.into_iter().filter(|scene| ordinary || is_named(scene));

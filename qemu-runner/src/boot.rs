@@ -192,7 +192,7 @@ impl Boot<'_> {
         command.args(["-icount", "shift=0,sleep=off"]);
         command.arg("-kernel").arg(kernel);
         command.arg("-initrd").arg(&self.images.guest);
-        command.arg("-append").arg(self.scenes.join(" "));
+        command.arg("-append").arg([&[self.variant.told], self.scenes].concat().join(" "));
         command.arg("-D").arg(self.directory.join(TRACE));
         command
     }

@@ -152,6 +152,7 @@ impl Demonstration {
             tables: variant.tables,
             removals: &transcript.removals,
             with_device_tlb: variant.with_device_tlb,
+            trusted: variant.trusted,
             detachments: true,
         };
         let trace = Trace::judge(BufReader::new(trace), &told)?;

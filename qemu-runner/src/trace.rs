@@ -154,8 +154,8 @@ impl Taken {
 enum Sight {
     /// Translation was switched on or off.
     Translation(bool),
-    /// A device got past translation.
-    Bypass,
+    /// A device got past translation: the one with this stream, if the trace tells.
+    Bypass(Option<u64>),
     /// A step was taken from the queue.
     Taken(Taken),
     /// All that was taken from the queue before is complete. If `drained`, that is a [`Step::Drain`].
@@ -177,6 +177,8 @@ pub(crate) struct Told<'t> {
     pub(crate) removals: &'t [Removal],
     /// The streams of the devices that keep translations of their own.
     pub(crate) with_device_tlb: &'t [u64],
+    /// The streams of the devices that may get past translation.
+    pub(crate) trusted: &'t [u64],
     /// Whether it tells of detachments. Where there were unmaps there are detachments in the end.
     pub(crate) detachments: bool,
 }
@@ -228,7 +230,7 @@ impl Trace {
     /// theirs.
     pub(crate) fn judge(lines: impl BufRead, all: &Told<'_>) -> Result<Self, Error> {
         let mut trace = Self::default();
-        let mut batches = trace.read(all.machine, all.tables, lines)?;
+        let mut batches = trace.read(all, lines)?;
         if !trace.enabled {
             trace.find("translation was never switched on".into());
         }
@@ -278,9 +280,9 @@ impl Trace {
     }
 
     /// Reads the batches that completed while translation was on, in order, and notes what else there is to see.
-    fn read(&mut self, machine: Machine, tables: Tables, lines: impl BufRead) -> Result<Vec<Batch>, Error> {
-        let read = |event: &str, text: &str| match machine {
-            Machine::X86_64 => vtd::read(tables, event, text),
+    fn read(&mut self, all: &Told<'_>, lines: impl BufRead) -> Result<Vec<Batch>, Error> {
+        let read = |event: &str, text: &str| match all.machine {
+            Machine::X86_64 => vtd::read(all.tables, event, text),
             Machine::Aarch64 => smmu::read(event, text),
         };
         let (mut taken, mut batch, mut batches) = (Vec::new(), Batch::new(), Vec::new());
@@ -295,7 +297,8 @@ impl Trace {
                     }
                     self.enabled |= on;
                 }
-                Some(Sight::Bypass) if self.enabled => {
+                Some(Sight::Bypass(Some(stream))) if all.trusted.contains(&stream) => {}
+                Some(Sight::Bypass(_)) if self.enabled => {
                     self.bypassed += 1;
                     self.find(format!("translation was bypassed: {}", line.trim_end()));
                 }
@@ -308,7 +311,7 @@ impl Trace {
                     taken.clear();
                     batches.push(mem::take(&mut batch));
                 }
-                Some(Sight::Bypass | Sight::Taken(_)) | None => {}
+                Some(Sight::Bypass(_) | Sight::Taken(_)) | None => {}
             }
         }
         batches.push(batch);
@@ -460,7 +463,8 @@ mod tests {
         /// What a hypervisor tells that removes `removals` of a device without a device TLB.
         fn told<'t>(&self, removals: &'t [Removal]) -> Told<'t> {
             let machine = self.machine;
-            Told { machine, tables: Tables::First, removals, with_device_tlb: &[], detachments: false }
+            let tables = Tables::First;
+            Told { machine, tables, removals, with_device_tlb: &[], trusted: &[], detachments: false }
         }
 
         fn judge_told(&self, lines: &[&str], told: &Told<'_>) -> Trace {
@@ -757,6 +761,18 @@ mod tests {
             assert!(before.clean(), "{before:?}");
             assert!(after.bypassed == 1 && !after.clean(), "{after:?}");
             assert!(after.findings[0].contains(words.bypass), "{after:?}");
+        }
+    }
+
+    #[test]
+    fn a_device_that_is_trusted_may_get_past_translation_and_no_other() {
+        for words in &WORDS {
+            let judge = |trusted: &[u64]| {
+                let told = Told { trusted, ..words.told(&[]) };
+                words.judge_told(&[words.on, words.bypass], &told).clean()
+            };
+
+            assert!(judge(&[0x18]) && !judge(&[0x20]), "{:?}", words.machine);
         }
     }
 

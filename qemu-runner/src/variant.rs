@@ -1,7 +1,8 @@
 //! The boots of a demonstration: each machine as it comes, and variants of it.
 //!
 //! A variant is a boot of its own because QEMU needs other options for it, or because its scenes leave the unit unlike they
-//! found it. The hypervisor is one image for all: it looks what the unit can do, and its command line names the scenes.
+//! found it. The hypervisor is one image for all: it looks what the unit can do, and does what its command line says, in
+//! words `name=value` before the names of the scenes.
 
 use std::fmt;
 
@@ -19,10 +20,14 @@ pub(crate) struct Variant {
     pub(crate) unit_with_requests: &'static str,
     /// Further devices.
     pub(crate) devices: &'static [&'static str],
+    /// What the hypervisor is told besides the names of the scenes.
+    pub(crate) told: &'static str,
     /// Which tables the hypervisor translates devices by.
     pub(crate) tables: Tables,
     /// Requester IDs of the devices that keep translations of their own.
     pub(crate) with_device_tlb: &'static [u64],
+    /// Requester IDs of the devices that the hypervisor is told to trust: they may get past translation.
+    pub(crate) trusted: &'static [u64],
     /// What it shows, in order.
     pub(crate) scenes: &'static [Scene],
 }
@@ -75,6 +80,10 @@ const VTD_FIRST: &str = "intel-iommu,scalable-mode=on,fsts=on,device-iotlb=on,pa
 /// The same with second-stage tables, which QEMU has instead; page requests it then has none.
 const VTD_SECOND: &str = "intel-iommu,scalable-mode=on";
 
+/// A second device that writes when it is told to, which nobody trusts; and the first, in words to the hypervisor.
+const SECOND_WRITER: &[&str] = &["iommu-testdev,addr=6"];
+const TRUST_FIRST_WRITER: &str = "trusted=0x18";
+
 /// Requester IDs of the plugin's devices, the only ones with a device TLB: bus 0, slots 4 and 5.
 pub(crate) const PLUGIN_DEVICES: [u64; 2] = [4 << 3, 5 << 3];
 
@@ -84,8 +93,10 @@ const X86_64: Variant = Variant {
     unit: Some(VTD_FIRST),
     unit_with_requests: ",svm=on",
     devices: &[],
+    told: "",
     tables: Tables::First,
     with_device_tlb: &PLUGIN_DEVICES,
+    trusted: &[],
     scenes: &[
         Scene::plain("deny"),
         Scene::plain("allow"),
@@ -106,8 +117,10 @@ const AARCH64: Variant = Variant {
     unit: None,
     unit_with_requests: "",
     devices: &[],
+    told: "",
     tables: Tables::First,
     with_device_tlb: &PLUGIN_DEVICES,
+    trusted: &[],
     scenes: &[
         Scene::plain("deny"),
         Scene::plain("allow"),
@@ -130,13 +143,17 @@ pub(crate) static VARIANTS: [Variant; 6] = [
         name: Some("second-stage"),
         unit: Some(VTD_SECOND),
         unit_with_requests: "",
+        devices: SECOND_WRITER,
+        told: TRUST_FIRST_WRITER,
         tables: Tables::Second,
         with_device_tlb: &[],
+        trusted: &[3 << 3],
         scenes: &[
             Scene::plain("deny"),
             Scene::plain("allow"),
             Scene::requests("event"),
             Scene::requests("isolation"),
+            Scene::plain("trust").witnessed("(iommu enabled=0)"),
         ],
         ..X86_64
     },
@@ -155,7 +172,7 @@ pub(crate) static VARIANTS: [Variant; 6] = [
     },
     Variant {
         name: Some("pressure"),
-        devices: &["iommu-testdev,addr=6"],
+        devices: SECOND_WRITER,
         scenes: &[
             Scene::plain("storm").witnessed("new fault is not recorded, set PFO field"),
             Scene::requests("overflow"),
@@ -166,7 +183,7 @@ pub(crate) static VARIANTS: [Variant; 6] = [
     },
     Variant {
         name: Some("pressure"),
-        devices: &["iommu-testdev,addr=6"],
+        devices: SECOND_WRITER,
         scenes: &[
             // GERROR.EVENTQ_ABT_ERR.
             Scene::plain("storm").witnessed("smmuv3_write_gerror toggled=0x4"),
@@ -224,12 +241,13 @@ mod tests {
     }
 
     #[test]
-    fn no_scene_is_shown_twice_in_one_boot() {
+    fn no_scene_is_shown_twice_in_one_boot_or_is_taken_for_an_option() {
         for variant in &VARIANTS {
             let names: BTreeSet<&str> = variant.scenes.iter().map(|scene| scene.name).collect();
 
             assert_eq!(names.len(), variant.scenes.len(), "{variant}");
-            assert!(names.iter().all(|name| !name.contains(' ')), "{variant}: {names:?}");
+            assert!(names.iter().all(|name| !name.contains([' ', '='])), "{variant}: {names:?}");
+            assert!(variant.told.split_whitespace().all(|word| word.contains('=')), "{variant}");
         }
     }
 

@@ -29,7 +29,7 @@ const SCENES: [&str; 10] = [
 
 /// The other boots, in their order, and the scenes of each.
 const VARIANTS: [(&str, &str, &[&str]); 4] = [
-    ("x86_64", "second-stage", &["deny", "allow", "event", "isolation"]),
+    ("x86_64", "second-stage", &["deny", "allow", "event", "isolation", "trust"]),
     ("aarch64", "second-stage", &["deny", "allow", "event", "repair", "isolation"]),
     ("x86_64", "pressure", &["storm", "overflow", "staleness", "batch"]),
     ("aarch64", "pressure", &["storm", "overflow", "staleness", "batch"]),

@@ -10,13 +10,29 @@ use crate::{scenes::hex, variant::Tables};
 pub(super) fn read(tables: Tables, event: &str, text: &str) -> Option<Sight> {
     match event {
         "vtd_dmar_enable" => Some(Sight::Translation(text.ends_with('1'))),
-        "vtd_translate_pt" => Some(Sight::Bypass),
-        "vtd_pt_enable_fast_path" if text.ends_with(" 1") => Some(Sight::Bypass),
-        "vtd_switch_address_space" if text.ends_with("(iommu enabled=0)") => Some(Sight::Bypass),
+        "vtd_translate_pt" => Some(Sight::Bypass(stream(text, "source id "))),
+        "vtd_pt_enable_fast_path" if text.ends_with(" 1") => Some(Sight::Bypass(stream(text, "sid "))),
+        "vtd_switch_address_space" if text.ends_with("(iommu enabled=0)") => {
+            Some(Sight::Bypass(function(text)))
+        }
         "vtd_inv_qi_tail" => Some(Sight::Doorbell),
         "vtd_inv_desc" => descriptor(tables, text),
         _ => None,
     }
+}
+
+/// Reads the number of a device after `name`: `source id 0x18, …`.
+fn stream(text: &str, name: &str) -> Option<u64> {
+    let number = text.strip_prefix(name)?;
+    hex(number.split([',', ' ']).next()?)
+}
+
+/// Reads the number of a device as a bus writes it: `Device 00:03.0 …`.
+fn function(text: &str) -> Option<u64> {
+    let (bus, rest) = text.strip_prefix("Device ")?.split_once(':')?;
+    let (slot, rest) = rest.split_once('.')?;
+    let number = |digits| u64::from_str_radix(digits, 16).ok();
+    Some(number(bus)? << 8 | number(slot)? << 3 | number(rest.split(' ').next()?)?)
 }
 
 /// Reads a descriptor of the invalidation queue.
@@ -37,7 +53,7 @@ fn descriptor(tables: Tables, text: &str) -> Option<Sight> {
         ("iotlb", 0b01) => Taken::all(Step::Translations),
         ("iotlb", 0b10) => Taken { domain, ..Taken::all(Step::Translations) },
         // Without a PASID, page-selective invalidation concerns second-stage tables alone, and with one first-stage tables.
-        ("iotlb", 0b11) if tables == Tables::Second => {
+        ("iotlb", 0b11) if tables != Tables::First => {
             let range = aligned(high, (high & 0x3f) as u32);
             Taken { domain, range, ..Taken::all(Step::Translations) }
         }
@@ -175,7 +191,7 @@ mod tests {
             ("vtd_pt_enable_fast_path", "sid 0x18 1"),
             ("vtd_switch_address_space", "Device 00:03.0 switching address space (iommu enabled=0)"),
         ] {
-            assert_eq!(read(Tables::First, event, text), Some(Sight::Bypass), "{event}");
+            assert_eq!(read(Tables::First, event, text), Some(Sight::Bypass(Some(0x18))), "{event}");
         }
     }
 

@@ -1,15 +1,15 @@
 //! FLOOD: fills the queue of page requests while nobody takes any, and repairs what was asked for before.
 
-use super::{Access, Bench, RELEASE};
+use super::{Access, Bench, DEVICE, RELEASE};
 use crate::{
-    calls::{demand, report, sleep_until},
+    calls::{counters, demand, report, sleep_until},
     device::{NOT_LAST, RAW, REQUEST_REFUSED, Status},
     ensure,
     memory::PAGES,
     say,
     say::Failed,
 };
-use channel::{Call, Code, call::DEADLINE_MAX_US};
+use channel::{Call, Code, call::DEADLINE_MAX_US, counters::Counter};
 use iommu::PAGE_SIZE;
 
 /// What the device reads; it asks for each page in a group of its own.
@@ -64,6 +64,12 @@ pub fn run() -> Result<(), Failed> {
         assigned.expect_read(lane, &PAGES[lane as usize])?;
     }
     assigned.unmap(READ, READS)?;
+
+    // What was half seen went with what was lost, while its device is still attached.
+    let counted = counters(DEVICE)?;
+    let discarded = counted.get(Counter::Discarded);
+    ensure!(counted.get(Counter::Overflows) > 0, "nobody counted an overflow");
+    ensure!(discarded > 0, "an overflow discarded no half-seen group");
 
     // The queue takes requests again.
     assigned.start_read(0, READ, 0)?;

@@ -14,14 +14,15 @@
 //! | feature | modelled | note |
 //! |---|---|---|
 //! | registers, access rules, acknowledgement | yes | advanced fault log, MTRR, performance and virtual command blocks: reserved |
-//! | queued invalidation, 128 and 256 bits | yes | every descriptor type; interrupt entries are accepted, none are cached |
+//! | queued invalidation, 128 and 256 bits | yes | every descriptor type |
 //! | register-based invalidation | yes | |
 //! | legacy mode | yes | second stage of 3 or 4 levels, pass-through |
 //! | scalable mode | yes | first stage of 4 levels, second stage of 3 or 4 levels, pass-through |
 //! | nested translation, 5 levels, second-stage A/D | no | a unit that claims them cannot be made |
 //! | primary faults, fault events | yes | 0x90 and 0x91 (A/D update not snooped, failed) are never met |
 //! | ATS, device TLBs, page requests | yes | |
-//! | interrupt remapping | no | GCMD.SIRTP, IRE and CFI are acknowledged, and no more |
+//! | interrupt remapping | yes | messages and I/O APIC pins, source validation, x2APIC; entries are cached for ever |
+//! | posted interrupts | no | |
 //! | protected memory ranges | no | PMEN is acknowledged, and no more |
 
 #[cfg(test)]
@@ -31,11 +32,13 @@ mod device;
 mod faults;
 mod queue;
 mod registers;
+mod remap;
 mod requests;
 mod walk;
 
 pub use crate::device::{Answer, DeviceTlbEntry};
 pub use device::Refusal;
+pub use remap::Arrived;
 pub use requests::Requested;
 
 use crate::memory::Memory;
@@ -149,6 +152,7 @@ struct State {
     /// RTADDR as it was when GCMD.SRTP completed.
     root: u64,
     caches: caches::Caches,
+    remapping: remap::Remapping,
     queue: queue::Queue,
     /// The fault record that the next fault goes to.
     next_fault: usize,
@@ -193,6 +197,7 @@ impl VtdUnit {
             clock_us: 0,
             root: 0,
             caches: caches::Caches::default(),
+            remapping: remap::Remapping::default(),
             queue: queue::Queue::default(),
             next_fault: 0,
             requests: requests::Requests::default(),

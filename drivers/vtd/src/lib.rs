@@ -25,8 +25,8 @@
 //! | scalable mode, first stage | yes | 4 levels, 5 where reported |
 //! | scalable mode, second stage | encoded | QEMU offers it without page requests |
 //! | PASID | yes | 1 to 8191 for each device |
-//! | queued invalidation, 256 bits | yes | tickets; an error is reported, and stops the queue for good |
-//! | device TLBs | yes | a time-out stops the queue for good |
+//! | queued invalidation, 256 bits | yes | tickets; a refused descriptor is replaced, and the others go on (QEMU, model) |
+//! | device TLBs | yes | one wait at a time; a device that does not answer is named, and the others go on (model) |
 //! | page requests | yes | groups are put together by the broker |
 //! | primary faults | yes | all records, overflow |
 //! | interrupt remapping | on, and empty | no device can interrupt; QEMU lets the compatibility format pass |
@@ -41,16 +41,18 @@ mod interrupts;
 mod queue;
 mod regs;
 pub mod tables;
+mod tickets;
 
 pub use commands::Commands;
 pub use events::Events;
 pub use tables::{FRAME_WORDS, FRAMES, Tables};
+pub use tickets::HEAD_LIMIT_US;
 
 use heapless::Vec;
 use iommu::{
     Bus, Capabilities, Commands as _, Completion, DmaBuf, Error, Invalidation, PhysAddr, bus::wait_until,
 };
-use queue::{ENTRY_WORDS, InvalidationQueue, PageRequestQueue};
+use queue::{ENTRY_WORDS, InvalidationQueue, PageRequestQueue, SPARE};
 use regs::{CAP, ECAP, GLOBAL, IQA, IRTA, PMEN, PQA, RTADDR};
 use tock_registers::LocalRegisterCopy;
 
@@ -58,9 +60,6 @@ use tock_registers::LocalRegisterCopy;
 ///
 /// The manual sets no bound. 100 ms is short enough for a boot log to say what failed.
 const ACK_LIMIT_US: u64 = 100_000;
-
-/// The one-shot bits of `GCMD`; they read back as status and must not be written back.
-const ONE_SHOT: u32 = 1 << 24 | 1 << 27 | 1 << 29 | 1 << 30;
 
 /// A unit that has been identified and left as it was.
 #[derive(Debug)]
@@ -156,8 +155,8 @@ impl<B: Bus + Clone> Found<B> {
             aligned(purpose, frame, FRAME_WORDS)?;
         }
         let entries = invalidation_queue.words() / ENTRY_WORDS;
-        if answers + commands::BATCH >= entries {
-            let needed = (answers + commands::BATCH + 1).next_power_of_two() * ENTRY_WORDS;
+        if answers + commands::BATCH + SPARE >= entries {
+            let needed = (answers + commands::BATCH + SPARE + 1).next_power_of_two() * ENTRY_WORDS;
             let words = invalidation_queue.words();
             return Err(Error::Memory { purpose: "the invalidation queue", words, needed });
         }
@@ -182,7 +181,7 @@ impl<B: Bus + Clone> Found<B> {
         regs::RTADDR.write(bus, RTADDR::RTA.val(root.phys().0 >> 12) + RTADDR::TTM::Scalable);
         self.command(GLOBAL::SRTP::SET.value, "GSTS.RTPS")?;
 
-        let queue = InvalidationQueue::new(invalidation_queue);
+        let queue = Some(InvalidationQueue::new(invalidation_queue, ENTRY_WORDS));
         let mut commands = Commands::new(self.bus.clone(), queue, status, self.command_abilities(), answers);
         let remaps = self.set_interrupt_table(&mut frames)?;
         // Also where setting the tables has invalidated everything (CAP.ESRTPS, ESIRTPS): it happens once.
@@ -244,7 +243,7 @@ impl<B: Bus + Clone> Found<B> {
 
     /// Writes `GCMD` with one more bit set, and waits until `GSTS` shows it.
     fn command(&self, bit: u32, status: &'static str) -> Result<(), Error> {
-        let kept = regs::GSTS.read(&self.bus).get() & !ONE_SHOT;
+        let kept = regs::GSTS.read(&self.bus).get() & !regs::ONE_SHOT;
         regs::GCMD.set(&self.bus, kept | bit);
         wait_until(&self.bus, status, ACK_LIMIT_US, || regs::GSTS.read(&self.bus).get() & bit != 0)
     }
@@ -295,10 +294,13 @@ impl<B: Bus + Clone> Found<B> {
 
     fn command_abilities(&self) -> commands::Abilities {
         commands::Abilities {
+            scalable: true,
             drain: self.cap.read(CAP::DWD) | self.cap.read(CAP::DRD) << 1,
             mask_limit: self.cap.read(CAP::MAMV) as u8,
             second_stage_pages: self.cap.is_set(CAP::PSI),
-            physical_function: self.ecap.is_set(ECAP::DIT),
+            request_drain: self.ecap.is_set(ECAP::PDS),
+            throttle: self.ecap.is_set(ECAP::DIT),
+            registers: self.ecap.read(ECAP::IRO) as usize * 16,
         }
     }
 }

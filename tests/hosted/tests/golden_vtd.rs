@@ -240,7 +240,15 @@ mod page_requests {
     fn an_entry_of_another_type_is_kept_as_it_was() {
         for kind in (0..=0xFF).filter(|&kind| kind != 1) {
             let words = [0x0000_0005_0020_0100 | kind, 0x15];
-            assert_eq!(RequestEntry([words[0], words[1], 7, 8]).decode(), Event::Malformed { words });
+            // Where a request has them: RID 0x20, PASID 5, PRGI 2.
+            let group = Some((StreamId(0x20), GroupTag { pasid: Some(pasid(5)), index: 2 }));
+            assert_eq!(RequestEntry([words[0], words[1], 7, 8]).decode(), Event::Malformed { words, group });
+            // Bits 15:10 and 63:54 are no request's: whatever it is, it names no group.
+            for bit in (10..16).chain(54..64) {
+                let words = [words[0] | 1 << bit, words[1]];
+                let expected = Event::Malformed { words, group: None };
+                assert_eq!(RequestEntry([words[0], words[1], 0, 0]).decode(), expected);
+            }
         }
     }
 

@@ -64,6 +64,8 @@ pub struct Config {
     pub clock_step_us: u64,
     /// How long a device may take to answer a device-TLB invalidation before ITE, in microseconds.
     pub device_tlb_timeout_us: u64,
+    /// Whether IQERCD names the device that did not answer (ITESID), or reads as zero as it does on old units.
+    pub names_silent_devices: bool,
     /// Whether fetching resumes only at the next write to IQT after IQE was cleared, as on QEMU, or at once.
     pub resumes_at_tail_write: bool,
 }
@@ -83,6 +85,7 @@ impl Config {
             acknowledge_after: 3,
             clock_step_us: 1,
             device_tlb_timeout_us: 50_000,
+            names_silent_devices: false,
             resumes_at_tail_write: true,
         }
     }
@@ -94,7 +97,8 @@ impl Config {
     pub const fn full() -> Self {
         let qemu = Self::qemu().with_fault_records(4);
         let more = 1 | 1 << 7 | 1 << 31 | 1 << 41 | 1 << 46 | 1 << 48 | 1 << 49 | 1 << 53 | 1 << 58;
-        Self { ecap: qemu.ecap | more, resumes_at_tail_write: false, ..qemu }
+        let ecap = qemu.ecap | more;
+        Self { ecap, names_silent_devices: true, resumes_at_tail_write: false, ..qemu }
     }
 
     /// Sets CAP.NFR so that there are `count` fault records, 1 at least.

@@ -61,6 +61,8 @@ pub(super) struct Queue {
     waits: VecDeque<Wait>,
     /// Waits that ITE aborted.
     aborted: usize,
+    /// The queue's memory cannot be read.
+    lost: bool,
 }
 
 /// A device-TLB invalidation on its way.
@@ -161,6 +163,11 @@ impl VtdUnit {
         }
         state.complete_waits();
         state.run_queue();
+    }
+
+    /// From now on the queue's memory cannot be read (IQEI 2), or can be again.
+    pub fn lose_queue(&self, lost: bool) {
+        self.lock().queue.lost = lost;
     }
 
     /// The device completes an invalidation that nobody asked for (FSTS.ICE).
@@ -266,6 +273,9 @@ impl State {
         let mode = self.root >> 10 & 3;
         if mode == 1 && bytes != 32 {
             return Err(QueueError::InvalidWidth);
+        }
+        if self.queue.lost {
+            return Err(QueueError::Fetch);
         }
         let mut words = [0; 4];
         for (word, at) in words.iter_mut().zip((0..bytes).step_by(8)) {
@@ -430,7 +440,8 @@ impl State {
         self.queue.fetched.retain(|words| !is_wait(words));
         self.queue.aborted += self.queue.waits.len() + queued - self.queue.fetched.len();
         self.queue.waits.clear();
-        self.set(IQERCD, self.get(IQERCD) & !(0xFFFF << 32) | u64::from(sid) << 32);
+        let named = if self.config.names_silent_devices { u64::from(sid) << 32 } else { 0 };
+        self.set(IQERCD, self.get(IQERCD) & !(0xFFFF << 32) | named);
         self.report(Group::Fault, ITE);
         self.run_queue();
     }

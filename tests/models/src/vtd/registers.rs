@@ -310,7 +310,10 @@ impl State {
             }
             SFL | EAFL if cap & 1 << 3 == 0 => "GCMD.SFL or EAFL without CAP.AFL",
             QIE if ecap & 1 << 1 == 0 => "GCMD.QIE without ECAP.QI",
-            QIE if !on && self.get(IQH) != self.get(IQT) => "GCMD.QIE cleared while IQH differs from IQT",
+            // A queue that stopped for an error does not get any emptier.
+            QIE if !on && self.get(IQH) != self.get(IQT) && self.get(FSTS) & 0x50 == 0 => {
+                "GCMD.QIE cleared while IQH differs from IQT"
+            }
             IRE | SIRTP | CFI if ecap & 1 << 3 == 0 => "GCMD.IRE, SIRTP or CFI without ECAP.IR",
             IRE if on && !has(SIRTP) => "GCMD.IRE set before a table (GSTS.IRTPS=0)",
             IRE if on && !has(QIE) => "GCMD.IRE set without queued invalidation",

@@ -6,6 +6,7 @@
 use crate::{
     queue::{InvalidationQueue, SPARE},
     regs::{self, CCMD, FSTS, GLOBAL, IOTLB, IQERCD},
+    tables::Mode,
     tickets::{Asked, Batch, PENDING, Tickets},
 };
 use heapless::Vec;
@@ -51,7 +52,7 @@ impl Descriptor {
 
     /// Context-cache invalidation of one device (type 1, device-selective, all bits of the source-id compared).
     ///
-    /// In scalable mode hardware ignores the domain, so it is zero.
+    /// In scalable mode hardware ignores the domain, so it is zero. In legacy mode zero is that of what is not present.
     pub fn context(stream: StreamId) -> Self {
         Self::default()
             .with(Self::TYPE, 1)
@@ -59,8 +60,8 @@ impl Descriptor {
             .with(Self::CONTEXT_SOURCE, source_id(stream))
     }
 
-    /// Context-cache invalidation of one device in a domain (type 1, device-selective), for legacy mode.
-    pub fn context_of_domain(stream: StreamId, domain: u16) -> Self {
+    /// Context-cache invalidation of one device that was cached under `domain`, in legacy mode.
+    pub fn context_of(domain: u16, stream: StreamId) -> Self {
         Self::context(stream).with(Self::DOMAIN, domain.into())
     }
 
@@ -288,8 +289,8 @@ const REGISTER_LIMIT_US: u64 = 100_000;
 /// What the descriptors of a unit depend on.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Abilities {
-    /// Tables are those of scalable mode, so translations have PASIDs.
-    pub(crate) scalable: bool,
+    /// Which tables the unit walks; those of scalable mode have PASIDs.
+    pub(crate) mode: Mode,
     /// Drain writes (bit 0) and reads (bit 1) with second-stage invalidations.
     pub(crate) drain: u64,
     /// `CAP.MAMV`: page-selective invalidations cover at most 2^`mask_limit` pages.
@@ -390,7 +391,8 @@ impl<B: Bus> Commands<B> {
 
     /// Encodes one invalidation.
     fn encode(&self, batch: &mut Descriptors, invalidation: Invalidation) -> Result<(), Error> {
-        let Abilities { drain, scalable, .. } = self.abilities;
+        let drain = self.abilities.drain;
+        let scalable = self.abilities.mode == Mode::Scalable;
         match invalidation {
             Invalidation::All => {
                 batch.push(Descriptor::all_contexts())?;
@@ -415,7 +417,7 @@ impl<B: Bus> Commands<B> {
                 batch.push(if scalable {
                     Descriptor::pasid_entry(at.domain.0, number(at))
                 } else {
-                    Descriptor::context_of_domain(at.stream, at.domain.0)
+                    Descriptor::context_of(at.domain.0, at.stream)
                 })?;
                 self.forget_all(batch, at)
             }
@@ -455,10 +457,12 @@ impl<B: Bus> Commands<B> {
 
     /// All translations of an attachment: in the unit, then in the device.
     fn forget_all(&self, batch: &mut Descriptors, at: Attachment) -> Result<(), Error> {
-        if !self.abilities.scalable || matches!(at.stages, Stages::Second | Stages::Nested) {
+        let scalable = self.abilities.mode == Mode::Scalable;
+        if !scalable || matches!(at.stages, Stages::Second | Stages::Nested) {
             batch.push(Descriptor::domain(at.domain.0, self.abilities.drain))?;
         }
-        if self.abilities.scalable && at.stages != Stages::Second {
+        // What has no second stage is cached by its PASID.
+        if scalable && at.stages != Stages::Second {
             batch.push(Descriptor::pasid(at.domain.0, number(at)))?;
         }
         if at.device_tlb { self.ask(batch, at.stream, at.pasid, None) } else { Ok(()) }
@@ -471,7 +475,8 @@ impl<B: Bus> Commands<B> {
         iova: Iova,
         pages: u64,
     ) -> Result<(), Error> {
-        let by_domain = !self.abilities.scalable || matches!(at.stages, Stages::Second | Stages::Nested);
+        let by_domain =
+            self.abilities.mode == Mode::Legacy || matches!(at.stages, Stages::Second | Stages::Nested);
         let Some(blocks) = self.cut(iova, pages).filter(|_| !by_domain || self.abilities.second_stage_pages)
         else {
             return self.forget_all(batch, at);

@@ -41,14 +41,22 @@ register_bitfields![u64,
     ],
     /// Extended Capability Register.
     pub(crate) ECAP [
+        /// Page walks snoop the CPU's caches: root, context and PASID tables, and paging structures of legacy mode.
+        C OFFSET(0) NUMBITS(1) [],
         /// Queued invalidation.
         QI OFFSET(1) NUMBITS(1) [],
         /// Device TLBs.
         DT OFFSET(2) NUMBITS(1) [],
         /// Interrupt remapping.
         IR OFFSET(3) NUMBITS(1) [],
+        /// Pass-through.
+        PT OFFSET(6) NUMBITS(1) [],
+        /// Snoop control: accesses can be made to snoop the CPU's caches.
+        SC OFFSET(7) NUMBITS(1) [],
         /// IOTLB register offset, in 16 bytes.
         IRO OFFSET(8) NUMBITS(10) [],
+        /// Nested translation.
+        NEST OFFSET(26) NUMBITS(1) [],
         /// Page requests.
         PRS OFFSET(29) NUMBITS(1) [],
         /// PASID width, minus one.

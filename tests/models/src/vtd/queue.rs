@@ -2,7 +2,7 @@
 
 use super::{
     State, VtdUnit,
-    caches::{Span, Tag},
+    caches::Span,
     device::sid,
     faults::Group,
     registers::{FSTS, IQA, IQERCD, IQH, IQT, QIE, matches_sid},
@@ -327,8 +327,16 @@ impl State {
         if supported { Ok(words) } else { Err(QueueError::ReservedField) }
     }
 
+    /// Whether `address` is in the queue.
+    pub(super) fn in_queue(&self, address: PhysAddr) -> bool {
+        let start = self.get(IQA) & !0xFFF;
+        (start..start + self.queue_bytes()).contains(&address.0)
+    }
+
     fn execute(&mut self, words: [u64; 4]) {
         let [w0, w1, ..] = words;
+        // Whatever was stored before it is in memory before anything is forgotten.
+        self.flush_write_buffer();
         let granularity = w0 >> 4 & 3;
         let (did, pasid) = ((w0 >> 16) as u16, (w0 >> 32) as u32 & 0xF_FFFF);
         match w0 & 0xF {
@@ -351,8 +359,7 @@ impl State {
             6 => {
                 let span = if granularity == 3 { self.page_span(w1) } else { Span::ALL };
                 let leaves_only = granularity == 3 && w1 & 1 << 6 != 0;
-                let tag = Tag::First { did, pasid };
-                self.caches.forget_translations(|t| t == tag, span, leaves_only);
+                self.caches.forget_translations(|tag| tag.is_of_pasid(did, pasid), span, leaves_only);
             }
             7 => self.caches.forget_pasids(|p, cached| match granularity {
                 0 => cached == did,

@@ -388,6 +388,7 @@ impl State {
                     self.caches.forget_all();
                 }
             }
+            WBF => self.flush_write_buffer(),
             QIE if on => self.run_queue(),
             QIE => self.stop_queue(),
             _ => {}
@@ -797,6 +798,7 @@ mod tests {
     #[test]
     #[should_panic(expected = "not modelled")]
     fn a_unit_cannot_claim_what_the_model_lacks() {
-        Bench::new(Config { ecap: Config::qemu().ecap | 1 << 26, ..Config::qemu() });
+        // MTS.
+        Bench::new(Config { ecap: Config::qemu().ecap | 1 << 25, ..Config::qemu() });
     }
 }

@@ -136,6 +136,18 @@ impl Descriptor {
         Self::default().with(Self::TYPE, 4)
     }
 
+    /// Interrupt-entry-cache invalidation of 2^`mask` entries from `index`, a multiple of that (type 4, index-selective).
+    pub fn interrupt_entries(index: u16, mask: u8) -> Self {
+        const SELECTIVE: Field<Descriptor> = Field::bit(4);
+        const INDEX_MASK: Field<Descriptor> = Field::bits(31, 27);
+        const INDEX: Field<Descriptor> = Field::bits(47, 32);
+        Self::default()
+            .with(Self::TYPE, 4)
+            .with(SELECTIVE, 1)
+            .with(INDEX_MASK, u64::from(mask) & 0x1F)
+            .with(INDEX, index.into())
+    }
+
     const WAIT_STATUS_WRITE: Field<Self> = Field::bit(5);
     const WAIT_FENCE: Field<Self> = Field::bit(6);
     const WAIT_PAGE_REQUEST_DRAIN: Field<Self> = Field::bit(7);
@@ -295,6 +307,8 @@ pub(crate) struct Abilities {
     pub(crate) drain: u64,
     /// `CAP.MAMV`: page-selective invalidations cover at most 2^`mask_limit` pages.
     pub(crate) mask_limit: u8,
+    /// `ECAP.MHMV`: index-selective invalidations cover at most 2^`interrupt_mask_limit` interrupt entries.
+    pub(crate) interrupt_mask_limit: u8,
     /// `CAP.PSI`: second-stage translations can be invalidated by page.
     pub(crate) second_stage_pages: bool,
     /// `ECAP.PDS`: a wait can drain page requests.
@@ -402,6 +416,12 @@ impl<B: Bus> Commands<B> {
                 batch.push(Descriptor::all_translations(drain))
             }
             Invalidation::Interrupts => batch.push(Descriptor::all_interrupt_entries()),
+            Invalidation::InterruptEntry { index, log2 } => {
+                batch.push(match log2 <= self.abilities.interrupt_mask_limit {
+                    true => Descriptor::interrupt_entries(index, log2),
+                    false => Descriptor::all_interrupt_entries(),
+                })
+            }
             Invalidation::Device { stream, device_tlb } => {
                 if scalable {
                     batch.push(Descriptor::context(stream))?;

@@ -57,6 +57,10 @@ register_bitfields![u64,
         IRO OFFSET(8) NUMBITS(10) [],
         /// Nested translation.
         NEST OFFSET(26) NUMBITS(1) [],
+        /// Extended interrupt mode: x2APIC destinations.
+        EIM OFFSET(4) NUMBITS(1) [],
+        /// Maximum handle mask value: of index-selective interrupt entry invalidations.
+        MHMV OFFSET(20) NUMBITS(4) [],
         /// Page requests.
         PRS OFFSET(29) NUMBITS(1) [],
         /// PASID width, minus one.
@@ -125,6 +129,8 @@ register_bitfields![u64,
     pub(crate) IRTA [
         /// Size: 2^(S + 1) entries.
         S OFFSET(0) NUMBITS(4) [],
+        /// Extended interrupt mode enable: destinations are x2APIC IDs.
+        EIME OFFSET(11) NUMBITS(1) [],
         /// Base address, in 4 KiB.
         BASE OFFSET(12) NUMBITS(52) [],
     ],
@@ -286,7 +292,7 @@ mod tests {
     use super::*;
     use tock_registers::{LocalRegisterCopy, fields::FieldValue};
 
-    /// The registers of facts/vtd.md, section 8, rows 71, 73, 76.
+    /// The registers of facts/vtd.md, section 8, rows 71, 73, 75, 76.
     #[test]
     fn address_registers_hold_the_words_of_the_manual() {
         let value = |fields: FieldValue<u64, RTADDR::Register>| fields.value;
@@ -294,7 +300,7 @@ mod tests {
         let value = |fields: FieldValue<u64, IQA::Register>| fields.value;
         assert_eq!(value(IQA::DW::SET + IQA::BASE.val(0x6) + IQA::QS.val(0)), 0x6800);
         let value = |fields: FieldValue<u64, IRTA::Register>| fields.value;
-        assert_eq!(value(IRTA::S.val(15) + IRTA::BASE.val(0x100)), 0x0010_000F, "row 75 without EIME");
+        assert_eq!(value(IRTA::S.val(15) + IRTA::EIME.val(1) + IRTA::BASE.val(0x100)), 0x0010_080F);
         let value = |fields: FieldValue<u64, PQA::Register>| fields.value;
         assert_eq!(value(PQA::PQS.val(5) + PQA::BASE.val(0x200)), 0x0020_0005);
     }
@@ -312,7 +318,8 @@ mod tests {
         assert!(ecap.is_set(ECAP::QI) && ecap.is_set(ECAP::DT) && ecap.is_set(ECAP::PRS));
         assert!(ecap.is_set(ECAP::PASID) && ecap.is_set(ECAP::PDS) && ecap.is_set(ECAP::SMTS));
         assert!(ecap.is_set(ECAP::FSTS) && !ecap.is_set(ECAP::SSTS) && !ecap.is_set(ECAP::SMPWCS));
-        assert_eq!(ecap.read(ECAP::PSS), 19);
+        assert_eq!((ecap.read(ECAP::PSS), ecap.read(ECAP::MHMV)), (19, 15));
+        assert!(ecap.is_set(ECAP::IR) && ecap.is_set(ECAP::EIM));
     }
 
     #[test]

@@ -17,7 +17,7 @@
 //! | feature | modelled | note |
 //! |---|---|---|
 //! | registers, access rules, acknowledgement | yes | advanced fault log, MTRR, performance and virtual command blocks: reserved |
-//! | queued invalidation, 128 and 256 bits | yes | every descriptor type; interrupt entries are accepted, none are cached |
+//! | queued invalidation, 128 and 256 bits | yes | every descriptor type |
 //! | register-based invalidation | yes | |
 //! | legacy mode | yes | second stage of 3 to 5 levels, pass-through |
 //! | scalable mode | yes | first stage of 4 or 5 levels, second stage of 3 to 5 levels, nested, pass-through |
@@ -25,7 +25,8 @@
 //! | second-stage A/D, snoop control of data | no | a unit that claims the first cannot be made; the second has no effect |
 //! | primary faults, fault events | yes | 0x90 and 0x91 (A/D update not snooped, failed) are never met |
 //! | ATS, device TLBs, page requests | yes | |
-//! | interrupt remapping | no | GCMD.SIRTP, IRE and CFI are acknowledged, and no more |
+//! | interrupt remapping | yes | messages and I/O APIC pins, source validation, x2APIC; entries are cached for ever |
+//! | posted interrupts | no | |
 //! | protected memory ranges | no | PMEN is acknowledged, and no more |
 
 #[cfg(test)]
@@ -35,11 +36,13 @@ mod device;
 mod faults;
 mod queue;
 mod registers;
+mod remap;
 mod requests;
 mod walk;
 
 pub use crate::device::{Answer, DeviceTlbEntry};
 pub use device::Refusal;
+pub use remap::Arrived;
 pub use requests::Requested;
 
 use crate::memory::{Memory, OutsideMemory};
@@ -177,6 +180,7 @@ struct State {
     write_buffer: Vec<(PhysAddr, u64)>,
     /// How often memory was published: cache lines were flushed.
     flushes: usize,
+    remapping: remap::Remapping,
     queue: queue::Queue,
     /// The fault record that the next fault goes to.
     next_fault: usize,
@@ -250,6 +254,7 @@ impl VtdUnit {
             caches: caches::Caches::default(),
             write_buffer: Vec::new(),
             flushes: 0,
+            remapping: remap::Remapping::default(),
             queue: queue::Queue::default(),
             next_fault: 0,
             requests: requests::Requests::default(),

@@ -355,6 +355,11 @@ impl State {
                 self.invalidate_iotlb(granularity, did, w1);
             }
             3 => self.invalidate_device_tlb(w0, (w0 >> 32) as u16, None, device_span(w1, w1 & 1 != 0)),
+            4 => {
+                let selected =
+                    (words[0] & 1 << 4 != 0).then_some(((w0 >> 32) as u16, (w0 >> 27) as u32 & 0x1F));
+                self.remapping.forget(selected);
+            }
             5 => return self.wait(words),
             6 => {
                 let span = if granularity == 3 { self.page_span(w1) } else { Span::ALL };
@@ -371,7 +376,7 @@ impl State {
                 self.invalidate_device_tlb(w0, did, pasid, device_span(w1, w1 & 1 << 11 != 0));
             }
             9 => self.page_group_response(w0, w1),
-            // Interrupt entries are not cached, so there is nothing to forget.
+            // `descriptor` lets no other through.
             _ => {}
         }
         self.queue.executed.push(words);

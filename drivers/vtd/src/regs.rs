@@ -41,12 +41,22 @@ register_bitfields![u64,
     ],
     /// Extended Capability Register.
     pub(crate) ECAP [
+        /// Page walks snoop the CPU's caches: root, context and PASID tables, and paging structures of legacy mode.
+        C OFFSET(0) NUMBITS(1) [],
         /// Queued invalidation.
         QI OFFSET(1) NUMBITS(1) [],
         /// Device TLBs.
         DT OFFSET(2) NUMBITS(1) [],
         /// Interrupt remapping.
         IR OFFSET(3) NUMBITS(1) [],
+        /// Pass-through.
+        PT OFFSET(6) NUMBITS(1) [],
+        /// Snoop control: accesses can be made to snoop the CPU's caches.
+        SC OFFSET(7) NUMBITS(1) [],
+        /// IOTLB register offset, in 16 bytes.
+        IRO OFFSET(8) NUMBITS(10) [],
+        /// Nested translation.
+        NEST OFFSET(26) NUMBITS(1) [],
         /// Extended interrupt mode: x2APIC destinations.
         EIM OFFSET(4) NUMBITS(1) [],
         /// Maximum handle mask value: of index-selective interrupt entry invalidations.
@@ -74,6 +84,7 @@ register_bitfields![u64,
     pub(crate) RTADDR [
         /// Translation table mode.
         TTM OFFSET(10) NUMBITS(2) [
+            Legacy = 0b00,
             Scalable = 0b01,
         ],
         /// Root table address, in 4 KiB.
@@ -81,8 +92,29 @@ register_bitfields![u64,
     ],
     /// Invalidation Queue Head, and Tail.
     pub(crate) IQ [
-        /// Byte offset of a 256-bit descriptor, in 32 bytes.
-        INDEX OFFSET(5) NUMBITS(14) [],
+        /// Byte offset of a descriptor, in 16 bytes.
+        INDEX OFFSET(4) NUMBITS(15) [],
+    ],
+    /// Invalidation Queue Error Record.
+    pub(crate) IQERCD [
+        /// Source-id of the device that did not answer; 0 where the unit does not tell.
+        ITESID OFFSET(32) NUMBITS(16) [],
+        /// Source-id of the device whose answer nobody waited for.
+        ICESID OFFSET(48) NUMBITS(16) [],
+    ],
+    /// Context Command Register.
+    pub(crate) CCMD [
+        /// What was invalidated: 0 is nothing.
+        CAIG OFFSET(59) NUMBITS(2) [],
+        /// Invalidate; cleared when done.
+        ICC OFFSET(63) NUMBITS(1) [],
+    ],
+    /// IOTLB Invalidate Register.
+    pub(crate) IOTLB [
+        /// What was invalidated: 0 is nothing.
+        IAIG OFFSET(57) NUMBITS(2) [],
+        /// Invalidate; cleared when done.
+        IVT OFFSET(63) NUMBITS(1) [],
     ],
     /// Invalidation Queue Address Register.
     pub(crate) IQA [
@@ -182,16 +214,21 @@ pub(crate) const ECAP: Ro<u64, ECAP::Register> = Ro::at(0x010);
 pub(crate) const GCMD: Rw<u32, GLOBAL::Register> = Rw::at(0x018);
 pub(crate) const GSTS: Ro<u32, GLOBAL::Register> = Ro::at(0x01C);
 pub(crate) const RTADDR: Rw<u64, RTADDR::Register> = Rw::at(0x020);
+pub(crate) const CCMD: Rw<u64, CCMD::Register> = Rw::at(0x028);
 pub(crate) const FSTS: W1c<u32, FSTS::Register> = W1c::at(0x034);
 pub(crate) const PMEN: Rw<u32, PMEN::Register> = Rw::at(0x064);
 pub(crate) const IQH: Ro<u64, IQ::Register> = Ro::at(0x080);
 pub(crate) const IQT: Rw<u64, IQ::Register> = Rw::at(0x088);
 pub(crate) const IQA: Rw<u64, IQA::Register> = Rw::at(0x090);
+pub(crate) const IQERCD: Ro<u64, IQERCD::Register> = Ro::at(0x0B0);
 pub(crate) const IRTA: Rw<u64, IRTA::Register> = Rw::at(0x0B8);
 pub(crate) const PQH: Rw<u64, PQ::Register> = Rw::at(0x0C0);
 pub(crate) const PQT: Rw<u64, PQ::Register> = Rw::at(0x0C8);
 pub(crate) const PQA: Rw<u64, PQA::Register> = Rw::at(0x0D0);
 pub(crate) const PRS: W1c<u32, PRS::Register> = W1c::at(0x0DC);
+
+/// The one-shot bits of `GCMD`; they read back as status and must not be written back.
+pub(crate) const ONE_SHOT: u32 = 1 << 24 | 1 << 27 | 1 << 29 | 1 << 30;
 
 /// The end of the registers that have a fixed place, as far as the driver uses them.
 pub(crate) const FIXED_BYTES: usize = 0x0F0;
@@ -221,6 +258,19 @@ pub(crate) const FAULT_EVENT: EventRegisters = EventRegisters::at(0x038);
 pub(crate) const INVALIDATION_EVENT: EventRegisters = EventRegisters::at(0x0A0);
 /// Page request event: `PECTL`, `PEDATA`, `PEADDR`, `PEUADDR`.
 pub(crate) const PAGE_REQUEST_EVENT: EventRegisters = EventRegisters::at(0x0E0);
+
+/// The registers of register-based invalidation at an offset that the unit reports: what, and the command.
+pub(crate) struct IotlbRegisters {
+    pub(crate) address: Rw<u64>,
+    pub(crate) command: Rw<u64, IOTLB::Register>,
+}
+
+impl IotlbRegisters {
+    /// Those at `offset` bytes (16 `ECAP.IRO`).
+    pub(crate) fn at(offset: usize) -> Self {
+        Self { address: Rw::at(offset), command: Rw::at(offset + 8) }
+    }
+}
 
 /// A fault-recording register (`FRCD`), 128 bits wide, at an offset that the unit reports.
 pub(crate) struct FaultRecording {

@@ -6,14 +6,14 @@
 
 use hosted::root;
 use iommu::{
-    Access, DomainId, Event, FaultReason, Features, GroupTag, Iova, Outcome, PageRequest, PageResponse,
+    Access, DomainId, Event, FaultReason, Features, Gpa, GroupTag, Iova, Outcome, PageRequest, PageResponse,
     Pasid, Perms, PhysAddr, StreamId,
 };
 use vtd::{
     commands::Descriptor,
     events::{FaultEntry, RequestEntry},
     remap::{Delivery, Destination, Interrupt, Pin, Redirection, Refusal, RemapEntry, Source, message},
-    tables::{ContextEntry, DirectoryEntry, PasidEntry, RootHalf},
+    tables::{ContextEntry, DirectoryEntry, LegacyContext, LegacyRoot, PasidEntry, RootHalf, Snoop},
 };
 
 fn pasid(value: u32) -> Pasid {
@@ -27,6 +27,8 @@ mod tables {
     use super::*;
 
     const ALL: Features = Features { device_tlb: true, page_requests: true, pasid: true };
+    const WALKS: Snoop = Snoop { walks: true, accesses: false };
+    const NONE: Snoop = Snoop { walks: false, accesses: false };
 
     #[test]
     fn each_half_of_a_root_entry_points_at_its_context_table() {
@@ -61,23 +63,77 @@ mod tables {
     #[test]
     fn a_first_stage_entry_has_its_fields_in_the_places_of_the_manual() {
         // Row 11 without SRE and WPE: w0 1 | AW 2<<2 | PGTT 1<<6; w1 6 | PWSNP 1<<23; w2 0x55555<<12.
-        let entry = PasidEntry::first_stage(root(0x5555_5000, 4), DomainId(6), true);
+        let entry = PasidEntry::first_stage(root(0x5555_5000, 4), DomainId(6), WALKS);
         assert_eq!(entry.0, [0x49, 0x0080_0006, 0x5555_5000, 0, 0, 0, 0, 0]);
 
         // Row 12 without PGSNP, SRE, EAFE: w0 1 | AW 3<<2 | PGTT 1<<6; w1 0xABC; w2 FSPM 1<<2 | 1<<12.
-        let entry = PasidEntry::first_stage(root(0x1000, 5), DomainId(0xABC), false);
+        let entry = PasidEntry::first_stage(root(0x1000, 5), DomainId(0xABC), NONE);
         assert_eq!(entry.0, [0x4D, 0xABC, 0x1004, 0, 0, 0, 0, 0]);
     }
 
     #[test]
     fn a_second_stage_entry_has_its_fields_in_the_places_of_the_manual() {
         // Row 13 without SSADE and PGSNP: w0 1 | AW 2<<2 | PGTT 2<<6 | 0x333333<<12; w1 0x42 | PWSNP 1<<23.
-        let entry = PasidEntry::second_stage(root(0x3_3333_3000, 4), DomainId(0x42), true);
+        let entry = PasidEntry::second_stage(root(0x3_3333_3000, 4), DomainId(0x42), WALKS);
         assert_eq!(entry.0, [0x0000_0003_3333_3089, 0x0080_0042, 0, 0, 0, 0, 0, 0]);
 
         // AW: 1 is 3 levels, 3 is 5. w0 1 | AW<<2 | PGTT 2<<6 | 1<<12.
-        assert_eq!(PasidEntry::second_stage(root(0x1000, 3), DomainId(1), false).0[0], 0x1085);
-        assert_eq!(PasidEntry::second_stage(root(0x1000, 5), DomainId(1), false).0[0], 0x108D);
+        assert_eq!(PasidEntry::second_stage(root(0x1000, 3), DomainId(1), NONE).0[0], 0x1085);
+        assert_eq!(PasidEntry::second_stage(root(0x1000, 5), DomainId(1), NONE).0[0], 0x108D);
+    }
+
+    #[test]
+    fn a_nested_entry_has_both_stages_in_the_places_of_the_manual() {
+        // Row 14 without SRE and WPE: w0 1 | AW 3<<2 | PGTT 3<<6 | 0x800<<12; w1 0x1001; w2 FSPM 1<<2 | 0x900<<12.
+        let entry = PasidEntry::nested(Gpa(0x90_0000), 5, root(0x80_0000, 5), DomainId(0x1001), NONE);
+        assert_eq!(entry.0, [0x0080_00CD, 0x1001, 0x0090_0004, 0, 0, 0, 0, 0]);
+
+        // The levels of each stage are its own. w0 1 | AW 1<<2 | PGTT 3<<6 | 0x800<<12; w2 FSPM 0.
+        let entry = PasidEntry::nested(Gpa(0x90_0000), 4, root(0x80_0000, 3), DomainId(2), NONE);
+        assert_eq!(entry.0, [0x0080_00C5, 2, 0x0090_0000, 0, 0, 0, 0, 0]);
+    }
+
+    #[test]
+    fn a_bypassing_entry_names_no_tables() {
+        // Row 15: AW 2 is 4 levels.
+        assert_eq!(PasidEntry::bypass(4, DomainId(1), WALKS).0, [0x109, 0x0080_0001, 0, 0, 0, 0, 0, 0]);
+        // AW 3: 1 | 3<<2 | 4<<6.
+        assert_eq!(PasidEntry::bypass(5, DomainId(1), NONE).0, [0x10D, 1, 0, 0, 0, 0, 0, 0]);
+    }
+
+    #[test]
+    fn accesses_snoop_where_an_entry_says_so() {
+        // Row 13 without SSADE, row 15 with PGSNP and without PWSNP: PGSNP 1<<24, PWSNP 1<<23.
+        let both = Snoop { walks: true, accesses: true };
+        let entry = PasidEntry::second_stage(root(0x3_3333_3000, 4), DomainId(0x42), both);
+        assert_eq!(entry.0[1], 0x0180_0042);
+        let accesses = Snoop { walks: false, accesses: true };
+        assert_eq!(PasidEntry::bypass(4, DomainId(1), accesses).0[1], 0x0100_0001);
+    }
+
+    #[test]
+    fn an_entry_that_refuses_everything_keeps_its_domain_and_is_not_present() {
+        assert_eq!(PasidEntry::blocked(DomainId(0x42)).0, [0, 0x42, 0, 0, 0, 0, 0, 0]);
+        // DID is 87:72, bit 8 of the second word: 0x42<<8.
+        assert_eq!(LegacyContext::blocked(DomainId(0x42)).0, [0, 0x4200]);
+    }
+
+    #[test]
+    fn a_legacy_root_entry_points_at_the_context_table_of_its_bus() {
+        // Row 1.
+        assert_eq!(LegacyRoot::new(PhysAddr(0x1234_5000)).0, [0x1234_5001, 0]);
+    }
+
+    #[test]
+    fn a_legacy_context_entry_has_its_fields_in_the_places_of_the_manual() {
+        // Row 2.
+        let entry = LegacyContext::second_stage(root(0xABCD_E000, 4), DomainId(5), false);
+        assert_eq!(entry.0, [0xABCD_E001, 0x0502]);
+        // Row 3 without FPD: w0 1 | TT 1<<2 | 0x100001<<12.
+        let entry = LegacyContext::second_stage(root(0x1_0000_1000, 3), DomainId(0x1234), true);
+        assert_eq!(entry.0, [0x1_0000_1005, 0x0012_3401]);
+        // Row 4.
+        assert_eq!(LegacyContext::bypass(5, DomainId(3)).0, [0x9, 0x0303]);
     }
 }
 
@@ -90,6 +146,8 @@ mod invalidation_descriptors {
         assert_eq!(Descriptor::all_contexts().0, [0x11, 0, 0, 0]);
         // Row 23 with DID 0, which scalable mode ignores: 1 | 3<<4 | 0x3FA<<32.
         assert_eq!(Descriptor::context(StreamId(0x03FA)).0, [0x0000_03FA_0000_0031, 0, 0, 0]);
+        // Row 23 whole, as legacy mode has it.
+        assert_eq!(Descriptor::context_of(7, StreamId(0x03FA)).0, [0x0000_03FA_0007_0031, 0, 0, 0]);
     }
 
     #[test]
@@ -241,7 +299,15 @@ mod page_requests {
     fn an_entry_of_another_type_is_kept_as_it_was() {
         for kind in (0..=0xFF).filter(|&kind| kind != 1) {
             let words = [0x0000_0005_0020_0100 | kind, 0x15];
-            assert_eq!(RequestEntry([words[0], words[1], 7, 8]).decode(), Event::Malformed { words });
+            // Where a request has them: RID 0x20, PASID 5, PRGI 2.
+            let group = Some((StreamId(0x20), GroupTag { pasid: Some(pasid(5)), index: 2 }));
+            assert_eq!(RequestEntry([words[0], words[1], 7, 8]).decode(), Event::Malformed { words, group });
+            // Bits 15:10 and 63:54 are no request's: whatever it is, it names no group.
+            for bit in (10..16).chain(54..64) {
+                let words = [words[0] | 1 << bit, words[1]];
+                let expected = Event::Malformed { words, group: None };
+                assert_eq!(RequestEntry([words[0], words[1], 0, 0]).decode(), expected);
+            }
         }
     }
 

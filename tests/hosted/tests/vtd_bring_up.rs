@@ -260,11 +260,10 @@ fn refusal(config: Config) -> Error {
 #[test]
 fn what_a_unit_lacks_is_named() {
     let qemu = Config::qemu();
-    // ECAP.SMTS is bit 43, ECAP.QI bit 1, CAP.RWBF bit 4.
+    // ECAP.SMTS is bit 43, ECAP.QI bit 1.
     for (config, name) in [
         (Config { ecap: qemu.ecap & !(1 << 43), ..qemu }, "ECAP.SMTS"),
         (Config { ecap: qemu.ecap & !(1 << 1), ..qemu }, "ECAP.QI"),
-        (Config { cap: qemu.cap | 1 << 4, ..qemu }, "CAP.RWBF"),
     ] {
         let Error::Unsupported { feature } = refusal(config) else { panic!("{name}") };
         assert!(feature.contains(name), "{feature} does not name {name}");

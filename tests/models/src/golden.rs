@@ -32,6 +32,10 @@ pub const PASID_FIRST_STAGE: [u64; 8] =
 pub const PASID_FIRST_STAGE_5_LEVELS: [u64; 8] =
     [0x0000_0000_0000_004D, 0x0000_0000_0100_0ABC, 0x0000_0000_0000_1085, 0, 0, 0, 0, 0];
 
+/// PASID table entry, nested, AW 3, SSPTPTR 0x80_0000, DID 0x1001, SRE, WPE, 5 levels, FSPTPTR 0x90_0000 (the guest's).
+pub const PASID_NESTED: [u64; 8] =
+    [0x0000_0000_0080_00CD, 0x0000_0000_0000_1001, 0x0000_0000_0090_0015, 0, 0, 0, 0, 0];
+
 /// First-stage entry, P, R/W, U/S, A, pointing at the table 0xAB_C000.
 pub const FIRST_STAGE_TABLE: u64 = 0x0000_0000_00AB_C027;
 
@@ -235,6 +239,20 @@ mod tests {
                     (128, 128, 0x1),
                     (132, 132, 0x1),
                     (191, 140, 0x55555),
+                ],
+            ),
+            (
+                &PASID_NESTED,
+                &[
+                    (0, 0, 0x1),
+                    (4, 2, 0x3),
+                    (8, 6, 0x3),
+                    (63, 12, 0x800),
+                    (79, 64, 0x1001),
+                    (128, 128, 0x1),
+                    (131, 130, 0x1),
+                    (132, 132, 0x1),
+                    (191, 140, 0x900),
                 ],
             ),
             (

@@ -3,20 +3,17 @@
 
 use crate::{
     guest::Guest,
-    hypervisor::{DEVICES_PER_GUEST, GUESTS, Hypervisor},
-    memory::{self, Share},
+    hypervisor::{DEVICES_PER_GUEST, Device, GUESTS, Hypervisor},
+    memory::Share,
+    tables::{DeviceTables, Unmapped},
 };
-use arch::{
-    cpu,
-    unit::{self, DeviceTables},
-};
+use arch::{cpu, unit};
 use broker::{AttachmentId, DeviceId, Limits, Policy, QueueId, Restraint, Whose};
 use core::sync::atomic::Ordering::Relaxed;
 use heapless::Vec;
 use iommu::{
     Attachment, Features, Grant, Invalidation, Iova, Leaving, PAGE_SIZE, Pasid, Perms, StreamId, Tables as _,
 };
-use pgtable::{Gather, Tree};
 
 /// Page requests that one device may have outstanding. All devices together stay below what the unit's queue holds.
 pub const ALLOCATION: u32 = 15;
@@ -63,7 +60,7 @@ pub struct Space {
     /// Its name in the unit.
     pub attachment: Attachment,
     /// What it reaches.
-    pub tree: Tree<DeviceTables>,
+    pub tree: DeviceTables,
 }
 
 /// A space whose page requests go to somebody.
@@ -84,7 +81,7 @@ impl Guest {
         if registers > crate::guest::WINDOW || !registers.is_multiple_of(PAGE_SIZE) {
             return Err(Error::Registers);
         }
-        let requests = device.function.has_page_requests() && self.hv.capabilities.page_requests;
+        let requests = self.asks_for_pages(device);
         let pasids = requests && self.hv.capabilities.pasid_bits > 0;
         let features = Features { device_tlb: requests, page_requests: requests, pasid: pasids };
         // Without page requests the broker has nothing to admit.
@@ -109,6 +106,11 @@ impl Guest {
         }
         device.function.enable_bus_master(&self.hv.config);
         Ok(())
+    }
+
+    /// Returns whether `device` sends page requests, and the unit serves them.
+    pub fn asks_for_pages(&self, device: &Device) -> bool {
+        device.function.has_page_requests() && self.hv.capabilities.page_requests
     }
 
     /// Attaches a device of the guest; returns the guest's name for the attachment.
@@ -281,11 +283,9 @@ impl Space {
         stream: StreamId,
         pasid: Option<Pasid>,
     ) -> Result<Self, Error> {
-        // Pages alone: a guest may take back any page of what it lent.
         let tree =
-            share.with(hv.pool, |frames| Tree::new(frames, pgtable::Limits::PAGES)).map_err(Error::Tables)?;
-        let translation = unit::translation(memory::root(&tree));
-        match hv.tables.with(|tables| tables.attach(stream, pasid, translation)) {
+            share.with(hv.pool, |frames| DeviceTables::new(frames, hv.stage)).map_err(Error::Tables)?;
+        match hv.tables.with(|tables| tables.attach(stream, pasid, tree.translation())) {
             Ok((attachment, invalidations)) => {
                 // On an error the unit may know of the tables, so their frames are not used again.
                 hv.invalidate(&invalidations).map_err(Error::Unit)?;
@@ -318,19 +318,33 @@ impl Space {
     /// Unmaps `bytes` from `iova`, and returns when nothing reaches the memory any more. On an error of the unit the device
     /// may still reach it, until it is detached.
     pub fn unmap(&self, hv: &Hypervisor, share: &Share, iova: Iova, bytes: u64) -> Result<(), Error> {
-        let mut gather = Gather::new();
-        share
-            .with(hv.pool, |frames| self.tree.unmap(frames, iova.0, bytes, &mut gather))
-            .map_err(Error::Tables)?;
+        let unmapped = self.remove(hv, share, iova, bytes)?;
+        self.forget(hv, share, iova, bytes, unmapped)
+    }
+
+    /// Takes `bytes` from `iova` out of the tables. The unit and the device may still know them.
+    pub fn remove(&self, hv: &Hypervisor, share: &Share, iova: Iova, bytes: u64) -> Result<Unmapped, Error> {
+        share.with(hv.pool, |frames| self.tree.unmap(frames, iova.0, bytes)).map_err(Error::Tables)
+    }
+
+    /// Has the unit and the device forget what was removed, and returns when they have.
+    pub fn forget(
+        &self,
+        hv: &Hypervisor,
+        share: &Share,
+        iova: Iova,
+        bytes: u64,
+        unmapped: Unmapped,
+    ) -> Result<(), Error> {
         let Attachment { stream, pasid, domain, .. } = self.attachment;
         // `Pages` leaves what the unit remembers of the tables above.
-        let invalidation = match gather.tables_went() {
+        let invalidation = match unmapped.tables_went() {
             true => Invalidation::Attachment(self.attachment),
             false => Invalidation::covering(self.attachment, iova, bytes),
         };
         // On an error the tables that went are never used again.
         hv.invalidate(&[invalidation]).map_err(Error::Unit)?;
-        share.with(hv.pool, |frames| gather.give_back(frames));
+        share.with(hv.pool, |frames| unmapped.give_back(frames));
         defmt::debug!(
             "unmap stream={=u32:#x} pasid={=u32:#x} domain={=u16:#x} iova={=u64:#x} pages={=u64}",
             stream.0,

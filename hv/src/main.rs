@@ -18,6 +18,7 @@ mod hypervisor;
 mod memory;
 mod scenes;
 mod service;
+mod tables;
 
 use arch::{cpu, interrupts, machine::Boot, unit};
 use hypervisor::{Hypervisor, POOL};

@@ -133,11 +133,17 @@ impl Service {
                 defmt::debug!("{} sends no more requests for {}", stream, pasid)
             }
             Event::RequestsLost => {
+                self.hv.lost.requests.fetch_add(1, Relaxed);
                 defmt::warn!("page requests were lost: half-seen groups are discarded");
                 broker.overflowed(cpu::now_us());
             }
             Event::Fault(fault) => self.fault(fault),
-            Event::FaultsLost => defmt::warn!("an unknown number of faults was lost"),
+            Event::FaultsLost => {
+                self.hv.lost.faults.fetch_add(1, Relaxed);
+                if self.log.allows(cpu::now_us()) {
+                    defmt::warn!("an unknown number of faults was lost");
+                }
+            }
             Event::Malformed { words: [low, high], group } => {
                 defmt::warn!("the unit reports {=u64:#x} {=u64:#x}, which is nothing known", low, high);
                 if let Some((stream, tag)) = group {

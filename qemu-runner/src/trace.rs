@@ -15,7 +15,7 @@ use std::{collections::HashMap, fmt, io::BufRead, mem};
 
 use serde::Serialize;
 
-use crate::{error::Error, machine::Machine};
+use crate::{error::Error, machine::Machine, variant::Tables};
 
 /// Size of the pages that a mapping consists of, in bytes.
 const PAGE: u64 = 4096;
@@ -167,6 +167,20 @@ enum Sight {
 /// The steps that were submitted together and completed.
 type Batch = Vec<Taken>;
 
+/// What the hypervisor says of one boot, to be compared with the trace of it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Told<'t> {
+    pub(crate) machine: Machine,
+    /// Which tables translate devices.
+    pub(crate) tables: Tables,
+    /// What it removed, in order.
+    pub(crate) removals: &'t [Removal],
+    /// The streams of the devices that keep translations of their own.
+    pub(crate) with_device_tlb: &'t [u64],
+    /// Whether it tells of detachments. Where there were unmaps there are detachments in the end.
+    pub(crate) detachments: bool,
+}
+
 /// What QEMU's trace of one boot shows.
 #[derive(Clone, Debug, Default, Eq, PartialEq, Serialize)]
 pub struct Trace {
@@ -207,32 +221,25 @@ impl Trace {
         }
     }
 
-    /// Compares the trace of `machine` that `lines` carries with the `removals` that the hypervisor logged, in order.
+    /// Compares the trace that `lines` carries with what the hypervisor told.
     ///
-    /// `with_device_tlb` are the streams of the devices that keep translations of their own. A step counts when the
-    /// hypervisor has waited for it: when a completion follows in its batch. Each batch accounts for one removal at most,
-    /// so that a step which was forgotten is not excused by a twin; the entries of one array share theirs. Where there were unmaps there are detachments in the end;
-    /// that none is told is a finding only if they must be.
-    pub(crate) fn judge(
-        machine: Machine,
-        lines: impl BufRead,
-        removals: &[Removal],
-        with_device_tlb: &[u64],
-        detachments_must_be_told: bool,
-    ) -> Result<Self, Error> {
+    /// A step counts when the hypervisor has waited for it: when a completion follows in its batch. Each batch accounts for
+    /// one removal at most, so that a step which was forgotten is not excused by a twin; the entries of one array share
+    /// theirs.
+    pub(crate) fn judge(lines: impl BufRead, all: &Told<'_>) -> Result<Self, Error> {
         let mut trace = Self::default();
-        let mut batches = trace.read(machine, lines)?;
+        let mut batches = trace.read(all.machine, all.tables, lines)?;
         if !trace.enabled {
             trace.find("translation was never switched on".into());
         }
-        let told = removals.iter().any(|removal| removal.part == Part::All);
-        if detachments_must_be_told && !told && !removals.is_empty() {
+        let told = all.removals.iter().any(|removal| removal.part == Part::All);
+        if all.detachments && !told && !all.removals.is_empty() {
             trace.find("the hypervisor removed mappings and told of no detachment".into());
         }
         // Where the search for an address space's next batch begins, and whether that one is of entries before.
         let mut next = HashMap::<(u64, u64), (usize, bool)>::new();
-        for removal in removals {
-            let steps = removal.steps(machine, with_device_tlb.contains(&removal.stream));
+        for removal in all.removals {
+            let steps = removal.steps(all.machine, all.with_device_tlb.contains(&removal.stream));
             let (from, of_entries) = next.entry((removal.stream, removal.pasid)).or_default();
             let is_entry = matches!(removal.part, Part::Entry { .. });
             let goes_on = matches!(removal.part, Part::Entry { number: 1.., .. });
@@ -271,10 +278,10 @@ impl Trace {
     }
 
     /// Reads the batches that completed while translation was on, in order, and notes what else there is to see.
-    fn read(&mut self, machine: Machine, lines: impl BufRead) -> Result<Vec<Batch>, Error> {
-        let read = match machine {
-            Machine::X86_64 => vtd::read,
-            Machine::Aarch64 => smmu::read,
+    fn read(&mut self, machine: Machine, tables: Tables, lines: impl BufRead) -> Result<Vec<Batch>, Error> {
+        let read = |event: &str, text: &str| match machine {
+            Machine::X86_64 => vtd::read(tables, event, text),
+            Machine::Aarch64 => smmu::read(event, text),
         };
         let (mut taken, mut batch, mut batches) = (Vec::new(), Batch::new(), Vec::new());
         for line in lines.split(b'\n') {
@@ -446,9 +453,18 @@ mod tests {
     impl Words {
         /// Judges `lines` as they are. The device has a device TLB, or not.
         fn judge_with(&self, lines: &[&str], removals: &[Removal], device_tlb: bool) -> Trace {
-            let text = lines.join("\n");
             let with_device_tlb: &[u64] = if device_tlb { &[0x18] } else { &[] };
-            Trace::judge(self.machine, text.as_bytes(), removals, with_device_tlb, false).unwrap()
+            self.judge_told(lines, &Told { with_device_tlb, ..self.told(removals) })
+        }
+
+        /// What a hypervisor tells that removes `removals` of a device without a device TLB.
+        fn told<'t>(&self, removals: &'t [Removal]) -> Told<'t> {
+            let machine = self.machine;
+            Told { machine, tables: Tables::First, removals, with_device_tlb: &[], detachments: false }
+        }
+
+        fn judge_told(&self, lines: &[&str], told: &Told<'_>) -> Trace {
+            Trace::judge(lines.join("\n").as_bytes(), told).unwrap()
         }
 
         /// Judges `lines` as they are.
@@ -713,9 +729,9 @@ mod tests {
     #[test]
     fn a_hypervisor_that_tells_of_no_detachment_is_contradicted_if_it_must() {
         for words in &WORDS {
-            let text = [words.on, words.pages, words.wait].join("\n");
-            let judge = |removals: &[Removal], must| {
-                Trace::judge(words.machine, text.as_bytes(), removals, &[], must).unwrap().clean()
+            let judge = |removals: &[Removal], detachments| {
+                let told = Told { detachments, ..words.told(removals) };
+                words.judge_told(&[words.on, words.pages, words.wait], &told).clean()
             };
 
             assert!(judge(&[FOUR_PAGES], false) && !judge(&[FOUR_PAGES], true));

@@ -11,9 +11,7 @@ use crate::{
 };
 use core::{fmt, ops::Range};
 use heapless::Vec;
-use iommu::{
-    Capabilities, DmaBuf, FaultRecord, Invalidations, Message, PhysAddr, Root, StreamId, Translation,
-};
+use iommu::{Capabilities, DmaBuf, FaultRecord, Invalidations, Message, PhysAddr, StreamId};
 
 /// The event side of the unit.
 pub type Events = smmuv3::Events<Mmio>;
@@ -22,15 +20,12 @@ pub type Commands = smmuv3::Commands<Mmio>;
 /// The table side of the unit.
 pub type Tables = smmuv3::Tables<Mmio>;
 
-/// The format of tables that translate what devices issue: 4 levels of 4 KiB, 48 bits.
-pub type DeviceTables = pgtable::Stage1<12, 48>;
+/// The format of stage 1 tables, which translate what devices issue: 4 levels of 4 KiB, 48 bits.
+pub type FirstStage = pgtable::Stage1<12, 48>;
+/// The format of stage 2 tables, which do so where the unit has no stage 1: 4 levels of 4 KiB, 44 bits.
+pub type SecondStage = pgtable::Stage2<12, 44>;
 /// The format of tables that translate what guests issue: 4 levels of 4 KiB, 44 bits.
 pub type GuestTables = pgtable::Stage2<12, 44>;
-
-/// Translates a device by tables in the format [`DeviceTables`].
-pub fn translation(root: Root) -> Translation {
-    Translation::Stage1(root)
-}
 
 /// Why there is no IOMMU in service.
 #[derive(Clone, Copy, Debug, defmt::Format)]

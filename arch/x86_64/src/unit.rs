@@ -9,9 +9,7 @@ use crate::{
 };
 use core::{fmt, ops::Range};
 use heapless::Vec;
-use iommu::{
-    Capabilities, DmaBuf, FaultRecord, Invalidations, Message, PhysAddr, Root, StreamId, Translation,
-};
+use iommu::{Capabilities, DmaBuf, FaultRecord, Invalidations, Message, PhysAddr, StreamId};
 use vtd::{
     dmar::{self, Dmar},
     remap,
@@ -24,15 +22,12 @@ pub type Commands = vtd::Commands<Mmio>;
 /// The table side of the unit.
 pub type Tables = vtd::Tables<Mmio>;
 
-/// The format of tables that translate what devices issue.
-pub type DeviceTables = pgtable::VtdFirstStage;
+/// The format of first-stage tables, which translate what devices issue.
+pub type FirstStage = pgtable::VtdFirstStage;
+/// The format of second-stage tables, which do so where the unit has no first stage.
+pub type SecondStage = pgtable::VtdSecondStage;
 /// The format of tables that translate what guests issue.
 pub type GuestTables = pgtable::SvmNested;
-
-/// Translates a device by tables in the format [`DeviceTables`].
-pub fn translation(root: Root) -> Translation {
-    Translation::Stage1(root)
-}
 
 /// Lets the unit interrupt `core`. What it reported before may or may not interrupt: look once afterwards.
 pub fn enable_interrupts(events: &mut Events, core: usize) -> Result<(), iommu::Error> {

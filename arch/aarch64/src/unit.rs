@@ -231,6 +231,8 @@ impl Found {
             event_queue: cut(EVENT_FRAMES)?,
             page_requests: cut(REQUEST_FRAMES)?,
             answers: OUTSTANDING,
+            // The devices of this machine are all behind PCI Express.
+            stalling: Vec::new(),
         };
         let smmuv3::Smmu { events, commands, tables } = self.unit.enable(memory).map_err(Error::Unit)?;
         Ok(Unit { events, commands, tables, remapping: None })

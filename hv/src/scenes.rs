@@ -4,6 +4,7 @@
 //! not hold. Frames are counted around each scene: one that leaves a frame taken has failed.
 
 mod pressure;
+mod recovery;
 mod trust;
 
 use crate::{
@@ -76,7 +77,8 @@ const SCENES: [(&str, bool, Scene); 10] = [
 ];
 
 /// Scenes that are shown only where the command line names them, each in a boot that is made for it.
-const FURTHER: [(&str, bool, Scene); 5] = [
+const FURTHER: [(&str, bool, Scene); 6] = [
+    ("recovery", false, recovery::recovery),
     ("storm", false, pressure::storm),
     ("overflow", true, pressure::overflow),
     ("staleness", true, pressure::staleness),

@@ -28,7 +28,7 @@ Options:
   --scene NAME       show this scene only; may be given several times
                      (deny allow event repair silence forgery restraint
                      claims departure isolation; of pressure:
-                     storm overflow staleness batch; of second-stage
+                     recovery storm overflow staleness batch; of second-stage
                      on x86_64: trust)
   --keep             keep each boot's files (serial.bin, log.txt, trace.txt, stderr.txt) and say where
   --offline          download nothing

@@ -20,6 +20,8 @@ pub(crate) struct Variant {
     pub(crate) unit_with_requests: &'static str,
     /// Further devices.
     pub(crate) devices: &'static [&'static str],
+    /// Options of the plugin, each after a comma.
+    pub(crate) plugin: &'static str,
     /// What the hypervisor is told besides the names of the scenes.
     pub(crate) told: &'static str,
     /// Which tables the hypervisor translates devices by.
@@ -93,6 +95,7 @@ const X86_64: Variant = Variant {
     unit: Some(VTD_FIRST),
     unit_with_requests: ",svm=on",
     devices: &[],
+    plugin: "",
     told: "",
     tables: Tables::First,
     with_device_tlb: &PLUGIN_DEVICES,
@@ -117,6 +120,7 @@ const AARCH64: Variant = Variant {
     unit: None,
     unit_with_requests: "",
     devices: &[],
+    plugin: "",
     told: "",
     tables: Tables::First,
     with_device_tlb: &PLUGIN_DEVICES,
@@ -174,6 +178,7 @@ pub(crate) static VARIANTS: [Variant; 6] = [
         name: Some("pressure"),
         devices: SECOND_WRITER,
         scenes: &[
+            Scene::plain("recovery").witnessed("Page group response without PASID"),
             Scene::plain("storm").witnessed("new fault is not recorded, set PFO field"),
             Scene::requests("overflow"),
             Scene::requests("staleness"),
@@ -184,7 +189,10 @@ pub(crate) static VARIANTS: [Variant; 6] = [
     Variant {
         name: Some("pressure"),
         devices: SECOND_WRITER,
+        plugin: ",spoil=0x18",
         scenes: &[
+            // GERROR.CMDQ_ERR. The plugin makes the command wrong; refusal and recovery are QEMU's own.
+            Scene::doubled("recovery").witnessed("smmuv3_write_gerror toggled=0x1"),
             // GERROR.EVENTQ_ABT_ERR.
             Scene::plain("storm").witnessed("smmuv3_write_gerror toggled=0x4"),
             Scene::doubled("overflow"),

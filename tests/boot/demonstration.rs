@@ -31,8 +31,8 @@ const SCENES: [&str; 10] = [
 const VARIANTS: [(&str, &str, &[&str]); 4] = [
     ("x86_64", "second-stage", &["deny", "allow", "event", "isolation", "trust"]),
     ("aarch64", "second-stage", &["deny", "allow", "event", "repair", "isolation"]),
-    ("x86_64", "pressure", &["storm", "overflow", "staleness", "batch"]),
-    ("aarch64", "pressure", &["storm", "overflow", "staleness", "batch"]),
+    ("x86_64", "pressure", &["recovery", "storm", "overflow", "staleness", "batch"]),
+    ("aarch64", "pressure", &["recovery", "storm", "overflow", "staleness", "batch"]),
 ];
 
 /// Every boot: its machine, its variant and its scenes.
@@ -43,7 +43,7 @@ fn boots() -> impl Iterator<Item = (&'static str, Option<&'static str>, &'static
 
 /// The scenes of aarch64, and their variants, for which a part of ours stands in for one that QEMU lacks: page requests on
 /// SMMUv3.
-const TEST_DOUBLES: [(Option<&str>, &str); 10] = [
+const TEST_DOUBLES: [(Option<&str>, &str); 11] = [
     (None, "repair"),
     (None, "silence"),
     (None, "forgery"),
@@ -51,6 +51,7 @@ const TEST_DOUBLES: [(Option<&str>, &str); 10] = [
     (None, "claims"),
     (None, "departure"),
     (Some("second-stage"), "repair"),
+    (Some("pressure"), "recovery"),
     (Some("pressure"), "overflow"),
     (Some("pressure"), "staleness"),
     (Some("pressure"), "batch"),

@@ -71,7 +71,7 @@ fn bring_up(boot: Boot) -> Result<&'static Hypervisor, Failure> {
     defmt::info!("unit enabled: every device is blocked");
 
     let image = boot.guest_image_bytes().ok_or(Failure::NoGuestImage)?;
-    let unit::Unit { events, commands, tables } = unit;
+    let unit::Unit { events, commands, tables, remapping: _ } = unit;
     let hv = Hypervisor::publish(boot, config, registers, capabilities, commands, tables, image);
     service::start(hv, events).map_err(Failure::Service)?;
     for index in 0..hypervisor::GUESTS {

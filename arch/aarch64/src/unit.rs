@@ -11,7 +11,9 @@ use crate::{
 };
 use core::{fmt, ops::Range};
 use heapless::Vec;
-use iommu::{Capabilities, DmaBuf, PhysAddr, Root, StreamId, Translation};
+use iommu::{
+    Capabilities, DmaBuf, FaultRecord, Invalidations, Message, PhysAddr, Root, StreamId, Translation,
+};
 
 /// The event side of the unit.
 pub type Events = smmuv3::Events<Mmio>;
@@ -77,6 +79,59 @@ pub struct Unit {
     pub commands: Commands,
     /// Which device is translated how.
     pub tables: Tables,
+    /// Which device may interrupt whom: not this unit's to say.
+    pub remapping: Option<Remapping>,
+}
+
+/// Which device may interrupt which core. There is none: on Arm that is the interrupt controller's part (ITS), which has no
+/// driver here, and messages of devices are memory accesses, which the unit translates.
+pub enum Remapping {}
+
+/// One interrupt that a device may send.
+pub enum InterruptHandle {}
+/// One that it may send no more.
+pub enum LeavingInterrupt {}
+
+impl Remapping {
+    /// Takes an interrupt for a device.
+    pub fn allocate(&mut self, _: StreamId) -> Result<InterruptHandle, iommu::Error> {
+        match *self {}
+    }
+
+    /// Returns the number of the interrupt.
+    pub fn number(&self, handle: &InterruptHandle) -> u16 {
+        match *handle {}
+    }
+
+    /// Lets the interrupt reach a core.
+    pub fn open(
+        &mut self,
+        handle: &InterruptHandle,
+        _: Source,
+        _: usize,
+    ) -> Result<Invalidations, iommu::Error> {
+        match *handle {}
+    }
+
+    /// Returns the message by which the device sends it.
+    pub fn message(&self, handle: &InterruptHandle) -> Result<Message, iommu::Error> {
+        match *handle {}
+    }
+
+    /// Refuses the interrupt again.
+    pub fn release(&mut self, handle: InterruptHandle) -> (LeavingInterrupt, Invalidations) {
+        match handle {}
+    }
+
+    /// Takes note that the invalidations of one that left have completed.
+    pub fn finish(&mut self, leaving: LeavingInterrupt) {
+        match leaving {}
+    }
+}
+
+/// Returns why a fault refused an interrupt, and the number that it had: none does here.
+pub fn refused_interrupt(_: &FaultRecord) -> Option<(&'static str, u16)> {
+    None
 }
 
 /// Bytes of a unit's registers: two pages of 64 KiB.
@@ -183,6 +238,6 @@ impl Found {
             answers: OUTSTANDING,
         };
         let smmuv3::Smmu { events, commands, tables } = self.unit.enable(memory).map_err(Error::Unit)?;
-        Ok(Unit { events, commands, tables })
+        Ok(Unit { events, commands, tables, remapping: None })
     }
 }

@@ -230,6 +230,13 @@ pub enum Invalidation {
     All,
     /// All interrupt entries.
     Interrupts,
+    /// 2^`log2` interrupt entries from `index`, a multiple of their number (VT-d).
+    InterruptEntry {
+        /// The first entry.
+        index: u16,
+        /// How many, as a power of two.
+        log2: u8,
+    },
     /// The configuration of a device.
     Device {
         /// The device.

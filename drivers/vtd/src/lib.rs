@@ -2,7 +2,8 @@
 //!
 //! [`Found`] is a unit that was identified and left as it was. [`Found::enable`] takes it into service: from then on
 //! every device that was not assigned is blocked. A unit in service is three halves ([`Vtd`]): what it reports
-//! ([`Events`]), what it is told ([`Commands`]), which device is translated how ([`Tables`]).
+//! ([`Events`]), what it is told ([`Commands`]), which device is translated how ([`Tables`]); and, where it remaps
+//! interrupts, a fourth: which device may interrupt whom ([`Remapping`]).
 //!
 //! The words are those of the VT-d architecture specification, revision 4 and later.
 //!
@@ -25,11 +26,13 @@
 //! | scalable mode, first stage | yes | 4 levels, 5 where reported |
 //! | scalable mode, second stage | encoded | QEMU offers it without page requests |
 //! | PASID | yes | 1 to 8191 for each device |
-//! | queued invalidation, 256 bits | yes | tickets; an error is reported, and stops the queue for good |
-//! | device TLBs | yes | a time-out stops the queue for good |
+//! | queued invalidation, 256 bits | yes | tickets; a refused descriptor is replaced, and the others go on (QEMU, model) |
+//! | device TLBs | yes | one wait at a time; a device that does not answer is named, and the others go on (model) |
 //! | page requests | yes | groups are put together by the broker |
 //! | primary faults | yes | all records, overflow |
-//! | interrupt remapping | on, and empty | no device can interrupt; QEMU lets the compatibility format pass |
+//! | interrupt remapping | yes | tables of up to 65536 entries, x2APIC and xAPIC destinations; the source is always validated |
+//! | compatibility format of interrupts | blocked | the model does so; QEMU lets it pass |
+//! | posted interrupts | no | |
 //! | legacy mode, pass-through, nested, takeover | no | |
 #![cfg_attr(not(test), no_std)]
 #![forbid(unsafe_code)]
@@ -40,17 +43,21 @@ pub mod events;
 mod interrupts;
 mod queue;
 mod regs;
+pub mod remap;
 pub mod tables;
+mod tickets;
 
 pub use commands::Commands;
 pub use events::Events;
+pub use remap::Remapping;
 pub use tables::{FRAME_WORDS, FRAMES, Mode, Tables};
+pub use tickets::HEAD_LIMIT_US;
 
 use heapless::Vec;
 use iommu::{
     Bus, Capabilities, Commands as _, Completion, DmaBuf, Error, Invalidation, PhysAddr, bus::wait_until,
 };
-use queue::{ENTRY_WORDS, InvalidationQueue, PageRequestQueue};
+use queue::{ENTRY_WORDS, InvalidationQueue, PageRequestQueue, SPARE};
 use regs::{CAP, ECAP, GLOBAL, IQA, IRTA, PMEN, PQA, RTADDR};
 use tables::{Publisher, Snoop};
 use tock_registers::LocalRegisterCopy;
@@ -80,15 +87,18 @@ pub struct Memory {
     pub status: DmaBuf,
     /// One to 128 frames, a power of two: the page request queue, 128 entries a frame.
     pub page_requests: DmaBuf,
-    /// Frames for context tables, PASID directories and PASID tables: three for the first device, two for each other. One
-    /// more holds the interrupt remapping table, if the unit has one.
+    /// Frames for context tables, PASID directories and PASID tables: three for the first device, two for each other.
     pub frames: Vec<DmaBuf, FRAMES>,
+    /// One to 256 frames, a power of two: the interrupt remapping table, 256 entries a frame. Not used by a unit that has none.
+    pub interrupts: DmaBuf,
+    /// The local APICs are in x2APIC mode: destinations of interrupts have 32 bits if the unit can (`ECAP.EIM`), else 8.
+    pub x2apic: bool,
     /// Answers to page requests that may be owed at one time; as many entries of the invalidation queue stay free
     /// for them.
     pub answers: usize,
 }
 
-/// A unit in service, in its three halves.
+/// A unit in service, in its three halves, and a fourth where it remaps interrupts.
 #[derive(Debug)]
 pub struct Vtd<B> {
     /// What it reports.
@@ -97,6 +107,8 @@ pub struct Vtd<B> {
     pub commands: Commands<B>,
     /// Which device is translated how.
     pub tables: Tables<B>,
+    /// Which device may interrupt whom; none if the unit leaves interrupts as they are.
+    pub remapping: Option<Remapping<B>>,
 }
 
 impl<B: Bus + Clone> Found<B> {
@@ -183,7 +195,16 @@ impl<B: Bus + Clone> Found<B> {
     /// them: a caller that needs more turns bus masters off first.
     pub fn enable(self, memory: Memory) -> Result<Vtd<B>, Error> {
         self.check()?;
-        let Memory { mut root, invalidation_queue, status, page_requests, mut frames, answers } = memory;
+        let Memory {
+            mut root,
+            invalidation_queue,
+            status,
+            page_requests,
+            frames,
+            interrupts,
+            x2apic,
+            answers,
+        } = memory;
         let commands_size = queue_size("the invalidation queue", &invalidation_queue)?;
         let requests_size = queue_size("the page request queue", &page_requests)?;
         for (purpose, frame) in [("the root table", &root), ("completions", &status)]
@@ -192,9 +213,10 @@ impl<B: Bus + Clone> Found<B> {
         {
             aligned(purpose, frame, FRAME_WORDS)?;
         }
+        let interrupts_size = interrupt_table_size(&interrupts)?;
         let entries = invalidation_queue.words() / ENTRY_WORDS;
-        if answers + commands::BATCH >= entries {
-            let needed = (answers + commands::BATCH + 1).next_power_of_two() * ENTRY_WORDS;
+        if answers + commands::BATCH + SPARE >= entries {
+            let needed = (answers + commands::BATCH + SPARE + 1).next_power_of_two() * ENTRY_WORDS;
             let words = invalidation_queue.words();
             return Err(Error::Memory { purpose: "the invalidation queue", words, needed });
         }
@@ -229,17 +251,17 @@ impl<B: Bus + Clone> Found<B> {
         regs::RTADDR.write(bus, RTADDR::RTA.val(root.phys().0 >> 12) + mode);
         self.command(GLOBAL::SRTP::SET.value, "GSTS.RTPS")?;
 
-        let queue = InvalidationQueue::new(invalidation_queue);
+        let queue = Some(InvalidationQueue::new(invalidation_queue, ENTRY_WORDS));
         let mut commands = Commands::new(self.bus.clone(), queue, status, self.command_abilities(), answers);
-        let remaps = self.set_interrupt_table(&mut frames, &publisher)?;
+        let remapping = self.set_interrupt_table(interrupts, interrupts_size, x2apic, &publisher)?;
         // Also where setting the tables has invalidated everything (CAP.ESRTPS, ESIRTPS): it happens once.
         let all = [Invalidation::All, Invalidation::Interrupts];
-        let ticket = commands.submit(if remaps { &all } else { &all[..1] })?;
+        let ticket = commands.submit(if remapping.is_some() { &all } else { &all[..1] })?;
         wait_until(bus, "the first invalidation", ACK_LIMIT_US, || {
             commands.poll(ticket) == Completion::Done
         })?;
 
-        if remaps {
+        if remapping.is_some() {
             self.command(GLOBAL::IRE::SET.value, "GSTS.IRES")?;
         }
         self.command(GLOBAL::TE::SET.value, "GSTS.TES")?;
@@ -265,6 +287,7 @@ impl<B: Bus + Clone> Found<B> {
             events: Events::new(self.bus.clone(), requests, self.fault_records()),
             commands,
             tables: Tables::new(publisher, root, frames, abilities),
+            remapping,
         })
     }
 
@@ -310,25 +333,26 @@ impl<B: Bus + Clone> Found<B> {
     }
 
     /// Sets an interrupt remapping table in which nothing is present, so that no device can interrupt the CPU once remapping
-    /// is on; returns whether the unit has interrupt remapping. One without it leaves interrupts as they are.
+    /// is on. A unit without remapping leaves interrupts as they are.
     ///
     /// The compatibility format is blocked as well (`CFIS` = 0). The unit's own interrupts are not remapped, and come.
     fn set_interrupt_table(
         &self,
-        frames: &mut Vec<DmaBuf, FRAMES>,
+        table: DmaBuf,
+        size: u64,
+        x2apic: bool,
         publisher: &Publisher<B>,
-    ) -> Result<bool, Error> {
+    ) -> Result<Option<Remapping<B>>, Error> {
         if !self.ecap.is_set(ECAP::IR) {
-            return Ok(false);
+            return Ok(None);
         }
-        let mut table = frames.pop().ok_or(Error::Exhausted { what: "frames for tables" })?;
-        table.clear();
-        publisher.publish(&table, 0, FRAME_WORDS);
+        let x2apic = x2apic && self.ecap.is_set(ECAP::EIM);
+        let base = table.phys().0 >> 12;
+        let remapping = Remapping::new(self.bus.clone(), table, x2apic, self.cap.is_set(CAP::CM));
         publisher.flush_write_buffer()?;
-        // A frame holds 256 entries of 128 bits: 2^(7 + 1). It is the unit's from here on.
-        regs::IRTA.write(&self.bus, IRTA::S.val(7) + IRTA::BASE.val(table.phys().0 >> 12));
+        regs::IRTA.write(&self.bus, IRTA::S.val(size) + IRTA::EIME.val(x2apic.into()) + IRTA::BASE.val(base));
         self.command(GLOBAL::SIRTP::SET.value, "GSTS.IRTPS")?;
-        Ok(true)
+        Ok(Some(remapping))
     }
 
     /// Clears what faults firmware's time left behind, so that none is taken for a fault of ours.
@@ -352,8 +376,11 @@ impl<B: Bus + Clone> Found<B> {
         commands::Abilities {
             drain: self.cap.read(CAP::DWD) | self.cap.read(CAP::DRD) << 1,
             mask_limit: self.cap.read(CAP::MAMV) as u8,
+            interrupt_mask_limit: self.ecap.read(ECAP::MHMV) as u8,
             second_stage_pages: self.cap.is_set(CAP::PSI),
-            physical_function: self.ecap.is_set(ECAP::DIT),
+            request_drain: self.ecap.is_set(ECAP::PDS),
+            throttle: self.ecap.is_set(ECAP::DIT),
+            registers: self.ecap.read(ECAP::IRO) as usize * 16,
             mode: self.mode,
         }
     }
@@ -368,6 +395,17 @@ fn aligned(purpose: &'static str, buffer: &DmaBuf, needed: usize) -> Result<(), 
     } else {
         Err(Error::Memory { purpose, words, needed })
     }
+}
+
+/// Returns the manual's size of an interrupt remapping table (`IRTA.S`): log2 of its entries, minus one.
+fn interrupt_table_size(buffer: &DmaBuf) -> Result<u64, Error> {
+    const PURPOSE: &str = "the interrupt remapping table";
+    const LIMIT: usize = remap::ENTRIES * 2;
+    aligned(PURPOSE, buffer, FRAME_WORDS)?;
+    if buffer.words() > LIMIT {
+        return Err(Error::Memory { purpose: PURPOSE, words: buffer.words(), needed: LIMIT });
+    }
+    Ok(u64::from((buffer.words() / 2).ilog2()) - 1)
 }
 
 /// Returns the manual's size of a queue: log2 of its 4 KiB pages.

@@ -41,6 +41,8 @@ pub fn needs(memory: &Memory) -> vtd::Memory {
         status: frame(),
         page_requests: frame(),
         frames: (0..20).map(|_| frame()).collect(),
+        interrupts: frame(),
+        x2apic: true,
         answers: 64,
     }
 }

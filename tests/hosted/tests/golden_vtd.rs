@@ -12,6 +12,7 @@ use iommu::{
 use vtd::{
     commands::Descriptor,
     events::{FaultEntry, RequestEntry},
+    remap::{Delivery, Destination, Interrupt, Pin, Redirection, Refusal, RemapEntry, Source, message},
     tables::{ContextEntry, DirectoryEntry, LegacyContext, LegacyRoot, PasidEntry, RootHalf, Snoop},
 };
 
@@ -298,7 +299,15 @@ mod page_requests {
     fn an_entry_of_another_type_is_kept_as_it_was() {
         for kind in (0..=0xFF).filter(|&kind| kind != 1) {
             let words = [0x0000_0005_0020_0100 | kind, 0x15];
-            assert_eq!(RequestEntry([words[0], words[1], 7, 8]).decode(), Event::Malformed { words });
+            // Where a request has them: RID 0x20, PASID 5, PRGI 2.
+            let group = Some((StreamId(0x20), GroupTag { pasid: Some(pasid(5)), index: 2 }));
+            assert_eq!(RequestEntry([words[0], words[1], 7, 8]).decode(), Event::Malformed { words, group });
+            // Bits 15:10 and 63:54 are no request's: whatever it is, it names no group.
+            for bit in (10..16).chain(54..64) {
+                let words = [words[0] | 1 << bit, words[1]];
+                let expected = Event::Malformed { words, group: None };
+                assert_eq!(RequestEntry([words[0], words[1], 0, 0]).decode(), expected);
+            }
         }
     }
 
@@ -386,6 +395,123 @@ mod fault_records {
             let fault = FaultEntry([0, 1 << 63 | u64::from(code) << 32]).decode().expect("F is set");
 
             assert_eq!((fault.reason, fault.code), (expected, code), "{code:#04x}");
+        }
+    }
+}
+
+mod interrupt_remapping {
+    use super::*;
+
+    const fn function(id: u32) -> Source {
+        Source::Function(StreamId(id))
+    }
+
+    #[test]
+    fn an_entry_has_its_fields_in_the_places_of_the_manual() {
+        let x2apic = |source, id, vector| {
+            RemapEntry::new(source, Interrupt::fixed(Destination::Physical(id), vector), true)
+        };
+        // Row 58.
+        assert_eq!(
+            x2apic(function(0x108), 0x1234_5678, 0x41),
+            Ok(RemapEntry([0x1234_5678_0041_0001, 0x0004_0108]))
+        );
+        // Row 59: logical, RH, level, lowest priority.
+        let lowest = Interrupt {
+            destination: Destination::Logical(0x0F),
+            delivery: Delivery::LowestPriority,
+            vector: 0x30,
+            level: true,
+        };
+        assert_eq!(
+            RemapEntry::new(function(0xF0F8), lowest, false),
+            Ok(RemapEntry([0x0000_0F00_0030_003D, 0x0004_F0F8]))
+        );
+        // Row 60 without FPD.
+        assert_eq!(
+            x2apic(Source::Buses { first: 2, last: 5 }, 7, 0x55),
+            Ok(RemapEntry([0x7_0055_0001, 0x0008_0205]))
+        );
+        // Row 61.
+        let all_functions = Source::Phantoms { function: StreamId(0x200), bits: 3 };
+        assert_eq!(x2apic(all_functions, 1, 0x66), Ok(RemapEntry([0x1_0066_0001, 0x0007_0200])));
+        // NMI: 1 | DLM 4<<5 | 1<<40, without a vector.
+        let nmi = Interrupt { delivery: Delivery::Nmi, ..Interrupt::fixed(Destination::Physical(1), 0x41) };
+        assert_eq!(RemapEntry::new(function(0x108), nmi, false).map(|e| e.0[0]), Ok(0x0000_0100_0000_0081));
+    }
+
+    #[test]
+    fn an_entry_that_would_mean_something_else_is_refused() {
+        let fixed = Interrupt::fixed(Destination::Physical(1), 0x41);
+        let refused = |source, interrupt, x2apic| RemapEntry::new(source, interrupt, x2apic).is_err();
+
+        assert!(!refused(function(0xFFFF), fixed, false));
+        assert!(refused(function(0x1_0000), fixed, false), "a source-id has 16 bits");
+        for bits in [0, 4, 255] {
+            assert!(refused(Source::Phantoms { function: StreamId(8), bits }, fixed, false));
+        }
+        assert!(refused(Source::Buses { first: 3, last: 2 }, fixed, false));
+        assert!(!refused(Source::Buses { first: 2, last: 2 }, fixed, false));
+        let beyond = Interrupt::fixed(Destination::Physical(0x100), 0x41);
+        assert!(refused(function(8), beyond, false), "xAPIC: 8 bits");
+        assert!(!refused(function(8), beyond, true));
+        for vector in [0, 15, 31] {
+            assert!(refused(function(8), Interrupt { vector, ..fixed }, true));
+        }
+        assert!(!refused(function(8), Interrupt { vector: 32, ..fixed }, true));
+    }
+
+    #[test]
+    fn a_message_names_its_entry_in_the_bits_of_the_manual() {
+        // Rows 67 to 70.
+        for (handle, several, address) in [
+            (0x5, false, 0xFEE0_00B0),
+            (0x5, true, 0xFEE0_00B8),
+            (0x8001, true, 0xFEE0_003C),
+            (0xFFFF, false, 0xFEEF_FFF4),
+        ] {
+            let message = message(handle, several, 3);
+            assert_eq!((message.address, message.data), (address, if several { 3 } else { 0 }));
+        }
+    }
+
+    #[test]
+    fn a_pin_names_its_entry_in_the_bits_of_the_manual() {
+        // Rows 63 and 64.
+        let low = Pin { active_low: true, masked: false };
+        assert_eq!(Redirection::new(0x1234, 0x31, true, low).0, [0x2469_0000_0000_A031]);
+        let masked = Pin { active_low: false, masked: true };
+        assert_eq!(Redirection::new(0x8001, 0x52, false, masked).0, [0x0003_0000_0001_0852]);
+    }
+
+    #[test]
+    fn interrupt_entries_are_forgotten_by_index_and_mask() {
+        // Rows 31 and 32; one entry: 4 | 1<<4 | 0xFFFF<<32.
+        assert_eq!(Descriptor::all_interrupt_entries().0, [4, 0, 0, 0]);
+        assert_eq!(Descriptor::interrupt_entries(0x1230, 3).0, [0x0000_1230_1800_0014, 0, 0, 0]);
+        assert_eq!(Descriptor::interrupt_entries(0xFFFF, 0).0, [0x0000_FFFF_0000_0014, 0, 0, 0]);
+    }
+
+    #[test]
+    fn a_fault_says_why_an_interrupt_was_refused_and_which() {
+        // Row 57, and the other reasons of 4.2 in its place.
+        let fault = |code: u64| FaultEntry([0x1234_0000_0000_0000, 1 << 63 | code << 32 | 0xF0F8]).decode();
+        for (code, expected) in [
+            (0x20, Refusal::Reserved),
+            (0x21, Refusal::PastTheEnd),
+            (0x22, Refusal::NotPresent),
+            (0x23, Refusal::Unreadable),
+            (0x24, Refusal::BadEntry),
+            (0x25, Refusal::CompatibilityFormat),
+            (0x26, Refusal::WrongSource),
+        ] {
+            let fault = fault(code).expect("F is set");
+            assert_eq!((fault.stream, fault.reason), (StreamId(0xF0F8), FaultReason::Interrupt));
+            assert_eq!(Refusal::of(&fault), Some((expected, 0x1234)), "{code:#x}");
+        }
+        // 0x0E and 0x87 are about memory accesses that end in the interrupt range.
+        for code in [0x05, 0x0E, 0x1F, 0x27, 0x87] {
+            assert_eq!(Refusal::of(&fault(code).expect("F is set")), None, "{code:#x}");
         }
     }
 }

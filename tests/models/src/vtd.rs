@@ -17,7 +17,7 @@
 //! | feature | modelled | note |
 //! |---|---|---|
 //! | registers, access rules, acknowledgement | yes | advanced fault log, MTRR, performance and virtual command blocks: reserved |
-//! | queued invalidation, 128 and 256 bits | yes | every descriptor type; interrupt entries are accepted, none are cached |
+//! | queued invalidation, 128 and 256 bits | yes | every descriptor type |
 //! | register-based invalidation | yes | |
 //! | legacy mode | yes | second stage of 3 to 5 levels, pass-through |
 //! | scalable mode | yes | first stage of 4 or 5 levels, second stage of 3 to 5 levels, nested, pass-through |
@@ -25,7 +25,8 @@
 //! | second-stage A/D, snoop control of data | no | a unit that claims the first cannot be made; the second has no effect |
 //! | primary faults, fault events | yes | 0x90 and 0x91 (A/D update not snooped, failed) are never met |
 //! | ATS, device TLBs, page requests | yes | |
-//! | interrupt remapping | no | GCMD.SIRTP, IRE and CFI are acknowledged, and no more |
+//! | interrupt remapping | yes | messages and I/O APIC pins, source validation, x2APIC; entries are cached for ever |
+//! | posted interrupts | no | |
 //! | protected memory ranges | no | PMEN is acknowledged, and no more |
 
 #[cfg(test)]
@@ -35,11 +36,13 @@ mod device;
 mod faults;
 mod queue;
 mod registers;
+mod remap;
 mod requests;
 mod walk;
 
 pub use crate::device::{Answer, DeviceTlbEntry};
 pub use device::Refusal;
+pub use remap::Arrived;
 pub use requests::Requested;
 
 use crate::memory::{Memory, OutsideMemory};
@@ -68,6 +71,8 @@ pub struct Config {
     pub clock_step_us: u64,
     /// How long a device may take to answer a device-TLB invalidation before ITE, in microseconds.
     pub device_tlb_timeout_us: u64,
+    /// Whether IQERCD names the device that did not answer (ITESID), or reads as zero as it does on old units.
+    pub names_silent_devices: bool,
     /// Whether fetching resumes only at the next write to IQT after IQE was cleared, as on QEMU, or at once.
     pub resumes_at_tail_write: bool,
 }
@@ -87,6 +92,7 @@ impl Config {
             acknowledge_after: 3,
             clock_step_us: 1,
             device_tlb_timeout_us: 50_000,
+            names_silent_devices: false,
             resumes_at_tail_write: true,
         }
     }
@@ -98,7 +104,8 @@ impl Config {
     pub const fn full() -> Self {
         let qemu = Self::qemu().with_fault_records(4);
         let more = 1 | 1 << 7 | 1 << 31 | 1 << 41 | 1 << 46 | 1 << 48 | 1 << 49 | 1 << 53 | 1 << 58;
-        Self { ecap: qemu.ecap | more, resumes_at_tail_write: false, ..qemu }
+        let ecap = qemu.ecap | more;
+        Self { ecap, names_silent_devices: true, resumes_at_tail_write: false, ..qemu }
     }
 
     /// Sets CAP.NFR so that there are `count` fault records, 1 at least.
@@ -173,6 +180,7 @@ struct State {
     write_buffer: Vec<(PhysAddr, u64)>,
     /// How often memory was published: cache lines were flushed.
     flushes: usize,
+    remapping: remap::Remapping,
     queue: queue::Queue,
     /// The fault record that the next fault goes to.
     next_fault: usize,
@@ -246,6 +254,7 @@ impl VtdUnit {
             caches: caches::Caches::default(),
             write_buffer: Vec::new(),
             flushes: 0,
+            remapping: remap::Remapping::default(),
             queue: queue::Queue::default(),
             next_fault: 0,
             requests: requests::Requests::default(),

@@ -61,6 +61,8 @@ pub(super) struct Queue {
     waits: VecDeque<Wait>,
     /// Waits that ITE aborted.
     aborted: usize,
+    /// The queue's memory cannot be read.
+    lost: bool,
 }
 
 /// A device-TLB invalidation on its way.
@@ -161,6 +163,11 @@ impl VtdUnit {
         }
         state.complete_waits();
         state.run_queue();
+    }
+
+    /// From now on the queue's memory cannot be read (IQEI 2), or can be again.
+    pub fn lose_queue(&self, lost: bool) {
+        self.lock().queue.lost = lost;
     }
 
     /// The device completes an invalidation that nobody asked for (FSTS.ICE).
@@ -267,6 +274,9 @@ impl State {
         if mode == 1 && bytes != 32 {
             return Err(QueueError::InvalidWidth);
         }
+        if self.queue.lost {
+            return Err(QueueError::Fetch);
+        }
         let mut words = [0; 4];
         for (word, at) in words.iter_mut().zip((0..bytes).step_by(8)) {
             let address = PhysAddr((self.get(IQA) & !0xFFF) + head + at);
@@ -345,6 +355,11 @@ impl State {
                 self.invalidate_iotlb(granularity, did, w1);
             }
             3 => self.invalidate_device_tlb(w0, (w0 >> 32) as u16, None, device_span(w1, w1 & 1 != 0)),
+            4 => {
+                let selected =
+                    (words[0] & 1 << 4 != 0).then_some(((w0 >> 32) as u16, (w0 >> 27) as u32 & 0x1F));
+                self.remapping.forget(selected);
+            }
             5 => return self.wait(words),
             6 => {
                 let span = if granularity == 3 { self.page_span(w1) } else { Span::ALL };
@@ -361,7 +376,7 @@ impl State {
                 self.invalidate_device_tlb(w0, did, pasid, device_span(w1, w1 & 1 << 11 != 0));
             }
             9 => self.page_group_response(w0, w1),
-            // Interrupt entries are not cached, so there is nothing to forget.
+            // `descriptor` lets no other through.
             _ => {}
         }
         self.queue.executed.push(words);
@@ -437,7 +452,8 @@ impl State {
         self.queue.fetched.retain(|words| !is_wait(words));
         self.queue.aborted += self.queue.waits.len() + queued - self.queue.fetched.len();
         self.queue.waits.clear();
-        self.set(IQERCD, self.get(IQERCD) & !(0xFFFF << 32) | u64::from(sid) << 32);
+        let named = if self.config.names_silent_devices { u64::from(sid) << 32 } else { 0 };
+        self.set(IQERCD, self.get(IQERCD) & !(0xFFFF << 32) | named);
         self.report(Group::Fault, ITE);
         self.run_queue();
     }

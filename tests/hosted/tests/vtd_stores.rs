@@ -432,11 +432,10 @@ fn fill(machine: &mut Machine, legacy: bool) -> (usize, Vec<iommu::Attachment>, 
 fn whichever_frame_is_missing_a_change_happens_or_leaves_everything_as_it_was() {
     for legacy in [false, true] {
         let mut enough = false;
-        for frames in 0..20 {
+        for frames in 0..=20 {
             let (unit, memory) = unit(Config::full());
             let mut parts = needs(&memory);
-            // The first is for the interrupt remapping table.
-            parts.frames.truncate(1 + frames);
+            parts.frames.truncate(frames);
             let found = Found::probe(unit).expect("it is there");
             let found = if legacy { found.in_legacy_mode() } else { found };
             let mut machine = Machine::from_found(found, unit, memory, parts).expect("it comes into service");

@@ -226,6 +226,7 @@ impl Found {
             stream_table: cut(frames(streams.words))?,
             second_level,
             contexts: cut(1)?,
+            context_tables: Vec::new(),
             empty_table: cut(1)?,
             command_queue: cut(COMMAND_FRAMES)?,
             event_queue: cut(EVENT_FRAMES)?,
@@ -233,6 +234,7 @@ impl Found {
             answers: OUTSTANDING,
             // The devices of this machine are all behind PCI Express.
             stalling: Vec::new(),
+            forced_write_back: false,
         };
         let smmuv3::Smmu { events, commands, tables } = self.unit.enable(memory).map_err(Error::Unit)?;
         Ok(Unit { events, commands, tables, remapping: None })

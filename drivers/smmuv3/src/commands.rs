@@ -6,7 +6,7 @@ use crate::{
     STALLING,
     queue::CommandQueue,
     regs::{self, CR0, ERRORS, GERROR, INDEX},
-    stalls,
+    stalls, tables,
 };
 use heapless::{Deque, Vec};
 use iommu::{
@@ -409,8 +409,9 @@ impl<B: Bus> Commands<B> {
             }
             Invalidation::Attachment(at) => {
                 batch.push(match at.pasid {
-                    Some(pasid) => Command::cfgi_cd(at.stream, pasid),
-                    None => self.configuration(at.stream),
+                    // The stream's entry leads to those of its other PASIDs as well.
+                    Some(pasid) if at.stages != Stages::Nested => Command::cfgi_cd(at.stream, pasid),
+                    _ => self.configuration(at.stream),
                 })?;
                 batch.push(Command::sync())?;
                 self.forget_all(batch, at)
@@ -508,7 +509,7 @@ impl<B: Bus> Commands<B> {
 
     /// Returns VMID and ASID under which the translations of an attachment are cached.
     fn tags(&self, at: Attachment) -> (u16, u16) {
-        let vmid = if self.abilities.vmid { at.domain.0 } else { 0 };
+        let vmid = if self.abilities.vmid { tables::vmid(at.domain) } else { 0 };
         (vmid, at.domain.0)
     }
 

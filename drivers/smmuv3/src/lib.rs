@@ -36,8 +36,10 @@
 #![forbid(unsafe_code)]
 
 pub mod commands;
+pub mod contexts;
 pub mod errata;
 pub mod events;
+pub mod guest;
 mod interrupts;
 pub mod iort;
 mod queue;
@@ -45,16 +47,19 @@ mod regs;
 mod stalls;
 pub mod streams;
 pub mod tables;
+mod update;
 
 pub use commands::Commands;
+pub use contexts::CONTEXT_TABLES;
 pub use errata::Erratum;
 pub use events::Events;
 pub use streams::{SECOND_LEVEL_TABLES, StreamTableNeeds};
-pub use tables::{FRAME_WORDS, Tables};
+pub use tables::{FRAME_WORDS, Replacement, Tables};
 
 /// Devices whose faults stall, at most: all that can be assigned.
 pub const STALLING: usize = tables::DEVICES;
 
+use contexts::{ContextTables, Shape};
 use heapless::Vec;
 use iommu::{
     Bus, Capabilities, Commands as _, Completion, DmaBuf, Error, Invalidation, PhysAddr, StreamId,
@@ -73,8 +78,7 @@ use tock_registers::{LocalRegisterCopy, fields::FieldValue};
 /// The manual sets no bound. 100 ms is short enough for a boot log to say what failed.
 const ACK_LIMIT_US: u64 = 100_000;
 
-/// What `IDR5.OAS` says of 44 bits, and of 48.
-const OAS_44: u32 = 4;
+/// What `IDR5.OAS` says of 48 bits.
 const OAS_48: u32 = 5;
 
 /// A unit that has been identified and left as it was.
@@ -97,8 +101,11 @@ pub struct Memory {
     /// Tables of the second level, 64, 256 or 1024 streams each; without them the stream table is linear. One is taken
     /// for the first device of its streams that is assigned.
     pub second_level: Vec<DmaBuf, SECOND_LEVEL_TABLES>,
-    /// One frame: context descriptors.
+    /// One frame: context descriptors of devices without PASIDs.
     pub contexts: DmaBuf,
+    /// Frames for the context descriptors of devices with PASIDs: one for each 64 PASIDs that are in use, and one more for
+    /// each device; and one for each device whose first stage is a guest's page table. Without them there is neither.
+    pub context_tables: Vec<DmaBuf, CONTEXT_TABLES>,
     /// One frame: a table that stays empty.
     pub empty_table: DmaBuf,
     /// The command queue, 256 entries a frame.
@@ -113,6 +120,9 @@ pub struct Memory {
     /// Devices whose accesses wait when they meet a fault of their tables, until they are answered (`dma-can-stall` of the
     /// device tree). Never one behind PCI Express: there an access that waits can block those that would end the wait.
     pub stalling: Vec<StreamId, STALLING>,
+    /// Second-stage tables are in the format of `S2FWB`: their leaves decide alone how memory is cached, whatever a guest's
+    /// first stage says. Needs `IDR3.FWB`.
+    pub forced_write_back: bool,
 }
 
 /// A unit in service, in its three halves.
@@ -143,15 +153,16 @@ impl<B: Bus + Clone> Found<B> {
         let device_tlb = self.idr0.is_set(IDR0::ATS);
         Capabilities {
             stage1: self.idr0.is_set(IDR0::S1P),
-            // With less a table of 4 levels has no legal start.
-            stage2: self.idr0.is_set(IDR0::S2P) && self.idr5.read(IDR5::OAS) >= OAS_44,
+            stage2: self.idr0.is_set(IDR0::S2P),
             levels: 4,
             // What the architecture has for a granule of 4 KiB, every unit has.
             stage1_leaves: LEAVES_4K,
-            nested: false,
-            bypass: false,
+            nested: self.idr0.is_set(IDR0::S1P)
+                && self.idr0.is_set(IDR0::S2P)
+                && self.errata().all(|erratum| erratum.avoid != errata::Avoid::NestedStages),
+            bypass: true,
             stage2_leaves: LEAVES_4K,
-            pasid_bits: 0,
+            pasid_bits: if self.idr0.is_set(IDR0::S1P) { self.shape().pasid_bits() } else { 0 },
             page_requests: self.idr0.is_set(IDR0::PRI) && device_tlb,
             device_tlb,
             coherent_walks: self.idr0.is_set(IDR0::COHACC),
@@ -162,6 +173,14 @@ impl<B: Bus + Clone> Found<B> {
     /// Returns what this part is known not to do as the architecture says; the driver keeps clear of it by itself.
     pub fn errata(&self) -> impl Iterator<Item = Erratum> + use<B> {
         errata::known(self.iidr)
+    }
+
+    /// Which tables of context descriptors the unit has.
+    fn shape(&self) -> Shape {
+        Shape {
+            substreams: self.idr1.read(IDR1::SSIDSIZE).min(20) as u8,
+            two_levels: self.idr0.is_set(IDR0::CD2L),
+        }
     }
 
     /// Returns how many accesses may wait for an answer at one time, of all devices together (`IDR5.STALL_MAX`); 0 where
@@ -205,12 +224,14 @@ impl<B: Bus + Clone> Found<B> {
             stream_table,
             second_level,
             mut contexts,
+            context_tables,
             mut empty_table,
             command_queue,
             event_queue,
             page_requests,
             answers,
             stalling,
+            forced_write_back,
         } = memory;
         let capabilities = self.capabilities();
         if !second_level.is_empty() && !self.has_two_levels() {
@@ -219,9 +240,15 @@ impl<B: Bus + Clone> Found<B> {
         if !stalling.is_empty() && !self.can_stall() {
             return Err(Error::Unsupported { feature: "faults that stall (IDR0.STALL_MODEL)" });
         }
+        if forced_write_back && !self.idr3.is_set(IDR3::FWB) {
+            return Err(Error::Unsupported { feature: "IDR3.FWB" });
+        }
         let mut streams = StreamTable::new(stream_table, second_level)?;
         for (purpose, frame) in [("context descriptors", &contexts), ("the empty table", &empty_table)] {
             aligned(purpose, frame, FRAME_WORDS)?;
+        }
+        for frame in &context_tables {
+            aligned("tables of context descriptors", frame, FRAME_WORDS)?;
         }
         let limit = |field| self.idr1.read(field);
         let commands_log2 =
@@ -302,7 +329,19 @@ impl<B: Bus + Clone> Found<B> {
             address_size: self.idr5.read(IDR5::OAS).min(OAS_48) as u8,
         };
         let known = 1 << self.stream_bits();
-        let abilities = tables::Abilities { capabilities, walks, vmid, streams: known };
+        let shape = self.shape();
+        let abilities = tables::Abilities {
+            capabilities,
+            walks,
+            vmid,
+            wide_asid: self.idr0.is_set(IDR0::ASID16),
+            streams: known,
+            shape,
+            stall_choice: self.can_stall(),
+            stalling: stalling.clone(),
+            forced_write_back,
+        };
+        let contexts = ContextTables::new(shape, contexts, empty_table.phys(), context_tables);
         let frames = tables::Frames { streams, contexts, empty: empty_table };
         let events = ReportQueue::new(event_queue, &regs::EVENTQ);
         Ok(Smmu {

@@ -204,7 +204,9 @@ fn before_it_is_taken_into_service_a_unit_is_only_read() {
     assert!(log.lock().expect("no test panics here").writes.is_empty());
     assert!(capabilities.stage1 && capabilities.stage2 && capabilities.page_requests);
     assert!(capabilities.device_tlb && capabilities.coherent_walks);
-    assert_eq!((capabilities.levels, capabilities.pasid_bits), (4, 0));
+    assert!(capabilities.nested && capabilities.bypass);
+    // A first level of one frame has 512 entries of 64 PASIDs.
+    assert_eq!((capabilities.levels, capabilities.pasid_bits), (4, 15));
     // A granule of 4 KiB has blocks of 2 MiB and 1 GiB, in either stage.
     let leaves = 0x1000 | 0x20_0000 | 0x4000_0000;
     assert_eq!((capabilities.stage1_leaves, capabilities.stage2_leaves), (leaves, leaves));
@@ -214,7 +216,7 @@ fn before_it_is_taken_into_service_a_unit_is_only_read() {
 fn what_a_unit_can_do_is_what_its_bits_say() {
     let full = Config::full();
     let of = |config| Found::probe(unit(config).0).expect("it is there").capabilities();
-    // IDR0: S2P 0, S1P 1, COHACC 4, ATS 10, PRI 16. IDR5.OAS [2:0]: 4 is 44 bits.
+    // IDR0: S2P 0, S1P 1, COHACC 4, ATS 10, PRI 16, CD2L 19. IDR1.SSIDSIZE [10:6]. IDR5.OAS [2:0].
     let without = |bits: u32| of(Config { idr0: full.idr0 & !bits, ..full });
 
     assert!(!without(1 << 0).stage2 && without(1 << 0).stage1);
@@ -223,8 +225,24 @@ fn what_a_unit_can_do_is_what_its_bits_say() {
     assert!(!without(1 << 16).page_requests && without(1 << 16).device_tlb);
     let none = without(1 << 10 | 1 << 16);
     assert!(!none.device_tlb && !none.page_requests);
-    for (size, stage2) in [(0, false), (3, false), (4, true), (5, true)] {
-        assert_eq!(of(Config { idr5: full.idr5 & !7 | size, ..full }).stage2, stage2, "OAS {size}");
+    assert!(!without(1 << 0).nested && !without(1 << 1).nested);
+    for (substreams, two_levels, pasid_bits) in [
+        (0, true, 0),
+        (5, true, 5),
+        (6, true, 6),
+        (8, true, 8),
+        (20, true, 15),
+        (20, false, 6),
+        (5, false, 5),
+    ] {
+        let idr0 = if two_levels { full.idr0 } else { full.idr0 & !(1 << 19) };
+        let config = Config { idr0, idr1: full.idr1 & !(0x1F << 6) | substreams << 6, ..full };
+        assert_eq!(of(config).pasid_bits, pasid_bits, "SSIDSIZE {substreams}, CD2L {two_levels}");
+    }
+    assert_eq!(without(1 << 1).pasid_bits, 0, "PASIDs have a first stage each");
+    // MMU-600 (0x483 of Arm, 0x43B) before variant 2 is known not to nest.
+    for (variant, nested) in [(0, false), (1, false), (2, true)] {
+        assert_eq!(of(Config { iidr: 0x483 << 20 | variant << 16 | 0x43B, ..full }).nested, nested);
     }
 }
 

@@ -41,6 +41,8 @@ pub(crate) enum Tables {
     First,
     /// Second-stage tables, in scalable mode on VT-d.
     Second,
+    /// Second-stage tables in VT-d's legacy mode.
+    Legacy,
 }
 
 /// What is known about a scene before it is run.
@@ -81,6 +83,9 @@ impl Scene {
 const VTD_FIRST: &str = "intel-iommu,scalable-mode=on,fsts=on,device-iotlb=on,pasid-bits=20";
 /// The same with second-stage tables, which QEMU has instead; page requests it then has none.
 const VTD_SECOND: &str = "intel-iommu,scalable-mode=on";
+
+/// The same in legacy mode, with second-stage tables.
+const VTD_LEGACY: &str = "intel-iommu";
 
 /// A second device that writes when it is told to, which nobody trusts; and the first, in words to the hypervisor.
 const SECOND_WRITER: &[&str] = &["iommu-testdev,addr=6"];
@@ -140,7 +145,7 @@ const AARCH64: Variant = Variant {
 };
 
 /// Every boot of a demonstration, in order: first each machine as it comes.
-pub(crate) static VARIANTS: [Variant; 6] = [
+pub(crate) static VARIANTS: [Variant; 7] = [
     X86_64,
     AARCH64,
     Variant {
@@ -162,15 +167,37 @@ pub(crate) static VARIANTS: [Variant; 6] = [
         ..X86_64
     },
     Variant {
+        name: Some("legacy"),
+        unit: Some(VTD_LEGACY),
+        unit_with_requests: "",
+        devices: SECOND_WRITER,
+        told: TRUST_FIRST_WRITER,
+        tables: Tables::Legacy,
+        with_device_tlb: &[],
+        trusted: &[3 << 3],
+        scenes: &[
+            Scene::plain("deny"),
+            Scene::plain("allow"),
+            Scene::requests("event"),
+            Scene::requests("isolation"),
+            Scene::plain("trust").witnessed("(iommu enabled=0)"),
+        ],
+        ..X86_64
+    },
+    Variant {
         name: Some("second-stage"),
         unit: Some("arm-smmuv3,primary-bus=pcie.0,stage=2"),
+        devices: SECOND_WRITER,
+        told: TRUST_FIRST_WRITER,
         tables: Tables::Second,
+        trusted: &[3 << 3],
         scenes: &[
             Scene::plain("deny"),
             Scene::plain("allow"),
             Scene::requests("event"),
             Scene::doubled("repair"),
             Scene::requests("isolation"),
+            Scene::plain("trust").witnessed("sid=0x18 STE bypass"),
         ],
         ..AARCH64
     },

@@ -28,9 +28,10 @@ const SCENES: [&str; 10] = [
 ];
 
 /// The other boots, in their order, and the scenes of each.
-const VARIANTS: [(&str, &str, &[&str]); 4] = [
+const VARIANTS: [(&str, &str, &[&str]); 5] = [
     ("x86_64", "second-stage", &["deny", "allow", "event", "isolation", "trust"]),
-    ("aarch64", "second-stage", &["deny", "allow", "event", "repair", "isolation"]),
+    ("x86_64", "legacy", &["deny", "allow", "event", "isolation", "trust"]),
+    ("aarch64", "second-stage", &["deny", "allow", "event", "repair", "isolation", "trust"]),
     ("x86_64", "pressure", &["recovery", "storm", "overflow", "staleness", "batch"]),
     ("aarch64", "pressure", &["recovery", "storm", "overflow", "staleness", "batch"]),
 ];

@@ -3,6 +3,7 @@
 //! A scene arranges, lets devices and guests act, and checks what came of it. It fails by saying which expectation did
 //! not hold. Frames are counted around each scene: one that leaves a frame taken has failed.
 
+mod interrupts;
 mod pressure;
 mod trust;
 
@@ -75,13 +76,14 @@ const SCENES: [(&str, bool, Scene); 10] = [
     ("isolation", true, isolation),
 ];
 
-/// Scenes that are shown only where the command line names them, each in a boot that is made for it.
-const FURTHER: [(&str, bool, Scene); 5] = [
+/// Scenes that are shown only where the command line names them: each needs a boot, or a machine, that is made for it.
+const FURTHER: [(&str, bool, Scene); 6] = [
     ("storm", false, pressure::storm),
     ("overflow", true, pressure::overflow),
     ("staleness", true, pressure::staleness),
     ("batch", true, pressure::batch),
     ("trust", false, trust::trust),
+    ("interrupts", true, interrupts::interrupts),
 ];
 
 /// Shows the scenes that were asked for; returns whether all of them passed.

@@ -27,9 +27,9 @@ Options:
                      pressure: queues overflow, devices remember)
   --scene NAME       show this scene only; may be given several times
                      (deny allow event repair silence forgery restraint
-                     claims departure isolation; of pressure:
-                     storm overflow staleness batch; of second-stage
-                     on x86_64: trust)
+                     claims departure isolation; on x86_64: interrupts;
+                     of pressure: storm overflow staleness batch;
+                     of second-stage on x86_64: trust)
   --keep             keep each boot's files (serial.bin, log.txt, trace.txt, stderr.txt) and say where
   --offline          download nothing
   --timeout SECONDS  limit for each boot (60)

@@ -5,7 +5,7 @@ use arch::{
     cpu::{self, Locked},
     interrupts::{self, Source},
     machine::{Boot, Ecam},
-    unit::{self, Commands, Tables},
+    unit::{self, Commands, Remapping, Tables},
 };
 use broker::{BUCKETS, EventReceiver, EventSender, Inbox as Groups, Lost, Missed, POISONED, QueueId, Tally};
 use channel::call::REPORTS;
@@ -208,6 +208,10 @@ pub struct Hypervisor {
     pub commands: Locked<Commands>,
     /// The table side of the unit. Its changes are published one by one; waiting for their invalidation comes after.
     pub tables: Locked<Tables>,
+    /// Which device may interrupt which core, where the unit says so. Changed as the tables are.
+    pub remapping: Option<Locked<Remapping>>,
+    /// How often a device interrupted each core.
+    pub device_interrupts: [AtomicU64; 1 + GUESTS],
     /// Which device's requests go where, and the groups that each guest has outstanding.
     pub ledger: &'static Ledger,
     /// The home cores.
@@ -236,6 +240,16 @@ pub struct Hypervisor {
     pub image: &'static [u8],
 }
 
+/// The parts of a unit that are told something, rather than telling it.
+pub struct Told {
+    /// Its commands.
+    pub commands: Commands,
+    /// Its tables.
+    pub tables: Tables,
+    /// Its interrupt remapping, if it has that.
+    pub remapping: Option<Remapping>,
+}
+
 static HYPERVISOR: Once<Hypervisor> = Once::new();
 // What can be made at compile time lies beside it, and never passes over a stack.
 /// Frames of RAM; none until bring-up has found some.
@@ -257,10 +271,10 @@ impl Hypervisor {
         config: Ecam,
         unit: Range<PhysAddr>,
         capabilities: Capabilities,
-        commands: Commands,
-        tables: Tables,
+        told: Told,
         image: &'static [u8],
     ) -> &'static Self {
+        let Told { commands, tables, remapping } = told;
         let mut devices: Vec<Device, DEVICES> = Vec::new();
         for function in Function::on_bus_0(&config) {
             let Some(registers) = function.memory_bar(&config, 0) else { continue };
@@ -288,6 +302,8 @@ impl Hypervisor {
             stage,
             commands: Locked::new(commands),
             tables: Locked::new(tables),
+            remapping: remapping.map(Locked::new),
+            device_interrupts: [const { AtomicU64::new(0) }; 1 + GUESTS],
             ledger: &LEDGER,
             homes: &HOMES,
             drains: Drains::new(),

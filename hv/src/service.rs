@@ -59,6 +59,7 @@ pub fn start(hv: &'static Hypervisor, mut events: unit::Events) -> Result<(), Fa
     interrupts::on(Source::Timer, run);
     // A kick ends a sleep, or brings a guest out; what it is about is looked up by whoever was interrupted.
     interrupts::on(Source::Kick, || {});
+    interrupts::on(Source::Device, count_device_interrupt);
     let notices = BROKER.with(|broker| hv.connect(broker)).ok_or(Failure::NoMemory)?;
     unit::enable_interrupts(&mut events, SERVICE_CORE).map_err(Failure::Unit)?;
     SERVICE.with(|service| {
@@ -87,6 +88,15 @@ fn run() {
             BROKER.with(|broker| service.pass(broker));
         }
     });
+}
+
+/// The handler of devices' interrupts, on any core: they are counted, and the control core looks.
+fn count_device_interrupt() {
+    let Some(hv) = hypervisor::get() else { return };
+    if let Some(count) = hv.device_interrupts.get(cpu::core()) {
+        count.fetch_add(1, Relaxed);
+    }
+    interrupts::kick(SERVICE_CORE, Source::Kick);
 }
 
 impl Service {
@@ -204,7 +214,12 @@ impl Service {
     /// Hands a fault to whoever owns its device.
     fn fault(&mut self, fault: FaultRecord) {
         if self.log.allows(cpu::now_us()) {
-            defmt::info!("fault: {}", fault);
+            match unit::refused_interrupt(&fault) {
+                Some((why, number)) => {
+                    defmt::info!("interrupt {=u16} of {} was refused: {=str}", number, fault.stream, why);
+                }
+                None => defmt::info!("fault: {}", fault),
+            }
         }
         let attached = self.hv.ledger.owner_of(fault.stream, fault.pasid);
         let owner = attached.or_else(|| self.hv.owner_of(fault.stream).map(|(guest, name)| (guest, name, 0)));

@@ -185,7 +185,7 @@ impl Qemu {
 fn iommu(machine: Machine) -> (&'static str, &'static str, &'static [&'static str]) {
     match machine {
         Machine::X86_64 => {
-            ("-device", "intel-iommu", &["scalable-mode", "fsts", "device-iotlb", "pasid-bits"])
+            ("-device", "intel-iommu", &["scalable-mode", "fsts", "device-iotlb", "pasid-bits", "eim"])
         }
         Machine::Aarch64 => ("-machine", "virt", &["iommu", "virtualization", "acpi", "gic-version"]),
     }
@@ -416,7 +416,7 @@ mod tests {
 
     #[test]
     fn a_qemu_for_x86_64_is_judged_by_what_its_vtd_offers() {
-        let all = "  scalable-mode=<bool> x\\n  fsts=<bool> x\\n  device-iotlb=<bool> x\\n  pasid-bits=<uint8> x\\n";
+        let all = "  scalable-mode=<bool> x\\n  fsts=<bool> x\\n  device-iotlb=<bool> x\\n  pasid-bits=<uint8> x\\n  eim=<OnOffAuto> x\\n";
         let ask = |name, options: &str, testdev| ask(Machine::X86_64, name, options, testdev);
 
         let old = ask("old", "  x-scalable-mode=<bool> x\\n", "options:");

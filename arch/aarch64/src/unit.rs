@@ -83,9 +83,9 @@ pub struct Unit {
 pub enum Remapping {}
 
 /// One interrupt that a device may send.
-pub enum InterruptHandle {}
+pub struct InterruptHandle(());
 /// One that it may send no more.
-pub enum LeavingInterrupt {}
+pub struct LeavingInterrupt(());
 
 impl Remapping {
     /// Takes an interrupt for a device.
@@ -94,33 +94,33 @@ impl Remapping {
     }
 
     /// Returns the number of the interrupt.
-    pub fn number(&self, handle: &InterruptHandle) -> u16 {
-        match *handle {}
+    pub fn number(&self, _: &InterruptHandle) -> u16 {
+        match *self {}
     }
 
     /// Lets the interrupt reach a core.
-    pub fn open(
-        &mut self,
-        handle: &InterruptHandle,
-        _: Source,
-        _: usize,
-    ) -> Result<Invalidations, iommu::Error> {
-        match *handle {}
+    pub fn open(&mut self, _: &InterruptHandle, _: Source, _: usize) -> Result<Invalidations, iommu::Error> {
+        match *self {}
     }
 
     /// Returns the message by which the device sends it.
-    pub fn message(&self, handle: &InterruptHandle) -> Result<Message, iommu::Error> {
-        match *handle {}
+    pub fn message(&self, _: &InterruptHandle) -> Result<Message, iommu::Error> {
+        match *self {}
+    }
+
+    /// Returns a message that names core and vector itself.
+    pub fn compatibility_message(&self, _: Source, _: usize) -> Message {
+        match *self {}
     }
 
     /// Refuses the interrupt again.
-    pub fn release(&mut self, handle: InterruptHandle) -> (LeavingInterrupt, Invalidations) {
-        match handle {}
+    pub fn release(&mut self, _: InterruptHandle) -> (LeavingInterrupt, Invalidations) {
+        match *self {}
     }
 
     /// Takes note that the invalidations of one that left have completed.
-    pub fn finish(&mut self, leaving: LeavingInterrupt) {
-        match leaving {}
+    pub fn finish(&mut self, _: LeavingInterrupt) {
+        match *self {}
     }
 }
 

@@ -8,7 +8,7 @@ use std::{
 };
 
 use crate::{
-    boot::{Boot, Ending, TRACE, WITH_DEVICE_TLB},
+    boot::{Boot, Ending, Purpose, TRACE, WITH_DEVICE_TLB},
     build::{Images, build_plugin},
     error::Error,
     log::{Level, Line},
@@ -107,6 +107,7 @@ impl Demonstration {
             plugin: plugin.as_ref().ok(),
             images,
             scenes: &possible,
+            purpose: Purpose::Demonstrate,
             limit: self.options.limit,
             directory: directory.path(),
         };

@@ -34,6 +34,7 @@ mod qemu;
 mod report;
 mod rows;
 mod scenes;
+mod sizes;
 mod toolchain;
 mod trace;
 mod workspace;

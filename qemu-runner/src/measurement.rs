@@ -29,6 +29,7 @@ use crate::{
     qemu::{Plugin, Qemu},
     rows::{BYTES, INSTRUCTIONS, MMIO, Row, Rows},
     scenes::hex,
+    sizes::{self, Size},
     toolchain::Toolchain,
     workspace::{BootDirectory, Workspace},
 };
@@ -57,6 +58,8 @@ struct Stage {
     qemu: Qemu,
     plugin: Plugin,
     images: Images,
+    /// The hypervisor that is demonstrated, whose size is measured.
+    demonstrated: PathBuf,
 }
 
 impl Measurement {
@@ -77,7 +80,8 @@ impl Measurement {
         for (&machine, qemu) in options.machines.iter().zip(qemus) {
             let images = Images::build_measuring(&toolchain, machine, &directory, options.offline)?;
             let plugin = qemu.try_plugin(&library).map_err(Error::Figures)?;
-            stages.push(Stage { machine, qemu, plugin, images });
+            let demonstrated = Images::build(&toolchain, machine, None, options.offline)?.hypervisor;
+            stages.push(Stage { machine, qemu, plugin, images, demonstrated });
         }
         Ok(Self { options, workspace, stages })
     }
@@ -108,12 +112,13 @@ impl Measurement {
                 }
             }
             rows.0.extend(first.rows(stage.machine));
+            rows.0.extend(sizes(stage)?);
         }
         Ok(rows)
     }
 
     fn boot(&self, stage: &Stage) -> Result<Counted, Error> {
-        let Stage { machine, qemu, plugin, images } = stage;
+        let Stage { machine, qemu, plugin, images, .. } = stage;
         let directory = BootDirectory::create(&self.workspace.kept, machine.name(), self.options.keep)?;
         let boot = Boot {
             machine: *machine,
@@ -154,6 +159,25 @@ impl Measurement {
             accesses(registers(*machine), BufReader::new(trace)).map_err(|said| failed(&said))?;
         Ok(counted)
     }
+}
+
+/// How large the hypervisor is, by crate.
+fn sizes(stage: &Stage) -> Result<Vec<Row>, Error> {
+    let mut rows = Vec::new();
+    let mut all = Size::default();
+    for (name, size) in sizes::of_image(&stage.demonstrated)? {
+        all.code += size.code;
+        all.statics += size.statics;
+        for (what, bytes) in [("code", size.code), ("static memory", size.statics)] {
+            let name = format!("{what} of {name}");
+            rows.push(Row::new(&name, stage.machine.name(), BYTES, bytes as f64));
+        }
+    }
+    for (what, bytes) in [("code", all.code), ("static memory", all.statics)] {
+        let name = format!("{what} of the whole hypervisor");
+        rows.push(Row::new(&name, stage.machine.name(), BYTES, bytes as f64));
+    }
+    Ok(rows)
 }
 
 /// Where QEMU puts the registers of its VT-d.

@@ -179,9 +179,7 @@ impl Rows {
                 None => comparison.not_measured += 1,
             }
         }
-        for row in now.0.iter().filter(|row| !kept.0.iter().any(|old| old.is_of(row))) {
-            comparison.lines.push(format!("new: {}: {} {}", titled(row), number(row.ours), row.unit));
-        }
+        comparison.new = now.0.iter().filter(|row| !kept.0.iter().any(|old| old.is_of(row))).count();
         comparison
     }
 }
@@ -204,6 +202,8 @@ pub struct Comparison {
     pub same: usize,
     /// How many are worse than they may be, or are not there any more.
     pub worse: usize,
+    /// How many were never kept.
+    pub new: usize,
     /// How many are of machines that were not measured.
     pub not_measured: usize,
 }
@@ -221,12 +221,13 @@ impl Comparison {
         let mut text: String = self.lines.iter().map(|line| format!("{line}\n")).collect();
         let _ = writeln!(
             text,
-            "{} figures as they were kept, {} differ or are new, {} of them are worse than they may be \
-             (instructions by more than {INSTRUCTIONS_MARGIN} % and {INSTRUCTIONS_ALWAYS}, accesses by any); \
-             {} were not measured now.",
+            "{} figures are as they were kept, {} are not, {} of them worse than they may be (instructions by \
+             more than {INSTRUCTIONS_MARGIN} % and {INSTRUCTIONS_ALWAYS}, accesses by any); {} were never kept, \
+             {} of those kept were not measured now.",
             self.same,
             self.lines.len(),
             self.worse,
+            self.new,
             self.not_measured
         );
         text

@@ -1,6 +1,6 @@
 //! What all cores share.
 
-use crate::memory::Pool;
+use crate::{memory::Pool, tables::Stage};
 use arch::{
     cpu::{self, Locked},
     interrupts::{self, Source},
@@ -209,6 +209,8 @@ pub struct Hypervisor {
     pub config: Ecam,
     /// What the unit can do.
     pub capabilities: Capabilities,
+    /// By which of its stages devices are translated.
+    pub stage: Stage,
     /// The command side of the unit.
     pub commands: Locked<Commands>,
     /// The table side of the unit. Its changes are published one by one; waiting for their invalidation comes after.
@@ -221,6 +223,8 @@ pub struct Hypervisor {
     pub drains: Drains,
     /// Faults of devices that no guest owns: how many, and the last.
     pub unowned: Locked<(u64, Option<FaultRecord>)>,
+    /// How often the unit said that it lost reports.
+    pub lost: Losses,
     /// The most microseconds that an answer came after its deadline.
     pub latest_expiry_us: AtomicU64,
     /// Answers that the unit did not take yet; the service core tries again.
@@ -280,17 +284,20 @@ impl Hypervisor {
             // Devices past the table are left alone: blocked.
             let _ = devices.push(Device { function, registers });
         }
+        let stage = Stage::of(&capabilities);
         HYPERVISOR.call_once(|| Self {
             boot,
             pool: &POOL,
             config,
             capabilities,
+            stage,
             commands: Locked::new(commands),
             tables: Locked::new(tables),
             ledger: &LEDGER,
             homes: &HOMES,
             drains: Drains::new(),
             unowned: Locked::new((0, None)),
+            lost: Losses { faults: AtomicU64::new(0), requests: AtomicU64::new(0) },
             latest_expiry_us: AtomicU64::new(0),
             unsent: Locked::new(Vec::new()),
             control_waits: AtomicBool::new(false),
@@ -423,6 +430,14 @@ impl Hypervisor {
             cpu::relax();
         }
     }
+}
+
+/// How often the unit said that it lost an unknown number of reports.
+pub struct Losses {
+    /// Of faults.
+    pub faults: AtomicU64,
+    /// Of page requests.
+    pub requests: AtomicU64,
 }
 
 /// Passes of the service routine that someone waits for.

@@ -25,6 +25,8 @@ mod memory;
 #[cfg(not(feature = "measure"))]
 mod scenes;
 mod service;
+mod tables;
+mod wanted;
 
 use arch::{cpu, interrupts, machine::Boot, unit};
 use hypervisor::{Hypervisor, POOL};
@@ -105,7 +107,7 @@ fn bring_up(boot: Boot) -> Result<BroughtUp, Failure> {
     defmt::info!("unit enabled: every device is blocked");
 
     let image = boot.guest_image_bytes().ok_or(Failure::NoGuestImage)?;
-    let unit::Unit { events, commands, tables } = unit;
+    let unit::Unit { events, commands, tables, remapping: _ } = unit;
     #[cfg(feature = "measure")]
     let unit = registers.clone();
     let hv = Hypervisor::publish(boot, config, registers, capabilities, commands, tables, image);

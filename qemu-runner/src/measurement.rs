@@ -31,6 +31,7 @@ use crate::{
     scenes::hex,
     sizes::{self, Size},
     toolchain::Toolchain,
+    variant::ordinary,
     workspace::{BootDirectory, Workspace},
 };
 
@@ -121,7 +122,7 @@ impl Measurement {
         let Stage { machine, qemu, plugin, images, .. } = stage;
         let directory = BootDirectory::create(&self.workspace.kept, machine.name(), self.options.keep)?;
         let boot = Boot {
-            machine: *machine,
+            variant: ordinary(*machine),
             qemu,
             plugin: Some(plugin),
             images,

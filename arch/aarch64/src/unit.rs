@@ -11,7 +11,7 @@ use crate::{
 };
 use core::{fmt, ops::Range};
 use heapless::Vec;
-use iommu::{Capabilities, DmaBuf, PhysAddr, Root, StreamId, Translation};
+use iommu::{Capabilities, DmaBuf, FaultRecord, Invalidations, Message, PhysAddr, StreamId};
 
 /// The event side of the unit.
 pub type Events = smmuv3::Events<Mmio>;
@@ -20,15 +20,12 @@ pub type Commands = smmuv3::Commands<Mmio>;
 /// The table side of the unit.
 pub type Tables = smmuv3::Tables<Mmio>;
 
-/// The format of tables that translate what devices issue: 4 levels of 4 KiB, 48 bits.
-pub type DeviceTables = pgtable::Stage1<12, 48>;
+/// The format of stage 1 tables, which translate what devices issue: 4 levels of 4 KiB, 48 bits.
+pub type FirstStage = pgtable::Stage1<12, 48>;
+/// The format of stage 2 tables, which do so where the unit has no stage 1: 4 levels of 4 KiB, 44 bits.
+pub type SecondStage = pgtable::Stage2<12, 44>;
 /// The format of tables that translate what guests issue: 4 levels of 4 KiB, 44 bits.
 pub type GuestTables = pgtable::Stage2<12, 44>;
-
-/// Translates a device by tables in the format [`DeviceTables`].
-pub fn translation(root: Root) -> Translation {
-    Translation::Stage1(root)
-}
 
 /// Why there is no IOMMU in service.
 #[derive(Clone, Copy, Debug, defmt::Format)]
@@ -77,6 +74,59 @@ pub struct Unit {
     pub commands: Commands,
     /// Which device is translated how.
     pub tables: Tables,
+    /// Which device may interrupt whom: not this unit's to say.
+    pub remapping: Option<Remapping>,
+}
+
+/// Which device may interrupt which core. There is none: on Arm that is the interrupt controller's part (ITS), which has no
+/// driver here, and messages of devices are memory accesses, which the unit translates.
+pub enum Remapping {}
+
+/// One interrupt that a device may send.
+pub enum InterruptHandle {}
+/// One that it may send no more.
+pub enum LeavingInterrupt {}
+
+impl Remapping {
+    /// Takes an interrupt for a device.
+    pub fn allocate(&mut self, _: StreamId) -> Result<InterruptHandle, iommu::Error> {
+        match *self {}
+    }
+
+    /// Returns the number of the interrupt.
+    pub fn number(&self, handle: &InterruptHandle) -> u16 {
+        match *handle {}
+    }
+
+    /// Lets the interrupt reach a core.
+    pub fn open(
+        &mut self,
+        handle: &InterruptHandle,
+        _: Source,
+        _: usize,
+    ) -> Result<Invalidations, iommu::Error> {
+        match *handle {}
+    }
+
+    /// Returns the message by which the device sends it.
+    pub fn message(&self, handle: &InterruptHandle) -> Result<Message, iommu::Error> {
+        match *handle {}
+    }
+
+    /// Refuses the interrupt again.
+    pub fn release(&mut self, handle: InterruptHandle) -> (LeavingInterrupt, Invalidations) {
+        match handle {}
+    }
+
+    /// Takes note that the invalidations of one that left have completed.
+    pub fn finish(&mut self, leaving: LeavingInterrupt) {
+        match leaving {}
+    }
+}
+
+/// Returns why a fault refused an interrupt, and the number that it had: none does here.
+pub fn refused_interrupt(_: &FaultRecord) -> Option<(&'static str, u16)> {
+    None
 }
 
 /// Bytes of a unit's registers: two pages of 64 KiB.
@@ -181,8 +231,10 @@ impl Found {
             event_queue: cut(EVENT_FRAMES)?,
             page_requests: cut(REQUEST_FRAMES)?,
             answers: OUTSTANDING,
+            // The devices of this machine are all behind PCI Express.
+            stalling: Vec::new(),
         };
         let smmuv3::Smmu { events, commands, tables } = self.unit.enable(memory).map_err(Error::Unit)?;
-        Ok(Unit { events, commands, tables })
+        Ok(Unit { events, commands, tables, remapping: None })
     }
 }

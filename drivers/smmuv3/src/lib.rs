@@ -42,6 +42,7 @@ mod interrupts;
 pub mod iort;
 mod queue;
 mod regs;
+mod stalls;
 pub mod streams;
 pub mod tables;
 
@@ -50,6 +51,9 @@ pub use errata::Erratum;
 pub use events::Events;
 pub use streams::{SECOND_LEVEL_TABLES, StreamTableNeeds};
 pub use tables::{FRAME_WORDS, Tables};
+
+/// Devices whose faults stall, at most: all that can be assigned.
+pub const STALLING: usize = tables::DEVICES;
 
 use heapless::Vec;
 use iommu::{
@@ -103,8 +107,12 @@ pub struct Memory {
     pub event_queue: DmaBuf,
     /// The queue of page requests, 256 entries a frame.
     pub page_requests: DmaBuf,
-    /// Answers to page requests that may be owed at one time; as many entries of the command queue stay free for them.
+    /// Answers to page requests and stalls that may be owed at one time; as many entries of the command queue stay free
+    /// for them. Stalls are at most [`Found::stalls`].
     pub answers: usize,
+    /// Devices whose accesses wait when they meet a fault of their tables, until they are answered (`dma-can-stall` of the
+    /// device tree). Never one behind PCI Express: there an access that waits can block those that would end the wait.
+    pub stalling: Vec<StreamId, STALLING>,
 }
 
 /// A unit in service, in its three halves.
@@ -156,6 +164,17 @@ impl<B: Bus + Clone> Found<B> {
         errata::known(self.iidr)
     }
 
+    /// Returns how many accesses may wait for an answer at one time, of all devices together (`IDR5.STALL_MAX`); 0 where
+    /// faults cannot stall.
+    pub fn stalls(&self) -> u16 {
+        if self.can_stall() { self.idr5.read(IDR5::STALL_MAX) as u16 } else { 0 }
+    }
+
+    /// Whether faults may stall, or not, as each device is configured.
+    fn can_stall(&self) -> bool {
+        self.idr0.matches_all(IDR0::STALL_MODEL::Chosen)
+    }
+
     /// Returns how much memory a stream table takes in which all streams up to `last` have a place.
     ///
     /// It is linear where that takes 16 KiB or less, or where the unit knows nothing else.
@@ -191,10 +210,14 @@ impl<B: Bus + Clone> Found<B> {
             event_queue,
             page_requests,
             answers,
+            stalling,
         } = memory;
         let capabilities = self.capabilities();
         if !second_level.is_empty() && !self.has_two_levels() {
             return Err(Error::Unsupported { feature: "IDR0.ST_LEVEL (stream tables of two levels)" });
+        }
+        if !stalling.is_empty() && !self.can_stall() {
+            return Err(Error::Unsupported { feature: "faults that stall (IDR0.STALL_MODEL)" });
         }
         let mut streams = StreamTable::new(stream_table, second_level)?;
         for (purpose, frame) in [("context descriptors", &contexts), ("the empty table", &empty_table)] {
@@ -223,8 +246,7 @@ impl<B: Bus + Clone> Found<B> {
         wait_until(bus, "CR0ACK", ACK_LIMIT_US, || regs::CR0ACK.read(bus).get() == 0)?;
         interrupts::disable(bus, self.idr0.is_set(IDR0::MSI), capabilities.page_requests)?;
         // Errors of firmware's time: GERRORN becomes what GERROR is, which acknowledges those that are active.
-        let acknowledged = regs::GERROR.read(bus).get();
-        regs::GERRORN.set(bus, acknowledged);
+        regs::GERRORN.set(bus, regs::GERROR.read(bus).get());
 
         regs::CR1.set(bus, if capabilities.coherent_walks { regs::COHERENT } else { 0 });
         regs::CR2.write(
@@ -249,9 +271,15 @@ impl<B: Bus + Clone> Found<B> {
         self.switch_on(CR0::CMDQEN::SET, "CR0ACK.CMDQEN")?;
         let vmid = self.idr0.is_set(IDR0::S2P);
         let ranges = self.idr3.is_set(IDR3::RIL);
-        let abilities = commands::Abilities { vmid, ranges, two_levels: streams.split().is_some() };
+        let abilities = commands::Abilities {
+            vmid,
+            ranges,
+            two_levels: streams.split().is_some(),
+            page_requests: capabilities.page_requests,
+            stalls: self.can_stall(),
+        };
         let queue = CommandQueue::new(command_queue);
-        let mut commands = Commands::new(self.bus.clone(), queue, abilities, answers);
+        let mut commands = Commands::new(self.bus.clone(), queue, abilities, answers, stalling.clone());
         let ticket = commands.submit(&[Invalidation::All])?;
         wait_until(bus, "CMDQ_CONS", ACK_LIMIT_US, || commands.poll(ticket) == Completion::Done)?;
 
@@ -278,7 +306,7 @@ impl<B: Bus + Clone> Found<B> {
         let frames = tables::Frames { streams, contexts, empty: empty_table };
         let events = ReportQueue::new(event_queue, &regs::EVENTQ);
         Ok(Smmu {
-            events: Events::new(self.bus.clone(), events, requests, acknowledged),
+            events: Events::new(self.bus.clone(), events, requests, stalling),
             commands,
             tables: Tables::new(self.bus.clone(), frames, abilities),
         })

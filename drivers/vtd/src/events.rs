@@ -26,6 +26,8 @@ impl RequestEntry {
     const WRITE: Field<Self> = Field::bit(65);
     const LAST: Field<Self> = Field::bit(66);
     const GROUP: Field<Self> = Field::bits(75, 67);
+    /// What no page request sets. Bit 9 was once part of one.
+    const RESERVED: [Field<Self>; 2] = [Field::bits(15, 10), Field::bits(63, 54)];
     const ADDRESS: Field<Self> = Field::bits(127, 76);
 
     /// Returns what the entry says.
@@ -33,11 +35,14 @@ impl RequestEntry {
     /// A last request that asks for neither read nor write is a stop marker if it has a PASID; without one it is an
     /// ordinary request that happens to ask for nothing, and wants an answer.
     pub fn decode(&self) -> Event {
-        if self.get(Self::TYPE) != 1 {
-            return Event::Malformed { words: [self.0[0], self.0[1]] };
-        }
         let stream = StreamId(self.get(Self::REQUESTER) as u32);
         let pasid = self.is_set(Self::PASID_PRESENT).then(|| Pasid::from_low_bits(self.get(Self::PASID)));
+        let tag = GroupTag { pasid, index: self.get(Self::GROUP) as u16 };
+        if self.get(Self::TYPE) != 1 {
+            let is_request = Self::RESERVED.into_iter().all(|field| self.get(field) == 0);
+            let group = is_request.then_some((stream, tag));
+            return Event::Malformed { words: [self.0[0], self.0[1]], group };
+        }
         let perms = Perms {
             read: self.is_set(Self::READ),
             write: self.is_set(Self::WRITE),
@@ -48,13 +53,7 @@ impl RequestEntry {
         if last && !perms.read && !perms.write && pasid.is_some() {
             return Event::StopMarker { stream, pasid };
         }
-        Event::PageRequest(PageRequest {
-            stream,
-            tag: GroupTag { pasid, index: self.get(Self::GROUP) as u16 },
-            iova: Iova(self.address(Self::ADDRESS)),
-            perms,
-            last,
-        })
+        Event::PageRequest(PageRequest { stream, tag, iova: Iova(self.address(Self::ADDRESS)), perms, last })
     }
 }
 
@@ -130,13 +129,13 @@ pub struct Events<B> {
     records: (usize, usize),
     /// The fault-recording register after the last one that was read, while the unit has faults pending.
     next_record: Option<usize>,
-    /// Whether a stopped invalidation queue was reported; it stays stopped.
-    stopped: bool,
+    /// Whether this pass has told that commands failed.
+    told: bool,
 }
 
 impl<B: Bus> Events<B> {
     pub(crate) fn new(bus: B, requests: Option<PageRequestQueue>, records: (usize, usize)) -> Self {
-        Self { bus, requests, records, next_record: None, stopped: false }
+        Self { bus, requests, records, next_record: None, told: false }
     }
 
     /// Lets the unit interrupt: by `faults` for faults and command errors, by `requests` for page requests.
@@ -153,6 +152,7 @@ impl<B: Bus> Events<B> {
 impl<B: Bus> iommu::Events for Events<B> {
     /// Clears `PRS.PPR`, before the tail is read: a request that arrives later sets it again, and interrupts.
     fn acknowledge(&mut self) {
+        self.told = false;
         if self.requests.is_some() {
             regs::PRS.clear(&self.bus, PRS::PPR::SET);
         }
@@ -204,14 +204,10 @@ impl<B: Bus> iommu::Events for Events<B> {
             regs::FSTS.clear(&self.bus, FSTS::PFO::SET);
             return Some(Event::FaultsLost);
         }
-        if status.any_matching_bits_set(FSTS::IQE::SET + FSTS::ITE::SET) && !self.stopped {
-            // Neither is cleared, so the queue stays stopped and its tickets stay pending: after IQE the unit would fetch
-            // the same descriptor again, and after ITE a later wait would complete although an earlier one was aborted.
-            self.stopped = true;
-            return Some(Event::CommandsFailed { status: status.get() });
-        }
-        if status.is_set(FSTS::ICE) {
-            regs::FSTS.clear(&self.bus, FSTS::ICE::SET);
+        let failed = FSTS::IQE::SET + FSTS::ITE::SET + FSTS::ICE::SET;
+        if status.any_matching_bits_set(failed) && !self.told {
+            // Clearing it is for the command side, which knows what it was about.
+            self.told = true;
             return Some(Event::CommandsFailed { status: status.get() });
         }
         None

@@ -337,8 +337,9 @@ fn vtd_request(entry: vtd::events::RequestEntry) {
     match entry.decode() {
         iommu::Event::PageRequest(request) => check_request(request, 0xFFFF),
         iommu::Event::StopMarker { pasid, .. } => assert!(pasid.is_some()),
-        iommu::Event::Malformed { words } => {
-            assert!(words[0] & 0xFF != 1 && words == [entry.0[0], entry.0[1]])
+        iommu::Event::Malformed { words, group } => {
+            assert!(words[0] & 0xFF != 1 && words == [entry.0[0], entry.0[1]]);
+            assert!(group.is_none_or(|(stream, tag)| stream.0 <= 0xFFFF && tag.index < 512));
         }
         other => panic!("{other:?}"),
     }
@@ -347,7 +348,7 @@ fn vtd_request(entry: vtd::events::RequestEntry) {
 fn check_fault(fault: FaultRecord, last_stream: u32) {
     assert!(fault.stream <= StreamId(last_stream));
     assert!(fault.pasid.is_none_or(|pasid| pasid.value() <= Pasid::MAX));
-    assert!(fault.iova.0.is_multiple_of(PAGE_SIZE) && fault.code <= 0xFF);
+    assert!(fault.iova.0.is_multiple_of(PAGE_SIZE) && fault.code <= 0x7FF);
     let event = Event {
         number: 1,
         lost: 0,

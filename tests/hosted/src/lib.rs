@@ -23,7 +23,7 @@ pub use core::{fmt, iter, mem, ops, ptr};
 
 pub use machine::{Machine, needs, unit};
 pub use memory::{TableFrames, TableWords, Window};
-pub use models::memory::{grant, root};
+pub use models::memory::{grant, root, trust};
 pub use random::Random;
 pub use tapped::{Moment, Tapped};
 pub use threads::Ends;

@@ -2,8 +2,8 @@
 
 use crate::{Moment, TableFrames, grant, root};
 use iommu::{
-    Attachment, Bus, Commands, Completion, Error, Event, Events, Features, Grant, Invalidation, Iova,
-    PAGE_SIZE, Pasid, Perms, PhysAddr, StreamId, Tables, Ticket, Translation,
+    Attachment, Bus, Commands, Completion, Error, Event, Events, Failure, Features, Grant, Invalidation,
+    Iova, PAGE_SIZE, Pasid, Perms, PhysAddr, StreamId, Tables, Ticket, Translation,
 };
 use models::{
     memory::Memory,
@@ -159,6 +159,7 @@ pub fn needs(table: StreamTable, memory: &Memory) -> smmuv3::Memory {
         event_queue: frame(),
         page_requests: frame(),
         answers: ANSWERS,
+        stalling: [].into_iter().collect(),
     }
 }
 
@@ -265,6 +266,13 @@ impl<B: Bus + Clone> Machine<B> {
             assert!(events.len() < 10_000, "a pass without an end");
         }
         events
+    }
+
+    /// Takes the unit out of its errors; returns what had stopped its commands.
+    pub fn recover(&mut self) -> Vec<Failure> {
+        let failures: Vec<_> = std::iter::from_fn(|| self.smmu.commands.recover()).take(1000).collect();
+        assert!(failures.len() < 1000, "a recovery without an end");
+        failures
     }
 
     /// The device reads the word at `iova`, untranslated.

@@ -9,7 +9,7 @@ use iommu::{
     Perms, PhysAddr, StreamId,
 };
 use smmuv3::{
-    commands::Command,
+    commands::{Command, Part},
     events::{EventRecord, RequestEntry},
     streams::FirstLevelEntry,
     tables::{ContextDescriptor, StreamEntry, Walks},
@@ -103,11 +103,23 @@ mod commands {
     }
 
     #[test]
+    fn contexts_are_forgotten_one_or_all_of_a_stream() {
+        let five = Pasid::new(5).expect("20 bits");
+        // K6 without Leaf, which is 1 there: how the context was found is forgotten, too. K7.
+        assert_eq!(Command::cfgi_cd(SID, five).0, [0x0000_0108_0000_5005, 0]);
+        assert_eq!(Command::cfgi_cd_all(SID).0, [0x0000_0108_0000_0006, 0]);
+        // The widest: SSID [31:12], SID [63:32].
+        let last = Pasid::new(0xF_FFFF).expect("20 bits");
+        assert_eq!(Command::cfgi_cd(StreamId(u32::MAX), last).0, [0xFFFF_FFFF_FFFF_F005, 0]);
+        assert_eq!(Command::cfgi_cd_all(StreamId(u32::MAX)).0, [0xFFFF_FFFF_0000_0006, 0]);
+    }
+
+    #[test]
     fn translations_are_forgotten_by_vmid_by_page_or_all() {
         // K9, K11, K19, K20, K22.
         assert_eq!(Command::tlbi_nh_all(0x2A).0, [0x0000_002A_0000_0010, 0]);
         assert_eq!(
-            Command::tlbi_nh_va(0x2A, 7, Iova(0x4020_1000)).0,
+            Command::tlbi_nh_va(0x2A, 7, Iova(0x4020_1000), Part::Leaf).0,
             [0x0007_002A_0000_0012, 0x0000_0000_4020_1001]
         );
         assert_eq!(Command::tlbi_s12_vmall(0x2A).0, [0x0000_002A_0000_0028, 0]);
@@ -116,10 +128,20 @@ mod commands {
             [0x0000_002A_0000_002A, 0x0000_0000_8020_0001]
         );
         assert_eq!(Command::tlbi_nsnh_all().0, [0x30, 0]);
+        // K10; K11 and K14 with tables and without: Leaf, bit 0 of w1.
+        assert_eq!(Command::tlbi_nh_asid(0x2A, 7).0, [0x0007_002A_0000_0011, 0]);
+        assert_eq!(Command::tlbi_nh_asid(0xFFFF, 0xFFFF).0, [0xFFFF_FFFF_0000_0011, 0]);
+        assert_eq!(
+            Command::tlbi_nh_va(0x2A, 7, Iova(0x4020_1000), Part::Way).0,
+            [0x0007_002A_0000_0012, 0x0000_0000_4020_1000]
+        );
+        let upper = Iova(0xFFFF_0000_1234_5000);
+        assert_eq!(Command::tlbi_nh_vaa(0x2A, upper, Part::Way).0, [0x0000_002A_0000_0013, upper.0]);
+        assert_eq!(Command::tlbi_nh_vaa(0x2A, upper, Part::Leaf).0, [0x0000_002A_0000_0013, upper.0 | 1]);
         // The widest values: VMID [47:32], ASID [63:48], address [127:76].
         assert_eq!(Command::tlbi_nh_all(0xFFFF).0[0], 0x0000_FFFF_0000_0010);
         assert_eq!(
-            Command::tlbi_nh_va(0xFFFF, 0xFFFF, Iova(u64::MAX)).0,
+            Command::tlbi_nh_va(0xFFFF, 0xFFFF, Iova(u64::MAX), Part::Leaf).0,
             [0xFFFF_FFFF_0000_0012, 0xFFFF_FFFF_FFFF_F001]
         );
     }
@@ -127,9 +149,15 @@ mod commands {
     #[test]
     fn a_device_forgets_a_block_or_everything() {
         // K23, K24.
-        assert_eq!(Command::atc_inv(SID, Iova(0x1000_0000), 2).0, [0x0000_0108_0000_0040, 0x1000_0002]);
-        assert_eq!(Command::atc_inv(SID, Iova(0), 52).0, [0x0000_0108_0000_0040, 0x34]);
-        assert_eq!(Command::atc_inv(SID, Iova(0x7FFF_FFFF_F123), 0).0[1], 0x7FFF_FFFF_F000);
+        assert_eq!(Command::atc_inv(SID, None, Iova(0x1000_0000), 2).0, [0x0000_0108_0000_0040, 0x1000_0002]);
+        assert_eq!(Command::atc_inv(SID, None, Iova(0), 52).0, [0x0000_0108_0000_0040, 0x34]);
+        assert_eq!(Command::atc_inv(SID, None, Iova(0x7FFF_FFFF_F123), 0).0[1], 0x7FFF_FFFF_F000);
+        // K25; and PASID 0, which is one: SSV 1<<11.
+        assert_eq!(
+            Command::atc_inv(SID, pasid(5), Iova(0x2000_0000), 9).0,
+            [0x0000_0108_0000_5840, 0x0000_0000_2000_0009]
+        );
+        assert_eq!(Command::atc_inv(SID, pasid(0), Iova(0), 52).0, [0x0000_0108_0000_0840, 0x34]);
     }
 
     #[test]
@@ -144,6 +172,21 @@ mod commands {
         // PASID 0 is a PASID: SSV 1<<11. The largest: 0xF_FFFF<<12. A group has nine bits.
         assert_eq!(answer(pasid(0), 0, Outcome::Success), [0x0000_0108_0000_0841, 0x2000]);
         assert_eq!(answer(pasid(0xF_FFFF), 0xFFFF, Outcome::Invalid), [0x0000_0108_FFFF_F841, 0x11FF]);
+    }
+
+    #[test]
+    fn a_stalled_access_is_tried_again_aborted_or_ended() {
+        let resume = |stream, index, outcome| {
+            Command::resume(&PageResponse { stream, tag: GroupTag { pasid: pasid(5), index }, outcome }).0
+        };
+        // K30, K31, K32: the PASID is no part of it.
+        assert_eq!(resume(SID, 0x42, Outcome::Success), [0x0000_0108_0000_1044, 0x42]);
+        assert_eq!(resume(SID, 0x42, Outcome::Invalid), [0x0000_0108_0000_2044, 0x42]);
+        assert_eq!(resume(SID, 0x42, Outcome::Failure), [0x0000_0108_0000_0044, 0x42]);
+        // STAG has sixteen bits, [79:64].
+        assert_eq!(resume(StreamId(u32::MAX), 0xFFFF, Outcome::Success), [0xFFFF_FFFF_0000_1044, 0xFFFF]);
+        // K33.
+        assert_eq!(Command::stall_term(SID).0, [0x0000_0108_0000_0045, 0]);
     }
 
     #[test]
@@ -172,7 +215,7 @@ mod events {
             reason,
             code,
         };
-        // E1 to E12; addresses are those of pages.
+        // E1 to E12; addresses are those of pages. Of what stage 2 refused, the code has S2 at bit 8 and CLASS at [10:9].
         for (words, expected) in [
             (
                 [0x0108_0000_0010, 0x0208_0000_0000, 0x4020_1ABC, 0],
@@ -188,15 +231,15 @@ mod events {
             ([0x0108_0000_0003, 0, 0, 0x8800_4200], fault(0x108, None, Unknown, 0, BadTables, 0x03)),
             (
                 [0x0108_0000_0010, 0x0288_0000_0000, 0x4020_1ABC, 0x9020_1000],
-                fault(0x108, None, Read, 0x4020_1000, NotMapped, 0x10),
+                fault(0x108, None, Read, 0x4020_1000, NotMapped, 0x510),
             ),
             (
                 [0x0108_0000_0010, 0x0188_0000_0000, 0x4020_1ABC, 0x9100_0000],
-                fault(0x108, None, Read, 0x4020_1000, NotMapped, 0x10),
+                fault(0x108, None, Read, 0x4020_1000, BadTables, 0x310),
             ),
             (
                 [0x0108_0000_0010, 0x0088_0000_0000, 0x4020_1ABC, 0xA000_0000],
-                fault(0x108, None, Read, 0x4020_1000, NotMapped, 0x10),
+                fault(0x108, None, Read, 0x4020_1000, BadTables, 0x110),
             ),
             // RnW is 0: a write whose walk met bad memory.
             (
@@ -206,7 +249,7 @@ mod events {
             ([0x0108_0002_0008, 0, 0, 0], fault(0x108, pasid(0x20), Unknown, 0, NotAttached, 0x08)),
             (
                 [0x0108_0000_0011, 0x0280_0000_0000, 0x1000, 0x0100_0000_1000],
-                fault(0x108, None, Write, 0x1000, AddressSize, 0x11),
+                fault(0x108, None, Write, 0x1000, AddressSize, 0x511),
             ),
         ] {
             assert_eq!(decoded(words), expected, "{words:#x?}");

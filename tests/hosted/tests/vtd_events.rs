@@ -90,7 +90,9 @@ fn an_entry_that_no_manual_knows_is_reported_and_passed_over() {
 
     let events = machine.pass();
 
-    assert_eq!(events[1], Event::Malformed { words });
+    // PRGI is 75:67 of the whole, 11:3 of the second word: 0x1234 has 0x46 there.
+    let group = Some((DISK, GroupTag { pasid: pasid(5), index: 0x46 }));
+    assert_eq!(events[1], Event::Malformed { words, group });
     assert_eq!(events[0], Event::PageRequest(request(DISK, 0, false)));
     assert_eq!(events[2..], [Event::PageRequest(request(DISK, 2, false))]);
     machine.assert_lawful();
@@ -466,6 +468,7 @@ fn each_kind_of_news_in_the_fault_status_is_told_by_itself() {
     assert_eq!(count(&events, |event| *event == Event::FaultsLost), 1);
     assert_eq!(count(&events, |event| matches!(event, Event::CommandsFailed { .. })), 1);
     assert_eq!(events.len(), 6);
+    assert!(machine.vtd.commands.recover().is_some());
     assert_eq!(machine.unit.read32(FSTS) & 0x7F, 0);
     machine.assert_lawful();
 }

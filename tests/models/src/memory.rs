@@ -5,7 +5,7 @@
 //! hosted test, on any host.
 #![expect(unsafe_code, reason = "makes the promises that a hypervisor's frame allocator makes")]
 
-use iommu::{DmaBuf, Grant, PAGE_SIZE, PhysAddr, Root};
+use iommu::{DmaBuf, Grant, PAGE_SIZE, PhysAddr, Root, Trust};
 use std::{
     fmt,
     ops::Range,
@@ -56,6 +56,12 @@ pub fn grant(phys: u64, pages: u64) -> Grant {
     let end = PhysAddr(phys.wrapping_add(pages * PAGE_SIZE));
     // SAFETY: as for `root`.
     unsafe { Grant::new(PhysAddr(phys)..end) }
+}
+
+/// Lets a modelled device reach all of the modelled memory.
+pub fn trust() -> Trust {
+    // SAFETY: as for `root`.
+    unsafe { Trust::new() }
 }
 
 /// A modelled machine's memory; clones are the same memory.

@@ -6,11 +6,12 @@ use hosted::{
     smmu::{ANSWERS, COMMANDS, EVENTS, Machine, REQUESTS, Stage, StreamTable, Tapped, needs, unit},
 };
 use iommu::{
-    Access, Attachment, Bus, Commands, Completion, DomainId, Error, Event, Events, FaultReason, FaultRecord,
-    Features, GroupTag, Invalidation, Iova, Outcome, PAGE_SIZE, PageRequest, PageResponse, Pasid, Perms,
-    PhysAddr, Stages, StreamId,
+    Access, Attachment, Bus, Commands, Completion, DomainId, Error, Event, Events, Failure, FailureCause,
+    FaultReason, FaultRecord, Features, GroupTag, Invalidation, Iova, Outcome, PAGE_SIZE, PageRequest,
+    PageResponse, Pasid, Perms, PhysAddr, Stages, StreamId,
 };
 use models::smmuv3::{Config, Refusal, Requested, SmmuUnit, Wire};
+use smmuv3::events::UnitError;
 use std::{
     ops::Range,
     sync::{
@@ -178,7 +179,15 @@ mod page_requests {
             machine.unit.raise_errors(PRIQ_ABT_ERR);
             assert_eq!(machine.unit.page_request(request(DISK, 2, false)), Requested::Refused);
 
-            assert_eq!(machine.pass(), [Event::PageRequest(request(DISK, 1, false)), Event::RequestsLost]);
+            assert_eq!(
+                machine.pass(),
+                [
+                    Event::PageRequest(request(DISK, 1, false)),
+                    Event::RequestsLost,
+                    Event::CommandsFailed { status: PRIQ_ABT_ERR }
+                ]
+            );
+            assert_eq!(machine.recover(), []);
             assert_eq!(machine.unit.read32(GERROR) ^ machine.unit.read32(GERRORN), 0, "acknowledged");
             assert_eq!(machine.unit.page_request(request(DISK, 3, false)), Requested::Queued);
             assert_eq!(machine.pass(), [Event::PageRequest(request(DISK, 3, false))]);
@@ -328,7 +337,9 @@ mod faults {
         let mut machine = machine();
         for _ in 0..2 {
             machine.unit.raise_errors(EVENTQ_ABT_ERR);
-            assert_eq!(machine.pass(), [Event::FaultsLost]);
+            let told = [Event::FaultsLost, Event::CommandsFailed { status: EVENTQ_ABT_ERR }];
+            assert_eq!(machine.pass(), told);
+            assert_eq!(machine.recover(), []);
             assert_eq!(machine.pass(), [], "once");
             fault(machine.unit);
             assert_eq!(machine.pass().len(), 1);
@@ -337,15 +348,61 @@ mod faults {
     }
 
     #[test]
-    fn each_error_is_told_by_itself() {
+    fn every_error_is_told_by_name_and_acknowledged_by_recovery_alone() {
         let mut machine = machine();
-        machine.unit.raise_errors(EVENTQ_ABT_ERR | PRIQ_ABT_ERR | SFM_ERR);
+        // Bit by bit: GERROR of facts 8.7.
+        for (bit, error) in [
+            (2, UnitError::EventQueue),
+            (3, UnitError::RequestQueue),
+            (4, UnitError::SyncMessage),
+            (5, UnitError::EventMessage),
+            (6, UnitError::RequestMessage),
+            (7, UnitError::ErrorMessage),
+        ] {
+            machine.unit.raise_errors(1 << bit);
+
+            let events = machine.pass();
+
+            let Some(&Event::CommandsFailed { status }) = events.last() else { panic!("{events:?}") };
+            assert_eq!(UnitError::of(status).collect::<Vec<_>>(), [error]);
+            assert_eq!(machine.pass(), events, "until it is acknowledged, it is told once in each pass");
+            assert_eq!(machine.recover(), [], "it stops no commands");
+            assert_eq!(machine.pass(), []);
+            machine.invalidate(&[Invalidation::All]);
+        }
+        let every = [UnitError::CommandQueue, UnitError::ServiceFailure];
+        assert_eq!(UnitError::of(1 | 1 << 8).collect::<Vec<_>>(), every);
+        let foreign = [UnitError::OtherCommandQueue, UnitError::DevicePermission];
+        assert_eq!(UnitError::of(1 << 9 | 1 << 10).collect::<Vec<_>>(), foreign);
+        assert_eq!(UnitError::of(1 << 1 | u32::MAX << 11).count(), 0, "reserved");
+        machine.assert_lawful();
+    }
+
+    #[test]
+    fn several_errors_are_told_together_and_a_unit_in_service_failure_mode_refuses_everything() {
+        let mut machine = machine();
+        let open = machine.smmu.commands.submit(&[]).expect("there is room");
+        machine.wait(open);
+        machine.unit.pause();
+        let late = machine.smmu.commands.submit(&[Invalidation::All]).expect("there is room");
+        let all = EVENTQ_ABT_ERR | PRIQ_ABT_ERR | SFM_ERR;
+        machine.unit.raise_errors(all);
 
         let events = machine.pass();
 
         assert_eq!(events[..2], [Event::RequestsLost, Event::FaultsLost]);
-        assert_eq!(events[2..], [Event::CommandsFailed { status: SFM_ERR }]);
-        assert_eq!(machine.pass(), [], "once");
+        assert_eq!(events[2..], [Event::CommandsFailed { status: all }]);
+        let stopped = Failure { cause: FailureCause::Stopped, stream: None, ticket: None };
+        assert_eq!(machine.recover(), [stopped], "once");
+        assert_eq!(machine.pass(), []);
+        assert_eq!(machine.smmu.commands.poll(open), Completion::Done, "it was before");
+        assert_eq!(machine.smmu.commands.poll(late), Completion::Failed);
+        assert!(matches!(machine.smmu.commands.submit(&[]), Err(Error::Failed { .. })));
+        let back = machine.smmu.commands.respond(answer(request(DISK, 1, true), Outcome::Success));
+        assert!(
+            matches!(&back, Err((back, Error::Failed { .. })) if back.tag.index == 1),
+            "the answer comes back: {back:?}"
+        );
         machine.assert_lawful();
     }
 }
@@ -577,68 +634,234 @@ mod commands {
         machine.assert_lawful();
     }
 
-    #[test]
-    fn a_command_that_the_unit_refuses_stops_the_queue_for_good() {
-        let mut machine = machine();
+    /// Overwrites the `n`th command that the unit has not consumed yet by one that there is not.
+    fn spoil(machine: &Machine, n: u64) {
         let queue = machine.unit.read64(CMDQ_BASE) & 0x00FF_FFFF_FFFF_FFE0;
-        machine.unit.pause();
-        let at = machine.unit.read32(CMDQ_PROD);
-        let first = machine.smmu.commands.submit(&[]).expect("there is room");
-        let ticket = machine.smmu.commands.submit(&[Invalidation::All]).expect("there is room");
-        // Memory went bad: an opcode that there is not, behind the first CMD_SYNC.
-        let bad = PhysAddr(queue + (u64::from(at) + 1) % COMMANDS as u64 * 16);
-        machine.memory.device_store(bad, 0xFF).expect("inside");
-        machine.unit.pulses();
+        let at = u64::from(machine.unit.read32(CMDQ_CONS)) + n;
+        let place = PhysAddr(queue + at % COMMANDS as u64 * 16);
+        machine.memory.device_store(place, 0xFF).expect("inside");
+    }
 
+    #[test]
+    fn a_command_that_the_unit_refuses_fails_its_ticket_and_no_other() {
+        // However the queue has wrapped, and whichever command of the three it is.
+        for (turns, bad) in [(0, 0), (0, 1), (0, 2), (126, 1), (127, 0), (127, 2), (300, 1)] {
+            let mut machine = machine();
+            (0..turns)
+                .for_each(|_| machine.invalidate(&[Invalidation::Device { stream: NIC, device_tlb: false }]));
+            machine.unit.pause();
+            let asked = request(DISK, 7, true);
+            assert_eq!(machine.unit.page_request(asked), Requested::Queued);
+            machine.pass();
+            let before = machine.smmu.commands.submit(&[]).expect("there is room");
+            let ticket = machine.smmu.commands.submit(&[Invalidation::All]).expect("there is room");
+            machine.smmu.commands.respond(answer(asked, Outcome::Success)).expect("there is room");
+            let after = machine.smmu.commands.submit(&[Invalidation::All]).expect("there is room");
+            spoil(&machine, 1 + bad);
+            machine.unit.pulses();
+
+            machine.unit.resume();
+
+            assert_eq!(machine.unit.pulses(), [Wire::Error]);
+            // CERROR_ILL is 1, in [30:24].
+            assert_eq!(machine.unit.read32(CMDQ_CONS) >> 24, 1);
+            assert_eq!(machine.pass(), [Event::CommandsFailed { status: CMDQ_ERR }]);
+            let poll = |machine: &mut Machine| {
+                [before, ticket, after].map(|ticket| machine.smmu.commands.poll(ticket))
+            };
+            assert_eq!(poll(&mut machine), [Completion::Done, Completion::Pending, Completion::Pending]);
+            assert_eq!(machine.unit.answers().len(), 0, "the answer is queued behind");
+            let failure = Failure { cause: FailureCause::Refused, stream: None, ticket: Some(ticket) };
+            assert_eq!(machine.recover(), [failure]);
+            assert_eq!(poll(&mut machine), [Completion::Done, Completion::Failed, Completion::Done]);
+            assert_eq!(machine.unit.answers().len(), 1, "no answer is lost");
+            assert_eq!(machine.pass(), []);
+            // The same again, and now it is done.
+            machine.invalidate(&[Invalidation::All]);
+            assert_eq!(poll(&mut machine)[1], Completion::Failed, "for good");
+            machine.assert_lawful();
+        }
+    }
+
+    #[test]
+    fn an_answer_that_the_unit_refuses_fails_no_ticket() {
+        let mut machine = machine();
+        machine.unit.pause();
+        let before = machine.smmu.commands.submit(&[]).expect("there is room");
+        machine
+            .smmu
+            .commands
+            .respond(answer(request(DISK, 3, true), Outcome::Success))
+            .expect("there is room");
+        let after = machine.smmu.commands.submit(&[]).expect("there is room");
+        spoil(&machine, 1);
         machine.unit.resume();
 
-        assert_eq!(machine.unit.pulses(), [Wire::Error]);
-        // CERROR_ILL is 1, in [30:24].
-        assert_eq!(machine.unit.read32(CMDQ_CONS) >> 24, 1);
-        assert_eq!(machine.pass(), [Event::CommandsFailed { status: CMDQ_ERR }]);
-        assert_eq!(machine.pass(), [], "once");
-        assert_eq!(machine.smmu.commands.poll(first), Completion::Done, "it was before");
-        let later = machine.smmu.commands.submit(&[]).expect("there is room");
-        for _ in 0..3 {
-            machine.unit.advance(100_000);
-            let both = [ticket, later].map(|ticket| machine.smmu.commands.poll(ticket));
-            assert_eq!(both, [Completion::Pending; 2]);
-        }
-        // What the unit reports goes on, and its other errors are acknowledged.
-        fault(machine.unit);
-        machine.unit.raise_errors(EVENTQ_ABT_ERR);
-        let events = machine.pass();
-        assert!(matches!(events[..], [Event::Fault(_), Event::FaultsLost]), "{events:?}");
-        assert_eq!(machine.unit.read32(GERROR) ^ machine.unit.read32(GERRORN), CMDQ_ERR);
+        // The memory still says which device the answer was for.
+        let failure = Failure { cause: FailureCause::Refused, stream: Some(DISK), ticket: None };
+        assert_eq!(machine.recover(), [failure]);
+
+        assert_eq!(machine.smmu.commands.poll(before), Completion::Done);
+        assert_eq!(machine.smmu.commands.poll(after), Completion::Done);
         machine.assert_lawful();
     }
 
     #[test]
-    fn a_device_that_does_not_answer_is_reported_once_and_its_ticket_is_never_done() {
+    fn a_place_that_stays_bad_stops_the_queue() {
+        let mut machine = machine();
+        machine.unit.pause();
+        let ticket = machine.smmu.commands.submit(&[Invalidation::All]).expect("there is room");
+        spoil(&machine, 0);
+        machine.unit.resume();
+        // What is stored there does not last.
+        machine.unit.pause();
+        assert_eq!(machine.smmu.commands.recover().map(|failure| failure.cause), Some(FailureCause::Refused));
+        spoil(&machine, 0);
+        machine.unit.resume();
+
+        let failures: Vec<_> = machine.recover().into_iter().map(|failure| failure.cause).collect();
+
+        assert_eq!(failures, [FailureCause::Stopped]);
+        assert_eq!(machine.smmu.commands.poll(ticket), Completion::Failed);
+        assert!(matches!(machine.smmu.commands.submit(&[]), Err(Error::Failed { .. })));
+        machine.assert_lawful();
+    }
+
+    #[test]
+    fn many_failed_tickets_stay_failed() {
+        let mut machine = machine();
+        let mut failed = Vec::new();
+        for _ in 0..100 {
+            machine.unit.pause();
+            failed.push(machine.smmu.commands.submit(&[]).expect("there is room"));
+            spoil(&machine, 0);
+            machine.unit.resume();
+            assert_eq!(machine.recover().len(), 1);
+        }
+        let done = machine.smmu.commands.submit(&[]).expect("there is room");
+        machine.wait(done);
+
+        assert!(failed.iter().all(|&ticket| machine.smmu.commands.poll(ticket) == Completion::Failed));
+        machine.assert_lawful();
+    }
+
+    #[test]
+    fn a_queue_that_the_unit_cannot_read_stops_and_everything_is_told_so() {
+        let mut machine = machine();
+        let done = machine.smmu.commands.submit(&[]).expect("there is room");
+        machine.wait(done);
+        machine.unit.fail_fetches(true);
+        let executed = machine.unit.executed().len();
+        let ticket = machine.smmu.commands.submit(&[Invalidation::All]).expect("there is room");
+
+        assert_eq!(machine.pass(), [Event::CommandsFailed { status: CMDQ_ERR }]);
+        // CERROR_ABT is 2.
+        assert_eq!(machine.unit.read32(CMDQ_CONS) >> 24, 2);
+        let stopped = Failure { cause: FailureCause::Stopped, stream: None, ticket: None };
+        assert_eq!(machine.recover(), [stopped]);
+        assert_eq!(machine.recover(), []);
+
+        assert_eq!(machine.smmu.commands.poll(done), Completion::Done);
+        assert_eq!(machine.smmu.commands.poll(ticket), Completion::Failed);
+        // The queue is off: what was told as failed is never executed, and the unit is quiet.
+        machine.unit.advance(10);
+        machine.recover();
+        machine.unit.fail_fetches(false);
+        machine.unit.advance(100_000);
+        assert_eq!(machine.unit.executed().len(), executed);
+        assert_eq!(machine.pass(), []);
+        // Faults are told on, and other errors acknowledged.
+        fault(machine.unit);
+        machine.unit.raise_errors(EVENTQ_ABT_ERR);
+        assert!(matches!(machine.pass()[..2], [Event::Fault(_), Event::FaultsLost]));
+        assert_eq!(machine.recover(), []);
+        assert_eq!(machine.unit.read32(GERROR) ^ machine.unit.read32(GERRORN), 0);
+        machine.assert_lawful();
+    }
+
+    /// A machine whose device has a page in its device TLB, and what makes it forget that.
+    fn remembered() -> (Machine, Invalidation) {
         let mut machine = machine();
         let tree = machine.tree(Stage::One);
         machine.map(&tree, Iova(0x1000), 7, Perms::READ);
         let attachment = machine.attach(DISK, Stage::One, &tree);
         assert_eq!(machine.ats_read(DISK, Iova(0x1000)), Ok(7));
-        machine.unit.hold_device_tlb(DISK);
         machine.unmap(&tree, Iova(0x1000), 1);
+        (machine, Invalidation::covering(attachment, Iova(0x1000), PAGE_SIZE))
+    }
 
-        let pages = Invalidation::covering(attachment, Iova(0x1000), PAGE_SIZE);
+    #[test]
+    fn a_device_that_does_not_answer_is_named_and_the_others_go_on() {
+        let (mut machine, pages) = remembered();
+        machine.unit.hold_device_tlb(DISK);
+
         let ticket = machine.smmu.commands.submit(&[pages]).expect("there is room");
         assert_eq!(machine.smmu.commands.poll(ticket), Completion::Pending);
         assert_eq!(machine.pass(), [], "it may still answer");
+        let asked = request(NIC, 9, true);
+        assert_eq!(machine.unit.page_request(asked), Requested::Queued);
+        assert_eq!(machine.pass().len(), 1);
+        machine.smmu.commands.respond(answer(asked, Outcome::Success)).expect("there is room");
+        let other = [Invalidation::Device { stream: NIC, device_tlb: false }];
+        let behind = machine.smmu.commands.submit(&other).expect("there is room");
         machine.unit.advance(60_000);
         assert_eq!(machine.smmu.commands.poll(ticket), Completion::Pending);
+        // CERROR_ATC_INV_SYNC is 3.
+        assert_eq!(machine.unit.read32(CMDQ_CONS) >> 24, 3);
 
         assert_eq!(machine.pass(), [Event::CommandsFailed { status: CMDQ_ERR }]);
-        assert_eq!(machine.pass(), [], "once");
-        // Too late: which answers were missing is not known any more.
+        let failure = Failure { cause: FailureCause::Unanswered, stream: Some(DISK), ticket: Some(ticket) };
+        assert_eq!(machine.recover(), [failure]);
+
+        assert_eq!(machine.smmu.commands.poll(ticket), Completion::Failed);
+        assert_eq!(machine.smmu.commands.poll(behind), Completion::Done);
+        assert_eq!(machine.unit.answers().len(), 1, "no answer is lost");
+        // Too late: what it still remembered is not known.
         machine.unit.release_device_tlb(DISK);
-        for _ in 0..3 {
-            let _ = machine.smmu.commands.submit(&[Invalidation::Device { stream: NIC, device_tlb: false }]);
+        assert_eq!(machine.smmu.commands.poll(ticket), Completion::Failed);
+        machine.invalidate(&[pages]);
+        assert!(machine.ats_read(DISK, Iova(0x1000)).is_err());
+        machine.assert_lawful();
+    }
+
+    #[test]
+    fn one_device_at_a_time_is_asked_to_forget() {
+        let (mut machine, pages) = remembered();
+        let other = Invalidation::Device { stream: NIC, device_tlb: true };
+        machine.unit.hold_device_tlb(DISK);
+        let ticket = machine.smmu.commands.submit(&[pages]).expect("there is room");
+
+        let busy = Some(Error::Busy { what: "invalidation of a device TLB" });
+        assert_eq!(machine.smmu.commands.submit(&[other]).err(), busy);
+        assert_eq!(machine.smmu.commands.submit(&[pages]).err(), busy, "nor the same again");
+        let unit_alone = machine.smmu.commands.submit(&[Invalidation::All]).expect("it asks no device");
+        assert_eq!(machine.smmu.commands.poll(unit_alone), Completion::Pending, "a CMD_SYNC is in between");
+        machine.unit.release_device_tlb(DISK);
+        machine.wait(ticket);
+
+        machine.invalidate(&[other]);
+        // Two in one batch: which of them is silent, nobody could tell.
+        assert_eq!(machine.smmu.commands.submit(&[pages, other]).err(), busy);
+        // The same device twice is one device.
+        machine.invalidate(&[pages, pages]);
+        machine.assert_lawful();
+    }
+
+    #[test]
+    fn a_device_that_was_given_up_does_not_keep_others_from_being_asked() {
+        let (mut machine, pages) = remembered();
+        machine.unit.unplug(DISK);
+        for _ in 0..5 {
+            let ticket = machine.smmu.commands.submit(&[pages, pages]).expect("there is room");
             machine.unit.advance(60_000);
-            assert_eq!(machine.smmu.commands.poll(ticket), Completion::Pending);
+            let failures = machine.recover();
+            assert!(!failures.is_empty() && failures.iter().all(|failure| failure.stream == Some(DISK)));
+            machine.unit.advance(60_000);
+            machine.recover();
+            assert_eq!(machine.smmu.commands.poll(ticket), Completion::Failed);
         }
+
+        machine.invalidate(&[Invalidation::Device { stream: NIC, device_tlb: true }]);
         machine.assert_lawful();
     }
 

@@ -99,6 +99,17 @@ impl VtdUnit {
         })
     }
 
+    /// Returns where an untranslated read would go, at a unit that remembers nothing. It leaves no trace but A and D in paging
+    /// entries.
+    pub fn find(&self, stream: StreamId, pasid: Option<Pasid>, iova: Iova) -> Result<PhysAddr, Refusal> {
+        let mut state = self.lock();
+        let request = state.request(stream, pasid, iova.0, Kind::Read, At::Untranslated);
+        let remembered = std::mem::take(&mut state.caches);
+        let found = state.translate(&request);
+        state.caches = remembered;
+        found.map(|mapping| PhysAddr(mapping.phys)).map_err(|fault| Refusal::Fault(fault.reason))
+    }
+
     /// Returns what the device TLB of `stream` holds.
     pub fn device_tlb(&self, stream: StreamId) -> Vec<DeviceTlbEntry> {
         let state = self.lock();

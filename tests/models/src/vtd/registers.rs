@@ -18,6 +18,7 @@ pub(super) const IQA: usize = 0x090;
 pub(super) const ICS: usize = 0x09C;
 pub(super) const IECTL: usize = 0x0A0;
 pub(super) const IQERCD: usize = 0x0B0;
+pub(super) const IRTA: usize = 0x0B8;
 pub(super) const PQH: usize = 0x0C0;
 pub(super) const PQT: usize = 0x0C8;
 pub(super) const PQA: usize = 0x0D0;
@@ -33,9 +34,12 @@ const EAFL: u32 = 1 << 28;
 const WBF: u32 = 1 << 27;
 /// GCMD.QIE and GSTS.QIES: queued invalidation.
 pub(super) const QIE: u32 = 1 << 26;
-const IRE: u32 = 1 << 25;
-const SIRTP: u32 = 1 << 24;
-const CFI: u32 = 1 << 23;
+/// GCMD.IRE and GSTS.IRES: interrupt remapping.
+pub(super) const IRE: u32 = 1 << 25;
+/// GCMD.SIRTP and GSTS.IRTPS: set interrupt remap table pointer.
+pub(super) const SIRTP: u32 = 1 << 24;
+/// GCMD.CFI and GSTS.CFIS: compatibility format interrupts pass.
+pub(super) const CFI: u32 = 1 << 23;
 /// The commands that stay on until a zero is written.
 const LEVELS: u32 = TE | EAFL | QIE | IRE | CFI;
 /// The commands that act once; a zero there means nothing.
@@ -91,7 +95,7 @@ pub(super) fn map(cap: u64, ecap: u64) -> Vec<Register> {
     event(&mut add, IECTL, ["IECTL", "IEDATA", "IEADDR", "IEUADDR"]);
     add(IQERCD, 8, "IQERCD", 0, 0, ALL);
     if ecap & 1 << 3 != 0 {
-        add(0x0B8, 8, "IRTA", PAGE | 1 << 11 | 0xF, 0, 0);
+        add(IRTA, 8, "IRTA", PAGE | 1 << 11 | 0xF, 0, 0);
     }
     if ecap & 1 << 29 != 0 {
         add(PQH, 8, "PQH", 0x7_FFE0, 0, 0);
@@ -249,6 +253,9 @@ impl State {
             RTADDR if self.is_due(|order| matches!(order, Order::Global(SRTP, _))) => {
                 self.violation("RTADDR written between GCMD.SRTP and GSTS.RTPS".into());
             }
+            IRTA if self.is_due(|order| matches!(order, Order::Global(SIRTP, _))) => {
+                self.violation("IRTA written between GCMD.SIRTP and GSTS.IRTPS".into());
+            }
             CCMD if value & INVALIDATE != 0 => self.invalidate_by_register("CCMD", old, Order::Context),
             r if r == invalidate_address(self.config.ecap) + 8 && value & INVALIDATE != 0 => {
                 self.invalidate_by_register("IOTLB", old, Order::Iotlb);
@@ -310,10 +317,17 @@ impl State {
             }
             SFL | EAFL if cap & 1 << 3 == 0 => "GCMD.SFL or EAFL without CAP.AFL",
             QIE if ecap & 1 << 1 == 0 => "GCMD.QIE without ECAP.QI",
-            QIE if !on && self.get(IQH) != self.get(IQT) => "GCMD.QIE cleared while IQH differs from IQT",
+            // A queue that stopped for an error does not get any emptier.
+            QIE if !on && self.get(IQH) != self.get(IQT) && self.get(FSTS) & 0x50 == 0 => {
+                "GCMD.QIE cleared while IQH differs from IQT"
+            }
             IRE | SIRTP | CFI if ecap & 1 << 3 == 0 => "GCMD.IRE, SIRTP or CFI without ECAP.IR",
             IRE if on && !has(SIRTP) => "GCMD.IRE set before a table (GSTS.IRTPS=0)",
             IRE if on && !has(QIE) => "GCMD.IRE set without queued invalidation",
+            IRE if on && !self.remapping.is_fresh => {
+                "GCMD.IRE set before all interrupt entries were invalidated"
+            }
+            CFI if on && self.remapping.is_extended() => "GCMD.CFI set while IRTA.EIME=1",
             _ => return,
         };
         self.violation(broken.into());
@@ -385,6 +399,9 @@ impl State {
                     self.caches.forget_all();
                 }
             }
+            WBF => self.flush_write_buffer(),
+            // ESIRTPS: no invalidation has to follow.
+            SIRTP => self.remapping.set_table(self.get(IRTA), self.config.cap & 1 << 62 != 0),
             QIE if on => self.run_queue(),
             QIE => self.stop_queue(),
             _ => {}
@@ -640,13 +657,19 @@ mod tests {
     fn interrupt_remapping_goes_on_after_its_table_and_the_queue() {
         let bench = Bench::scalable(Config::qemu(), first_stage(0));
 
-        bench.unit.write64(0x0B8, golden::IRTA);
+        bench.unit.write64(IRTA, golden::IRTA & !(1 << 11));
         bench.command(SIRTP, true);
+        bench.submit(&[golden::INTERRUPT_GLOBAL]);
         bench.command(IRE, true);
         bench.command(CFI, true);
 
         assert_eq!(bench.unit.read32(GSTS), TE | SRTP | QIE | IRE | SIRTP | CFI);
         bench.assert_lawful();
+
+        let hasty = Bench::scalable(Config::qemu(), first_stage(0));
+        hasty.command(SIRTP, true);
+        hasty.command(IRE, true);
+        hasty.assert_broken("before all interrupt entries were invalidated");
 
         let without_queue = Bench::new(Config::qemu());
         without_queue.command(SIRTP, true);
@@ -794,6 +817,7 @@ mod tests {
     #[test]
     #[should_panic(expected = "not modelled")]
     fn a_unit_cannot_claim_what_the_model_lacks() {
-        Bench::new(Config { ecap: Config::qemu().ecap | 1 << 26, ..Config::qemu() });
+        // MTS.
+        Bench::new(Config { ecap: Config::qemu().ecap | 1 << 25, ..Config::qemu() });
     }
 }

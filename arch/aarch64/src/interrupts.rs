@@ -6,7 +6,6 @@ use crate::{
     cpu::{self, CORES},
     gic,
     machine::{Boot, Error},
-    tree::Wire,
 };
 use core::{
     arch::global_asm,
@@ -14,6 +13,7 @@ use core::{
     sync::atomic::{AtomicU32, Ordering},
 };
 use heapless::Vec;
+use smmuv3::tree::Wire;
 use spin::Once;
 
 /// Why a core is interrupted.
@@ -27,10 +27,12 @@ pub enum Source {
     Timer,
     /// Another core, or this one, has work for this core.
     Kick,
+    /// A device. None comes yet: messages need an ITS, which has no driver here.
+    Device,
 }
 
 impl Source {
-    const ALL: [Self; 4] = [Self::IommuFault, Self::PageRequest, Self::Timer, Self::Kick];
+    const ALL: [Self; 5] = [Self::IommuFault, Self::PageRequest, Self::Timer, Self::Kick, Self::Device];
 
     /// The interrupt by which cores tell each other of the source (SGI).
     const fn between_cores(self) -> u32 {

@@ -389,6 +389,11 @@ impl<B: Bus> Commands<B> {
         }
     }
 
+    /// Returns how the unit is reached.
+    pub(crate) fn bus(&self) -> &B {
+        &self.bus
+    }
+
     /// Encodes one invalidation.
     ///
     /// What a later step must not find stale is made certain by a `CMD_SYNC` before it: translations are fetched through

@@ -8,8 +8,7 @@
 //!
 //! What it assumes of the hardware: VMSAv8-64 tables with pages of 4 KiB, little-endian, faults that need not stall, and
 //! tables and queues where the driver puts them (`IDR0.TTF`, `IDR5.GRAN4K`, `IDR0.TTENDIAN`, `IDR0.STALL_MODEL`,
-//! `IDR1.TABLES_PRESET`, `IDR1.QUEUES_PRESET`); a unit without them is refused by name. Firmware left translation off.
-//! Interrupts are wired.
+//! `IDR1.TABLES_PRESET`, `IDR1.QUEUES_PRESET`); a unit without them is refused by name. Interrupts are wired.
 //!
 //! ```
 //! # use iommu::{Bus, Error};
@@ -47,6 +46,7 @@ mod regs;
 mod stalls;
 pub mod streams;
 pub mod tables;
+pub mod tree;
 mod update;
 
 pub use commands::Commands;
@@ -62,12 +62,12 @@ pub const STALLING: usize = tables::DEVICES;
 use contexts::{ContextTables, Shape};
 use heapless::Vec;
 use iommu::{
-    Bus, Capabilities, Commands as _, Completion, DmaBuf, Error, Invalidation, PhysAddr, StreamId,
+    Bus, Capabilities, Commands as _, Completion, DmaBuf, Error, Invalidation, PhysAddr, Rw, StreamId,
     bus::wait_until,
 };
 use queue::{COMMAND_WORDS, CommandQueue, EVENT_WORDS, REQUEST_WORDS, ReportQueue};
 use regs::{
-    CR0, CR2, GBPA, IDR0, IDR1, IDR3, IDR5, QUEUE_BASE, QueueRegisters, STRTAB_BASE, STRTAB_BASE_CFG,
+    CR0, CR2, GBPA, IDR0, IDR1, IDR3, IDR5, INDEX, QUEUE_BASE, QueueRegisters, STRTAB_BASE, STRTAB_BASE_CFG,
 };
 use streams::StreamTable;
 use tables::Walks;
@@ -214,10 +214,11 @@ impl<B: Bus + Clone> Found<B> {
         self.idr0.matches_all(IDR0::ST_LEVEL::TwoLevel)
     }
 
-    /// Takes the unit into service, in the order of the manual. Interrupts stay off.
+    /// Takes the unit into service, in the order of the manual, whatever firmware left on. Interrupts stay off.
     ///
     /// While translation is off, accesses are refused (`GBPA.ABORT`), and then by the stream table: there is no moment in
-    /// between. Before the call, devices reach what firmware let them.
+    /// between. Until translation of firmware's is off, devices reach what firmware let them. Devices that firmware let
+    /// translate for themselves have to do so anew: they are to be reset before they are assigned.
     pub fn enable(self, memory: Memory) -> Result<Smmu<B>, Error> {
         self.check()?;
         let Memory {
@@ -268,9 +269,8 @@ impl<B: Bus + Clone> Found<B> {
         }
 
         let bus = &self.bus;
-        self.refuse_all()?;
-        regs::CR0.set(bus, 0);
-        wait_until(bus, "CR0ACK", ACK_LIMIT_US, || regs::CR0ACK.read(bus).get() == 0)?;
+        refuse_all(bus)?;
+        switch_off(bus)?;
         interrupts::disable(bus, self.idr0.is_set(IDR0::MSI), capabilities.page_requests)?;
         // Errors of firmware's time: GERRORN becomes what GERROR is, which acknowledges those that are active.
         regs::GERRORN.set(bus, regs::GERROR.read(bus).get());
@@ -351,7 +351,7 @@ impl<B: Bus + Clone> Found<B> {
         })
     }
 
-    /// Refuses a unit that lacks what the driver rests on, or that firmware left in use.
+    /// Refuses a unit that lacks what the driver rests on.
     fn check(&self) -> Result<(), Error> {
         let (idr0, idr1) = (self.idr0, self.idr1);
         for (there, feature) in [
@@ -366,23 +366,7 @@ impl<B: Bus + Clone> Found<B> {
                 return Err(Error::Unsupported { feature });
             }
         }
-        if regs::CR0.read(&self.bus).is_set(CR0::SMMUEN) {
-            return Err(Error::InUse { what: "translation (CR0.SMMUEN)" });
-        }
         Ok(())
-    }
-
-    /// Has all accesses refused while translation is off.
-    fn refuse_all(&self) -> Result<(), Error> {
-        let updated = || {
-            let done = || !regs::GBPA.read(&self.bus).is_set(GBPA::UPDATE);
-            wait_until(&self.bus, "GBPA.UPDATE", ACK_LIMIT_US, done)
-        };
-        // A write while an earlier one is pending is ignored.
-        updated()?;
-        let kept = regs::GBPA.read(&self.bus).get();
-        regs::GBPA.set(&self.bus, kept | GBPA::ABORT::SET.value | GBPA::UPDATE::SET.value);
-        updated()
     }
 
     /// Tells the unit where a queue is, which is empty.
@@ -399,6 +383,70 @@ impl<B: Bus + Clone> Found<B> {
         regs::CR0.set(&self.bus, kept | bit.value);
         wait_until(&self.bus, name, ACK_LIMIT_US, || regs::CR0ACK.read(&self.bus).get() & bit.value != 0)
     }
+}
+
+impl<B: Bus + Clone> Smmu<B> {
+    /// Takes the unit out of service, and returns it as it was found, but for one thing: it refuses every access.
+    ///
+    /// Devices do not translate any more (ATS), and ask for no pages: their owner saw to that. Accesses that stall end.
+    ///
+    /// On an error the unit may still read all of its memory, which is never used again.
+    pub fn stop(mut self) -> Result<Found<B>, Error> {
+        let bus = self.commands.bus().clone();
+        refuse_all(&bus)?;
+        // What was queued before is done: an answer to a device is ignored once translation is off. A queue that stopped for
+        // good is left as it is.
+        if let Ok(ticket) = self.commands.submit(&[]) {
+            let over = || self.commands.poll(ticket) != Completion::Pending;
+            wait_until(&bus, "CMDQ_CONS", ACK_LIMIT_US, over)?;
+        }
+        switch_off(&bus)?;
+        let found = Found::probe(bus)?;
+        interrupts::disable(&found.bus, found.idr0.is_set(IDR0::MSI), found.capabilities().page_requests)?;
+        Ok(found)
+    }
+}
+
+/// Has all accesses refused while translation is off.
+fn refuse_all<B: Bus>(bus: &B) -> Result<(), Error> {
+    let updated = || {
+        let done = || !regs::GBPA.read(bus).is_set(GBPA::UPDATE);
+        wait_until(bus, "GBPA.UPDATE", ACK_LIMIT_US, done)
+    };
+    // A write while an earlier one is pending is ignored.
+    updated()?;
+    let kept = regs::GBPA.read(bus).get();
+    regs::GBPA.set(bus, kept | GBPA::ABORT::SET.value | GBPA::UPDATE::SET.value);
+    updated()
+}
+
+/// Switches off whatever is on: translation first, which leaves every access to `GBPA`; then what fills queues; and the
+/// command queue last, when it is empty or stuck.
+fn switch_off<B: Bus>(bus: &B) -> Result<(), Error> {
+    let acknowledged = |bits: u32| (regs::CR0.read(bus).get() ^ regs::CR0ACK.read(bus).get()) & bits == 0;
+    let on = CR0::SMMUEN::SET + CR0::PRIQEN::SET + CR0::EVENTQEN::SET + CR0::CMDQEN::SET;
+    // A bit must not change again before it was acknowledged, whoever changed it.
+    wait_until(bus, "CR0ACK", ACK_LIMIT_US, || acknowledged(on.value))?;
+    for (bit, name) in [
+        (CR0::SMMUEN::SET, "CR0ACK.SMMUEN"),
+        (CR0::PRIQEN::SET, "CR0ACK.PRIQEN"),
+        (CR0::EVENTQEN::SET, "CR0ACK.EVENTQEN"),
+    ] {
+        let kept = regs::CR0.read(bus).get();
+        if kept & bit.value != 0 {
+            regs::CR0.set(bus, kept & !bit.value);
+            wait_until(bus, name, ACK_LIMIT_US, || acknowledged(bit.value))?;
+        }
+    }
+    if regs::CR0.read(bus).is_set(CR0::CMDQEN) {
+        let QueueRegisters { prod, cons, .. } = &regs::CMDQ;
+        let index = |register: &Rw<u32, INDEX::Register>| register.read(bus).read(INDEX::INDEX);
+        let stuck = || regs::GERROR.read(bus).get() != regs::GERRORN.read(bus).get();
+        // Whatever is left after that is lost: none of it is ours to wait for.
+        let _ = wait_until(bus, "CMDQ_CONS", ACK_LIMIT_US, || index(prod) == index(cons) || stuck());
+    }
+    regs::CR0.set(bus, 0);
+    wait_until(bus, "CR0ACK", ACK_LIMIT_US, || regs::CR0ACK.read(bus).get() == 0)
 }
 
 /// Checks that `buffer` has at least `words` words and is aligned to its whole size.

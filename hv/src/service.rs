@@ -16,7 +16,7 @@ use arch::{
 };
 use broker::{Expiry, Verdict};
 use core::sync::atomic::Ordering::Relaxed;
-use iommu::{Event, Events as _, FaultRecord, PageRequest};
+use iommu::{Commands as _, Event, Events as _, FailureCause, FaultRecord, PageRequest};
 
 /// Page requests that one pass takes, at most, and expiries.
 const PASS: usize = 64;
@@ -39,6 +39,8 @@ struct Service {
     events: unit::Events,
     notices: [Notices; GUESTS],
     log: LogBudget,
+    /// Another pass is due, although everything was taken.
+    once_more: bool,
 }
 
 /// Why the unit is not served.
@@ -57,9 +59,12 @@ pub fn start(hv: &'static Hypervisor, mut events: unit::Events) -> Result<(), Fa
     interrupts::on(Source::Timer, run);
     // A kick ends a sleep, or brings a guest out; what it is about is looked up by whoever was interrupted.
     interrupts::on(Source::Kick, || {});
+    interrupts::on(Source::Device, count_device_interrupt);
     let notices = BROKER.with(|broker| hv.connect(broker)).ok_or(Failure::NoMemory)?;
     unit::enable_interrupts(&mut events, SERVICE_CORE).map_err(Failure::Unit)?;
-    SERVICE.with(|service| *service = Some(Service { hv, events, notices, log: LogBudget::new() }));
+    SERVICE.with(|service| {
+        *service = Some(Service { hv, events, notices, log: LogBudget::new(), once_more: false })
+    });
     // The first pass takes what was reported before anybody listened.
     interrupts::kick(SERVICE_CORE, Source::PageRequest);
     Ok(())
@@ -85,6 +90,15 @@ fn run() {
     });
 }
 
+/// The handler of devices' interrupts, on any core: they are counted, and the control core looks.
+fn count_device_interrupt() {
+    let Some(hv) = hypervisor::get() else { return };
+    if let Some(count) = hv.device_interrupts.get(cpu::core()) {
+        count.fetch_add(1, Relaxed);
+    }
+    interrupts::kick(SERVICE_CORE, Source::Kick);
+}
+
 impl Service {
     fn pass(&mut self, broker: &mut Broker) {
         let asked = self.hv.drains.asked();
@@ -98,7 +112,8 @@ impl Service {
             broker.discard_leaving();
             self.hv.drains.done(asked);
         }
-        if no_requests && no_faults && none_due {
+        let once_more = core::mem::take(&mut self.once_more);
+        if no_requests && no_faults && none_due && !once_more {
             self.arm_timer(broker, all_sent);
         } else {
             interrupts::kick(SERVICE_CORE, Source::PageRequest);
@@ -128,16 +143,26 @@ impl Service {
                 defmt::debug!("{} sends no more requests for {}", stream, pasid)
             }
             Event::RequestsLost => {
+                self.hv.lost.requests.fetch_add(1, Relaxed);
                 defmt::warn!("page requests were lost: half-seen groups are discarded");
                 broker.overflowed(cpu::now_us());
             }
             Event::Fault(fault) => self.fault(fault),
-            Event::FaultsLost => defmt::warn!("an unknown number of faults was lost"),
-            Event::Malformed { words: [low, high] } => {
+            Event::FaultsLost => {
+                self.hv.lost.faults.fetch_add(1, Relaxed);
+                if self.log.allows(cpu::now_us()) {
+                    defmt::warn!("an unknown number of faults was lost");
+                }
+            }
+            Event::Malformed { words: [low, high], group } => {
                 defmt::warn!("the unit reports {=u64:#x} {=u64:#x}, which is nothing known", low, high);
+                if let Some((stream, tag)) = group {
+                    broker.malformed(stream, tag, cpu::now_us());
+                }
             }
             Event::CommandsFailed { status } => {
                 defmt::error!("the unit reports a command error, status {=u32:#x}", status);
+                self.recover();
             }
             _ => defmt::warn!("the unit reports something that the hypervisor does not know"),
         }
@@ -166,10 +191,35 @@ impl Service {
         }
     }
 
+    /// Lets the unit go on with its commands, and quarantines devices that do not answer it: their owners' home cores block
+    /// them. Another pass follows: what is left, and what happened meanwhile, does not interrupt.
+    fn recover(&mut self) {
+        self.once_more = true;
+        for _ in 0..FAULTS {
+            let Some(failure) = self.hv.commands.with(|commands| commands.recover()) else { return };
+            defmt::error!("{}", failure);
+            self.hv.failures.with(|(count, last)| {
+                *count += 1;
+                *last = Some(failure);
+            });
+            if let (FailureCause::Unanswered, Some(stream)) = (failure.cause, failure.stream) {
+                self.hv.ledger.quarantine(stream);
+                if let Some((index, _)) = self.hv.owner_of(stream) {
+                    interrupts::kick(home_of(index), Source::Kick);
+                }
+            }
+        }
+    }
+
     /// Hands a fault to whoever owns its device.
     fn fault(&mut self, fault: FaultRecord) {
         if self.log.allows(cpu::now_us()) {
-            defmt::info!("fault: {}", fault);
+            match unit::refused_interrupt(&fault) {
+                Some((why, number)) => {
+                    defmt::info!("interrupt {=u16} of {} was refused: {=str}", number, fault.stream, why);
+                }
+                None => defmt::info!("fault: {}", fault),
+            }
         }
         let attached = self.hv.ledger.owner_of(fault.stream, fault.pasid);
         let owner = attached.or_else(|| self.hv.owner_of(fault.stream).map(|(guest, name)| (guest, name, 0)));

@@ -27,10 +27,12 @@ pub enum Source {
     Timer,
     /// Another core, or this one, has work for this core.
     Kick,
+    /// A device. None comes yet: messages need an ITS, which has no driver here.
+    Device,
 }
 
 impl Source {
-    const ALL: [Self; 4] = [Self::IommuFault, Self::PageRequest, Self::Timer, Self::Kick];
+    const ALL: [Self; 5] = [Self::IommuFault, Self::PageRequest, Self::Timer, Self::Kick, Self::Device];
 
     /// The interrupt by which cores tell each other of the source (SGI).
     const fn between_cores(self) -> u32 {

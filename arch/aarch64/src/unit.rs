@@ -10,7 +10,7 @@ use crate::{
 };
 use core::{fmt, ops::Range};
 use heapless::Vec;
-use iommu::{Capabilities, DmaBuf, PhysAddr, Root, StreamId, Translation};
+use iommu::{Capabilities, DmaBuf, FaultRecord, Invalidations, Message, PhysAddr, StreamId};
 use smmuv3::tree::{self, Wire};
 
 /// The event side of the unit.
@@ -20,15 +20,12 @@ pub type Commands = smmuv3::Commands<Mmio>;
 /// The table side of the unit.
 pub type Tables = smmuv3::Tables<Mmio>;
 
-/// The format of tables that translate what devices issue: 4 levels of 4 KiB, 48 bits.
-pub type DeviceTables = pgtable::Stage1<12, 48>;
+/// The format of stage 1 tables, which translate what devices issue: 4 levels of 4 KiB, 48 bits.
+pub type FirstStage = pgtable::Stage1<12, 48>;
+/// The format of stage 2 tables, which do so where the unit has no stage 1: 4 levels of 4 KiB, 44 bits.
+pub type SecondStage = pgtable::Stage2<12, 44>;
 /// The format of tables that translate what guests issue: 4 levels of 4 KiB, 44 bits.
 pub type GuestTables = pgtable::Stage2<12, 44>;
-
-/// Translates a device by tables in the format [`DeviceTables`].
-pub fn translation(root: Root) -> Translation {
-    Translation::Stage1(root)
-}
 
 /// Why there is no IOMMU in service.
 #[derive(Clone, Copy, Debug, defmt::Format)]
@@ -87,12 +84,74 @@ pub struct Found {
 }
 
 /// The unit in service.
-pub type Unit = smmuv3::Smmu<Mmio>;
+pub struct Unit {
+    /// What it reports.
+    pub events: Events,
+    /// What it is told.
+    pub commands: Commands,
+    /// Which device is translated how.
+    pub tables: Tables,
+    /// Which device may interrupt whom: not this unit's to say.
+    pub remapping: Option<Remapping>,
+}
+
+/// Which device may interrupt which core. There is none: on Arm that is the interrupt controller's part (ITS), which has no
+/// driver here, and messages of devices are memory accesses, which the unit translates.
+pub enum Remapping {}
+
+/// One interrupt that a device may send.
+pub struct InterruptHandle(());
+/// One that it may send no more.
+pub struct LeavingInterrupt(());
+
+impl Remapping {
+    /// Takes an interrupt for a device.
+    pub fn allocate(&mut self, _: StreamId) -> Result<InterruptHandle, iommu::Error> {
+        match *self {}
+    }
+
+    /// Returns the number of the interrupt.
+    pub fn number(&self, _: &InterruptHandle) -> u16 {
+        match *self {}
+    }
+
+    /// Lets the interrupt reach a core.
+    pub fn open(&mut self, _: &InterruptHandle, _: Source, _: usize) -> Result<Invalidations, iommu::Error> {
+        match *self {}
+    }
+
+    /// Returns the message by which the device sends it.
+    pub fn message(&self, _: &InterruptHandle) -> Result<Message, iommu::Error> {
+        match *self {}
+    }
+
+    /// Returns a message that names core and vector itself.
+    pub fn compatibility_message(&self, _: Source, _: usize) -> Message {
+        match *self {}
+    }
+
+    /// Refuses the interrupt again.
+    pub fn release(&mut self, _: InterruptHandle) -> (LeavingInterrupt, Invalidations) {
+        match *self {}
+    }
+
+    /// Takes note that the invalidations of one that left have completed.
+    pub fn finish(&mut self, _: LeavingInterrupt) {
+        match *self {}
+    }
+}
+
+/// Returns why a fault refused an interrupt, and the number that it had: none does here.
+pub fn refused_interrupt(_: &FaultRecord) -> Option<(&'static str, u16)> {
+    None
+}
 
 /// The last stream that has a place: every function of a PCI segment; of a unit that knows fewer, every function of bus 0.
 const LAST_STREAMS: [StreamId; 2] = [StreamId(0xFFFF), StreamId(0xFF)];
 /// Tables of the second level of the stream table, where it has two: devices are on bus 0.
 const SECOND_LEVEL_TABLES: usize = 1;
+/// Frames for context descriptors: of devices with PASIDs, or of a guest's first stage.
+const CONTEXT_FRAMES: usize = 8;
 /// Frames of the command queue: 256 entries.
 const COMMAND_FRAMES: usize = 1;
 /// Frames of the event queue: 128 entries.
@@ -185,11 +244,16 @@ impl Found {
                 let _ = second_level.push(cut(frames(streams.second_level_words))?);
             }
         }
+        let mut context_tables = Vec::new();
+        for _ in 0..CONTEXT_FRAMES {
+            // There is room: the constant is small.
+            let _ = context_tables.push(cut(1)?);
+        }
         let memory = smmuv3::Memory {
             stream_table: cut(frames(streams.words))?,
             second_level,
             contexts: cut(1)?,
-            context_tables: Vec::new(),
+            context_tables,
             empty_table: cut(1)?,
             command_queue: cut(COMMAND_FRAMES)?,
             event_queue: cut(EVENT_FRAMES)?,
@@ -199,7 +263,7 @@ impl Found {
             stalling: Vec::new(),
             forced_write_back: false,
         };
-        // As it is: it is large, and each time that it is taken apart it takes as much of the stack again.
-        self.unit.enable(memory).map_err(Error::Unit)
+        let smmuv3::Smmu { events, commands, tables } = self.unit.enable(memory).map_err(Error::Unit)?;
+        Ok(Unit { events, commands, tables, remapping: None })
     }
 }

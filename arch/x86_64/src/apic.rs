@@ -58,7 +58,8 @@ static TIMER_HZ: Once<u64> = Once::new();
 /// Whether a core's registers are MSRs by now.
 static IS_X2APIC: [AtomicBool; CORES] = [const { AtomicBool::new(false) }; CORES];
 
-fn is_x2apic() -> bool {
+/// Returns whether this core is in x2APIC mode. Comes after `enable`.
+pub(crate) fn is_x2apic() -> bool {
     IS_X2APIC[core()].load(Ordering::Relaxed)
 }
 

@@ -127,6 +127,11 @@ impl Bus for Mmio {
         unsafe { _mm_mfence() };
     }
 
+    /// Flushes nothing: the unit looks into the caches.
+    fn order(&self, _range: Range<PhysAddr>) {
+        fence(Ordering::SeqCst);
+    }
+
     /// Flushes nothing: on x86 a device's stores go through the CPU's caches, and loads stay in order. Only the compiler
     /// has to be held back.
     fn observe(&self, _range: Range<PhysAddr>) {

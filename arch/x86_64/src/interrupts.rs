@@ -29,10 +29,12 @@ pub enum Source {
     Timer,
     /// Another core, or this one, has work for this core.
     Kick,
+    /// A device.
+    Device,
 }
 
 impl Source {
-    const ALL: [Self; 4] = [Self::IommuFault, Self::PageRequest, Self::Timer, Self::Kick];
+    const ALL: [Self; 5] = [Self::IommuFault, Self::PageRequest, Self::Timer, Self::Kick, Self::Device];
 
     /// The vector; its upper four bits are the priority.
     const fn vector(self) -> u8 {
@@ -64,11 +66,19 @@ pub fn init_core() {
     apic::enable(SPURIOUS);
 }
 
-/// Returns the message by which a device interrupts `core` for `source`: fixed delivery, edge-triggered.
+/// Returns the message by which the IOMMU, or a device without interrupt remapping, interrupts `core` for `source`: fixed
+/// delivery, edge-triggered, in the compatibility format.
 ///
 /// PANICS: when there is no such core.
 pub fn message(source: Source, core: usize) -> Message {
     Message { address: apic::BASE | u64::from(destination(core)) << 12, data: u32::from(source.vector()) }
+}
+
+/// Returns the local APIC's ID of `core`, and the vector of `source`.
+///
+/// PANICS: when there is no such core.
+pub(crate) fn target(source: Source, core: usize) -> (u32, u8) {
+    (destination(core), source.vector())
 }
 
 /// Interrupts `core`, which may be this one, for `source`. Several kicks may arrive as one.

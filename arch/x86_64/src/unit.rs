@@ -2,14 +2,18 @@
 #![expect(unsafe_code, reason = "names the registers that firmware's table points at")]
 
 use crate::{
+    apic,
     bus::Mmio,
     interrupts::{self, Source},
     machine::Boot,
 };
 use core::{fmt, ops::Range};
 use heapless::Vec;
-use iommu::{Capabilities, DmaBuf, PhysAddr, Root, Translation};
-use vtd::dmar::{self, Dmar};
+use iommu::{Capabilities, DmaBuf, FaultRecord, Invalidations, Message, PhysAddr, StreamId};
+use vtd::{
+    dmar::{self, Dmar},
+    remap,
+};
 
 /// The event side of the unit.
 pub type Events = vtd::Events<Mmio>;
@@ -18,15 +22,12 @@ pub type Commands = vtd::Commands<Mmio>;
 /// The table side of the unit.
 pub type Tables = vtd::Tables<Mmio>;
 
-/// The format of tables that translate what devices issue.
-pub type DeviceTables = pgtable::VtdFirstStage;
+/// The format of first-stage tables, which translate what devices issue.
+pub type FirstStage = pgtable::VtdFirstStage;
+/// The format of second-stage tables, which do so where the unit has no first stage.
+pub type SecondStage = pgtable::VtdSecondStage;
 /// The format of tables that translate what guests issue.
 pub type GuestTables = pgtable::SvmNested;
-
-/// Translates a device by tables in the format [`DeviceTables`].
-pub fn translation(root: Root) -> Translation {
-    Translation::Stage1(root)
-}
 
 /// Lets the unit interrupt `core`. What it reported before may or may not interrupt: look once afterwards.
 pub fn enable_interrupts(events: &mut Events, core: usize) -> Result<(), iommu::Error> {
@@ -67,6 +68,8 @@ pub struct Found {
     unit: vtd::Found<Mmio>,
     bus: Mmio,
     registers: Range<PhysAddr>,
+    /// Firmware does not object to x2APIC destinations.
+    x2apic: bool,
 }
 
 /// The unit in service.
@@ -77,12 +80,77 @@ pub struct Unit {
     pub commands: Commands,
     /// Which device is translated how.
     pub tables: Tables,
+    /// Which device may interrupt whom, if the unit remaps interrupts.
+    pub remapping: Option<Remapping>,
+}
+
+/// Which device may interrupt which core, for what.
+pub struct Remapping(vtd::Remapping<Mmio>);
+
+/// One interrupt that a device may send.
+pub type InterruptHandle = remap::Handle;
+/// One that it may send no more, but that the unit may still remember.
+pub type LeavingInterrupt = remap::Leaving;
+
+impl Remapping {
+    /// Takes an interrupt for `stream`, which is refused until it is opened.
+    pub fn allocate(&mut self, stream: StreamId) -> Result<InterruptHandle, iommu::Error> {
+        self.0.allocate(remap::Source::Function(stream), 0)
+    }
+
+    /// Returns the number of the interrupt; what the unit refuses is told by it.
+    pub fn number(&self, handle: &InterruptHandle) -> u16 {
+        handle.first()
+    }
+
+    /// Lets the interrupt reach `core` for `source`, once the invalidations have completed.
+    ///
+    /// PANICS: when there is no such core.
+    pub fn open(
+        &mut self,
+        handle: &InterruptHandle,
+        source: Source,
+        core: usize,
+    ) -> Result<Invalidations, iommu::Error> {
+        let (core, vector) = interrupts::target(source, core);
+        self.0.set(handle, 0, remap::Interrupt::fixed(remap::Destination::Physical(core), vector))
+    }
+
+    /// Returns the message by which the device sends it.
+    pub fn message(&self, handle: &InterruptHandle) -> Result<Message, iommu::Error> {
+        self.0.message(handle, 0)
+    }
+
+    /// Returns a message that names core and vector itself, as devices did before there was remapping. The unit is to refuse
+    /// it, whoever sends it.
+    ///
+    /// PANICS: when there is no such core.
+    pub fn compatibility_message(&self, source: Source, core: usize) -> Message {
+        interrupts::message(source, core)
+    }
+
+    /// Refuses the interrupt again, once the invalidations have completed.
+    pub fn release(&mut self, handle: InterruptHandle) -> (LeavingInterrupt, Invalidations) {
+        self.0.release(handle)
+    }
+
+    /// Takes note that the invalidations of one that left have completed.
+    pub fn finish(&mut self, leaving: LeavingInterrupt) {
+        self.0.finish(leaving);
+    }
+}
+
+/// Returns why a fault refused an interrupt, and the number that it had; `None` if it refused none.
+pub fn refused_interrupt(fault: &FaultRecord) -> Option<(&'static str, u16)> {
+    remap::Refusal::of(fault).map(|(refusal, number)| (refusal.words(), number))
 }
 
 /// Frames for the unit's own tables.
 const TABLE_FRAMES: usize = 24;
 /// Frames of the invalidation queue: 256 entries.
 const COMMAND_FRAMES: usize = 2;
+/// Frames of the interrupt remapping table: 256 entries.
+const INTERRUPT_FRAMES: usize = 1;
 /// Frames of the page request queue: 128 entries, of which 127 can be outstanding.
 const REQUEST_FRAMES: usize = 1;
 
@@ -92,7 +160,9 @@ pub const OUTSTANDING: usize = 127;
 /// Finds the unit that firmware describes.
 pub fn find(boot: &Boot) -> Result<Found, Error> {
     let table = boot.acpi_table(b"DMAR").ok_or(Error::NoTable)?;
-    let mut units = Dmar::new(table).map_err(Error::Table)?.units();
+    let table = Dmar::new(table).map_err(Error::Table)?;
+    let x2apic = !table.refuses_x2apic();
+    let mut units = table.units();
     let unit = units.next().ok_or(Error::NotOneUnit)?;
     if units.next().is_some() || unit.segment != 0 {
         return Err(Error::NotOneUnit);
@@ -102,7 +172,7 @@ pub fn find(boot: &Boot) -> Result<Found, Error> {
     let registers = registers(unit.base, unit.bytes.max(used))?;
     let bus = mmio(&registers);
     let unit = vtd::Found::probe(bus).map_err(Error::Unit)?;
-    Ok(Found { unit, bus, registers })
+    Ok(Found { unit, bus, registers, x2apic })
 }
 
 /// Checks that `bytes` bytes of registers at `base` can be reached.
@@ -150,9 +220,12 @@ impl Found {
             status: cut(1)?,
             page_requests: cut(REQUEST_FRAMES)?,
             frames,
+            interrupts: cut(INTERRUPT_FRAMES)?,
+            x2apic: self.x2apic && apic::is_x2apic(),
             answers: OUTSTANDING,
         };
-        let vtd::Vtd { events, commands, tables } = self.unit.enable(memory).map_err(Error::Unit)?;
-        Ok(Unit { events, commands, tables })
+        let vtd::Vtd { events, commands, tables, remapping } =
+            self.unit.enable(memory).map_err(Error::Unit)?;
+        Ok(Unit { events, commands, tables, remapping: remapping.map(Remapping) })
     }
 }

@@ -246,6 +246,13 @@ impl<const Q: usize, const S: usize, const D: usize, const A: usize> Ledger<Q, S
         self.devices.of(device).map_or(Restraint::None, crate::devices::Device::restraint)
     }
 
+    /// Holds a device to [`Restraint::Blocked`]: hardware cannot rely on it.
+    pub fn quarantine(&self, stream: StreamId) {
+        if let Some(device) = self.devices.find(stream) {
+            device.restrain(Restraint::Blocked);
+        }
+    }
+
     /// Returns what happened to the requests of a device; `None` if it was removed.
     pub fn tally(&self, device: DeviceId) -> Option<Tally> {
         self.devices.tally(device)

@@ -10,7 +10,7 @@ use crate::{
 };
 use core::sync::atomic::Ordering::Relaxed;
 use heapless::{Vec, spsc::Producer};
-use iommu::{Outcome, PageRequest, PageResponse};
+use iommu::{GroupTag, Outcome, PageRequest, PageResponse, StreamId};
 
 /// Groups of one queue that are remembered as poisoned, until their last request comes.
 pub const POISONED: usize = 16;
@@ -520,6 +520,27 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
                 self.places[place as usize].stage = Stage::Discarded;
             }
         }
+    }
+
+    /// Hardware reported a part of a group that nobody can read. A group that is half-seen is poisoned: it gets no answer that
+    /// would say that all of it was looked at.
+    pub fn malformed(&mut self, stream: StreamId, tag: GroupTag, now_us: u64) {
+        let key = Groups::<N>::key(stream, tag);
+        let Some(place) = self.groups.find(key) else { return };
+        if self.places[place as usize].stage != Stage::HalfSeen {
+            return;
+        }
+        let to = self.listed[place as usize].to;
+        let (queue, _) = Self::slot_of(place);
+        let ledger = self.ledger;
+        let (Some(queue), Some(device)) =
+            (ledger.any_queue(queue as usize), ledger.devices.at(to.device.0.place))
+        else {
+            return;
+        };
+        self.forget_half_seen(place, queue, device);
+        count(&device.counters.poisoned);
+        self.remember(Stage::Poisoned, device, to, key, now_us);
     }
 
     /// Discards what is half-seen of attachments, devices and queues that are leaving; part of a drain. Looks at each

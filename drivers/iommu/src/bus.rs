@@ -24,6 +24,13 @@ pub trait Bus {
     ///
     /// On a unit that snoops this is a barrier; on one that does not, it also cleans the cache lines of `range`.
     fn publish(&self, range: Range<PhysAddr>);
+    /// Makes the CPU's earlier stores to `range` visible to a unit that looks into the CPU's caches, before any later store
+    /// or register write: [`publish`](Self::publish) without what that costs for the sake of units that do not.
+    ///
+    /// A driver calls it where its unit reports coherent walks. Who has nothing cheaper leaves it as it is.
+    fn order(&self, range: Range<PhysAddr>) {
+        self.publish(range);
+    }
     /// Makes the unit's earlier stores to `range` visible to the CPU's later loads.
     fn observe(&self, range: Range<PhysAddr>);
     /// Microseconds since an arbitrary start; never decreases.
@@ -45,6 +52,9 @@ impl<T: Bus + ?Sized> Bus for &T {
     }
     fn publish(&self, range: Range<PhysAddr>) {
         (**self).publish(range);
+    }
+    fn order(&self, range: Range<PhysAddr>) {
+        (**self).order(range);
     }
     fn observe(&self, range: Range<PhysAddr>) {
         (**self).observe(range);

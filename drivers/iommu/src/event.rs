@@ -22,6 +22,8 @@ pub enum Event {
     Malformed {
         /// The entry's first two words.
         words: [u64; 2],
+        /// The device and group that it belongs to, if it is a page request of an unknown kind.
+        group: Option<(StreamId, GroupTag)>,
     },
     /// The queue of page requests was full: an unknown number was lost, and answered by the unit itself.
     ///
@@ -31,7 +33,9 @@ pub enum Event {
     FaultsLost,
     /// The unit stopped executing commands, or dropped one; `status` is the manual's status register.
     ///
-    /// A unit that stopped stays stopped. Tickets that are not done never will be, and on VT-d faults no longer interrupt.
+    /// It stays so, is reported once in each pass, and on VT-d faults no longer interrupt, until
+    /// [`Commands::recover`](crate::unit::Commands::recover) found nothing more to do. Then another pass is due: what
+    /// happened meanwhile did not interrupt.
     CommandsFailed {
         /// `FSTS` of VT-d, `GERROR` of SMMUv3.
         status: u32,

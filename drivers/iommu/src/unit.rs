@@ -99,8 +99,34 @@ pub struct Capabilities {
     pub device_tlb: bool,
     /// Page walks see the CPU's caches.
     pub coherent_walks: bool,
-    /// The unit may remember that something was not mapped (`CAP.CM`): what is mapped anew is invalidated, too.
+    /// The unit may remember that something was not mapped (`CAP.CM`), or not see at once that it is (`CAP.RWBF`): what is
+    /// mapped anew is invalidated, too.
     pub caches_absence: bool,
+}
+
+impl Capabilities {
+    /// Returns what units `a` and `b` can both do: all that may be used of a domain with devices behind each of them.
+    ///
+    /// What has to be done for one of them has to be done for both.
+    pub const fn common(a: Self, b: Self) -> Self {
+        const fn least(a: u8, b: u8) -> u8 {
+            if a < b { a } else { b }
+        }
+        Self {
+            stage1: a.stage1 && b.stage1,
+            stage2: a.stage2 && b.stage2,
+            nested: a.nested && b.nested,
+            bypass: a.bypass && b.bypass,
+            levels: least(a.levels, b.levels),
+            stage1_leaves: a.stage1_leaves & b.stage1_leaves,
+            stage2_leaves: a.stage2_leaves & b.stage2_leaves,
+            pasid_bits: least(a.pasid_bits, b.pasid_bits),
+            page_requests: a.page_requests && b.page_requests,
+            device_tlb: a.device_tlb && b.device_tlb,
+            coherent_walks: a.coherent_walks && b.coherent_walks,
+            caches_absence: a.caches_absence || b.caches_absence,
+        }
+    }
 }
 
 /// What a device may use besides plain accesses.
@@ -212,6 +238,13 @@ pub enum Invalidation {
     All,
     /// All interrupt entries.
     Interrupts,
+    /// 2^`log2` interrupt entries from `index`, a multiple of their number (VT-d).
+    InterruptEntry {
+        /// The first entry.
+        index: u16,
+        /// How many, as a power of two.
+        log2: u8,
+    },
     /// The configuration of a device.
     Device {
         /// The device.
@@ -496,6 +529,58 @@ mod tests {
         assert_eq!(pages(0x1000, 0x1000), (0x1000, 1));
         assert_eq!(pages(0x1FFF, 2), (0x1000, 2));
         assert_eq!(pages(u64::MAX - 1, 0x1_0000), (u64::MAX - 0xFFF, 1), "the end does not wrap");
+    }
+
+    /// A unit that can do everything, and asks for nothing.
+    const ABLE: Capabilities = Capabilities {
+        stage1: true,
+        stage2: true,
+        nested: true,
+        bypass: true,
+        levels: 5,
+        stage1_leaves: 1 << 12 | 1 << 21 | 1 << 30,
+        stage2_leaves: 1 << 12 | 1 << 21,
+        pasid_bits: 20,
+        page_requests: true,
+        device_tlb: true,
+        coherent_walks: true,
+        caches_absence: false,
+    };
+
+    #[test]
+    fn two_units_have_in_common_what_each_of_them_can_do() {
+        let changes: [fn(&mut Capabilities); 12] = [
+            |c| c.stage1 = false,
+            |c| c.stage2 = false,
+            |c| c.nested = false,
+            |c| c.bypass = false,
+            |c| c.levels = 3,
+            |c| c.stage1_leaves = 1 << 12,
+            |c| c.stage2_leaves = 1 << 12,
+            |c| c.pasid_bits = 0,
+            |c| c.page_requests = false,
+            |c| c.device_tlb = false,
+            |c| c.coherent_walks = false,
+            |c| c.caches_absence = true,
+        ];
+        for (at, change) in changes.into_iter().enumerate() {
+            let mut weaker = ABLE;
+            change(&mut weaker);
+
+            assert_ne!(weaker, ABLE);
+            assert_eq!(Capabilities::common(ABLE, weaker), weaker, "change {at}");
+            assert_eq!(Capabilities::common(weaker, ABLE), weaker, "change {at}");
+            assert_eq!(Capabilities::common(weaker, weaker), weaker, "change {at}");
+        }
+    }
+
+    #[test]
+    fn leaves_in_common_are_the_sizes_that_both_take_and_not_the_smaller_list() {
+        let with = |stage2_leaves| Capabilities { stage2_leaves, ..ABLE };
+
+        let common = Capabilities::common(with(1 << 12 | 1 << 21), with(1 << 12 | 1 << 30));
+
+        assert_eq!(common.stage2_leaves, 1 << 12);
     }
 
     #[test]

@@ -3,15 +3,20 @@
 //! The layouts are those of the VT-d architecture specification, "Queued Invalidation Interface" and "Page Group
 //! Response Descriptor". Words 2 and 3 are zero in all of them.
 
-use crate::queue::InvalidationQueue;
+use crate::{
+    queue::{InvalidationQueue, SPARE},
+    regs::{self, CCMD, FSTS, GLOBAL, IOTLB, IQERCD},
+    tables::Mode,
+    tickets::{Asked, Batch, PENDING, Tickets},
+};
 use heapless::Vec;
 use iommu::{
-    Attachment, Bus, Completion, DmaBuf, Error, Failure, Field, Invalidation, Iova, Outcome, PAGE_SIZE,
-    PageResponse, Pasid, PhysAddr, Stages, StreamId, Ticket, Words, descriptor,
+    Attachment, Bus, Completion, DmaBuf, Error, Failure, FailureCause, Field, Invalidation, Iova, Outcome,
+    PAGE_SIZE, PageResponse, Pasid, PhysAddr, Stages, StreamId, Ticket, Words, bus::wait_until, descriptor,
 };
 
 descriptor! {
-    /// One entry of the invalidation queue, in its 256-bit form (`IQA.DW` = 1).
+    /// One entry of the invalidation queue, in its 256-bit form (`IQA.DW` = 1). The 128-bit form has the lower half.
     pub struct Descriptor([u64; 4]);
 }
 
@@ -38,6 +43,8 @@ impl Descriptor {
     const GRANULARITY: Field<Self> = Field::bits(5, 4);
     const DOMAIN: Field<Self> = Field::bits(31, 16);
 
+    const CONTEXT_SOURCE: Field<Self> = Field::bits(47, 32);
+
     /// Context-cache invalidation of everything (type 1, global).
     pub fn all_contexts() -> Self {
         Self::default().with(Self::TYPE, 1).with(Self::GRANULARITY, 1)
@@ -45,10 +52,17 @@ impl Descriptor {
 
     /// Context-cache invalidation of one device (type 1, device-selective, all bits of the source-id compared).
     ///
-    /// In scalable mode hardware ignores the domain, so it is zero.
+    /// In scalable mode hardware ignores the domain, so it is zero. In legacy mode zero is that of what is not present.
     pub fn context(stream: StreamId) -> Self {
-        const SOURCE: Field<Descriptor> = Field::bits(47, 32);
-        Self::default().with(Self::TYPE, 1).with(Self::GRANULARITY, 3).with(SOURCE, source_id(stream))
+        Self::default()
+            .with(Self::TYPE, 1)
+            .with(Self::GRANULARITY, 3)
+            .with(Self::CONTEXT_SOURCE, source_id(stream))
+    }
+
+    /// Context-cache invalidation of one device that was cached under `domain`, in legacy mode.
+    pub fn context_of(domain: u16, stream: StreamId) -> Self {
+        Self::context(stream).with(Self::DOMAIN, domain.into())
     }
 
     /// Drain writes, then drain reads.
@@ -108,9 +122,30 @@ impl Descriptor {
             .with_address(Self::ADDRESS, address)
     }
 
+    /// Says how many invalidations the device of a device-TLB invalidation takes at one time (MIP): 1 to 32.
+    pub fn at_most(self, outstanding: u8) -> Self {
+        const OF_TYPE_3: Field<Descriptor> = Field::bits(20, 16);
+        const OF_TYPE_8: Field<Descriptor> = Field::bits(8, 4);
+        let field = if self.get(Self::TYPE) == 8 { OF_TYPE_8 } else { OF_TYPE_3 };
+        // 32 is told as 0, and so is what nobody knows.
+        self.with(field, u64::from(outstanding) & 0x1F)
+    }
+
     /// Interrupt-entry-cache invalidation of everything (type 4, global).
     pub fn all_interrupt_entries() -> Self {
         Self::default().with(Self::TYPE, 4)
+    }
+
+    /// Interrupt-entry-cache invalidation of 2^`mask` entries from `index`, a multiple of that (type 4, index-selective).
+    pub fn interrupt_entries(index: u16, mask: u8) -> Self {
+        const SELECTIVE: Field<Descriptor> = Field::bit(4);
+        const INDEX_MASK: Field<Descriptor> = Field::bits(31, 27);
+        const INDEX: Field<Descriptor> = Field::bits(47, 32);
+        Self::default()
+            .with(Self::TYPE, 4)
+            .with(SELECTIVE, 1)
+            .with(INDEX_MASK, u64::from(mask) & 0x1F)
+            .with(INDEX, index.into())
     }
 
     const WAIT_STATUS_WRITE: Field<Self> = Field::bit(5);
@@ -128,6 +163,16 @@ impl Descriptor {
             .with(Self::WAIT_PAGE_REQUEST_DRAIN, drain_page_requests.into())
             .with(Self::WAIT_STATUS_DATA, data.into())
             .with_address(Self::WAIT_STATUS_ADDRESS, status.0)
+    }
+
+    /// Wait (type 5) that holds nothing back: it writes zero to `nowhere`, which nobody reads.
+    ///
+    /// It takes the place of a descriptor that the unit refused. Every unit knows it, unlike one that does nothing at all.
+    pub fn nothing(nowhere: PhysAddr) -> Self {
+        Self::default()
+            .with(Self::TYPE, 5)
+            .with(Self::WAIT_STATUS_WRITE, 1)
+            .with_address(Self::WAIT_STATUS_ADDRESS, nowhere.0)
     }
 
     const PASID: Field<Self> = Field::bits(51, 32);
@@ -203,11 +248,12 @@ impl Descriptor {
             .with_address(Self::ADDRESS, address)
     }
 
+    const RESPONSE_REQUESTER: Field<Self> = Field::bits(31, 16);
+
     /// Page group response (type 9).
     pub fn page_group_response(response: &PageResponse) -> Self {
         const PASID_PRESENT: Field<Descriptor> = Field::bit(4);
         const CODE: Field<Descriptor> = Field::bits(15, 12);
-        const REQUESTER: Field<Descriptor> = Field::bits(31, 16);
         const GROUP: Field<Descriptor> = Field::bits(75, 67);
         let code = match response.outcome {
             Outcome::Success => 0b0000,
@@ -218,7 +264,7 @@ impl Descriptor {
             .with(Self::TYPE, 9)
             .with(PASID_PRESENT, response.tag.pasid.is_some().into())
             .with(CODE, code)
-            .with(REQUESTER, source_id(response.stream))
+            .with(Self::RESPONSE_REQUESTER, source_id(response.stream))
             .with(Self::PASID, response.tag.pasid.map_or(0, Pasid::value).into())
             .with(GROUP, u64::from(response.tag.index) & 0x1FF)
     }
@@ -243,107 +289,187 @@ pub(crate) const BATCH: usize = 32;
 /// Blocks that a range is cut into, at most; a range that needs more invalidates the whole attachment.
 const BLOCKS: usize = 4;
 
-/// What the descriptors of a unit depend on, from `CAP`.
+/// Devices whose invalidations need to say more than the device's own name, at most.
+const DESCRIBED: usize = 16;
+
+/// Errors that are dealt with one after the other, without any progress between them, before the queue is given up.
+const ATTEMPTS: u32 = 8;
+
+/// How long a unit may take for an invalidation through its registers, in microseconds. The manual sets no bound.
+const REGISTER_LIMIT_US: u64 = 100_000;
+
+/// What the descriptors of a unit depend on.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Abilities {
+    /// Which tables the unit walks; those of scalable mode have PASIDs.
+    pub(crate) mode: Mode,
     /// Drain writes (bit 0) and reads (bit 1) with second-stage invalidations.
     pub(crate) drain: u64,
     /// `CAP.MAMV`: page-selective invalidations cover at most 2^`mask_limit` pages.
     pub(crate) mask_limit: u8,
+    /// `ECAP.MHMV`: index-selective invalidations cover at most 2^`interrupt_mask_limit` interrupt entries.
+    pub(crate) interrupt_mask_limit: u8,
     /// `CAP.PSI`: second-stage translations can be invalidated by page.
     pub(crate) second_stage_pages: bool,
-    /// `ECAP.DIT`: device-TLB invalidations name the physical function. Otherwise the field is reserved.
-    pub(crate) physical_function: bool,
+    /// `ECAP.PDS`: a wait can drain page requests.
+    pub(crate) request_drain: bool,
+    /// `ECAP.DIT`: device-TLB invalidations name the physical function and how many the device takes at one time.
+    /// Otherwise the fields are reserved.
+    pub(crate) throttle: bool,
+    /// Where the registers of register-based invalidation are, in bytes (16 `ECAP.IRO`).
+    pub(crate) registers: usize,
 }
 
-/// A list of descriptors that refuses rather than cuts off.
-struct Batch(Vec<Descriptor, BATCH>);
+/// What is put into the queue together: a list that refuses rather than cuts off.
+struct Descriptors {
+    list: Vec<Descriptor, BATCH>,
+    asked: Asked,
+}
 
-impl Batch {
+impl Descriptors {
     fn push(&mut self, descriptor: Descriptor) -> Result<(), Error> {
-        self.0.push(descriptor).map_err(|_| Error::Exhausted { what: "descriptors in a batch" })
+        self.list.push(descriptor).map_err(|_| Error::Exhausted { what: "descriptors in a batch" })
     }
+}
+
+/// What a device's invalidations say beside its name.
+#[derive(Clone, Copy, Debug)]
+struct Described {
+    stream: StreamId,
+    physical: StreamId,
+    outstanding: u8,
 }
 
 /// The command side of a unit; see [`iommu::Commands`].
 ///
-/// Worst case of a call: one read of `IQH`, `BATCH` descriptors stored and published, one write of `IQT`.
+/// Worst case of a call: one read of `IQH`, `BATCH` descriptors stored and published, one write of `IQT`; of
+/// [`recover`](iommu::Commands::recover) three reads and two writes of registers, and one descriptor. A unit without queued
+/// invalidation is told through its registers, and waited for.
+///
+/// At most one ticket at a time waits for device TLBs: a device that does not answer holds back the queue until the unit
+/// gives it up, and no second one may add to that.
 #[derive(Debug)]
 pub struct Commands<B> {
     bus: B,
-    queue: InvalidationQueue,
-    /// The word that every wait descriptor writes its sequence number to; it lives as long as the unit.
+    /// `None` where the unit is told through its registers.
+    queue: Option<InvalidationQueue>,
+    /// Word 0 is what every wait writes its sequence number to, word 1 what nobody reads; it lives as long as the unit.
     status: DmaBuf,
     abilities: Abilities,
-    /// The sequence number of the last wait that was queued.
-    submitted: u64,
+    tickets: Tickets,
     /// Entries kept free for page group responses.
     reserve: usize,
+    described: Vec<Described, DESCRIBED>,
+    /// A ticket that took too long, until [`iommu::Commands::recover`] tells it.
+    overdue: Option<Failure>,
+    /// Errors met in a row while the head was here and so much was done.
+    attempts: (u32, usize, u64),
+    /// The queue could not be brought to go on.
+    stopped: bool,
 }
 
 impl<B: Bus> Commands<B> {
     pub(crate) fn new(
         bus: B,
-        queue: InvalidationQueue,
+        queue: Option<InvalidationQueue>,
         mut status: DmaBuf,
         abilities: Abilities,
         reserve: usize,
     ) -> Self {
         status.clear();
-        bus.publish(status.range(0, 1));
-        Self { bus, queue, status, abilities, submitted: 0, reserve }
+        bus.publish(status.range(0, 2));
+        Self {
+            bus,
+            queue,
+            status,
+            abilities,
+            tickets: Tickets::new(),
+            reserve,
+            described: Vec::new(),
+            overdue: None,
+            attempts: (0, 0, 0),
+            stopped: false,
+        }
+    }
+
+    /// Notes what device-TLB invalidations of `stream` are to say: the physical function that it belongs to, and how many
+    /// it takes at one time. A function that is its own needs no note.
+    ///
+    /// Units that do not ask for it (`ECAP.DIT`) are not told.
+    pub fn describe(&mut self, stream: StreamId, physical: StreamId, outstanding: u8) -> Result<(), Error> {
+        self.described.retain(|known| known.stream != stream);
+        self.described
+            .push(Described { stream, physical, outstanding })
+            .map_err(|_| Error::Exhausted { what: "notes about devices" })
     }
 
     /// Encodes one invalidation.
-    fn encode(&self, batch: &mut Batch, invalidation: Invalidation) -> Result<(), Error> {
+    fn encode(&self, batch: &mut Descriptors, invalidation: Invalidation) -> Result<(), Error> {
         let drain = self.abilities.drain;
+        let scalable = self.abilities.mode == Mode::Scalable;
         match invalidation {
             Invalidation::All => {
                 batch.push(Descriptor::all_contexts())?;
-                batch.push(Descriptor::all_pasid_entries())?;
+                if scalable {
+                    batch.push(Descriptor::all_pasid_entries())?;
+                }
                 batch.push(Descriptor::all_translations(drain))
             }
             Invalidation::Interrupts => batch.push(Descriptor::all_interrupt_entries()),
+            Invalidation::InterruptEntry { index, log2 } => {
+                batch.push(match log2 <= self.abilities.interrupt_mask_limit {
+                    true => Descriptor::interrupt_entries(index, log2),
+                    false => Descriptor::all_interrupt_entries(),
+                })
+            }
             Invalidation::Device { stream, device_tlb } => {
-                batch.push(Descriptor::context(stream))?;
-                if device_tlb {
-                    batch.push(Descriptor::device_tlb(stream, self.physical(stream)))
+                if scalable {
+                    batch.push(Descriptor::context(stream))?;
                 } else {
-                    Ok(())
+                    // A context of legacy mode is found by device and domain, and here nobody says which domain.
+                    batch.push(Descriptor::all_contexts())?;
+                    batch.push(Descriptor::all_translations(drain))?;
                 }
+                if device_tlb { self.ask(batch, stream, None, None) } else { Ok(()) }
             }
             // The unit's own caches first: what the device asks for anew must not come from a stale entry.
             Invalidation::Attachment(at) => {
-                batch.push(Descriptor::pasid_entry(at.domain.0, number(at)))?;
+                batch.push(if scalable {
+                    Descriptor::pasid_entry(at.domain.0, number(at))
+                } else {
+                    Descriptor::context_of(at.domain.0, at.stream)
+                })?;
                 self.forget_all(batch, at)
             }
-            Invalidation::Pages { attachment: at, iova, pages } => {
-                match blocks(iova, pages, self.abilities.mask_limit) {
-                    Some(blocks) if at.stages == Stages::First || self.abilities.second_stage_pages => {
-                        for &block in &blocks {
-                            batch.push(if at.stages == Stages::First {
-                                Descriptor::pasid_pages(at.domain.0, number(at), block)
-                            } else {
-                                Descriptor::domain_pages(at.domain.0, block, drain)
-                            })?;
-                        }
-                        if at.device_tlb {
-                            let physical = self.physical(at.stream);
-                            for &block in &blocks {
-                                batch.push(match at.pasid {
-                                    Some(pasid) => {
-                                        Descriptor::pasid_device_tlb_pages(at.stream, physical, pasid, block)
-                                    }
-                                    None => Descriptor::device_tlb_pages(at.stream, physical, block),
-                                })?;
-                            }
-                        }
-                        Ok(())
-                    }
-                    _ => self.forget_all(batch, at),
+            Invalidation::Pages { attachment: at, iova, pages } => self.forget_pages(batch, at, iova, pages),
+            Invalidation::FirstStage { asid: Some(_), .. } => {
+                Err(Error::Unsupported { feature: "address spaces of a guest by number: they have PASIDs" })
+            }
+            Invalidation::FirstStage { attachment: at, asid: None, pages } => {
+                if at.stages != Stages::Nested || !scalable {
+                    return Err(Error::Unsupported { feature: "a first stage of the guest's own" });
                 }
+                self.forget_first_stage(batch, at, pages)
+            }
+            Invalidation::DeviceTlb { attachment: at, pasid, pages } => {
+                if !at.device_tlb {
+                    return Err(Error::Unsupported { feature: "a device TLB of this device" });
+                }
+                if pasid != at.pasid {
+                    return Err(Error::Unsupported {
+                        feature: "a device TLB under the PASID of another attachment",
+                    });
+                }
+                let blocks = pages.and_then(|(iova, pages)| self.cut(iova, pages));
+                self.ask(batch, at.stream, at.pasid, blocks.as_deref())
+            }
+            Invalidation::PageRequestDrain if !self.abilities.request_drain => {
+                Err(Error::Unsupported { feature: "ECAP.PDS (page request drain)" })
             }
             Invalidation::PageRequestDrain => Ok(()),
+            Invalidation::Contexts { .. } => {
+                Err(Error::Unsupported { feature: "tables of context descriptors, which are SMMUv3's" })
+            }
             // Faults do not stall here.
             Invalidation::Stalls { .. } => Ok(()),
             // The vocabulary may grow; what this driver does not know must not pass for done.
@@ -351,60 +477,375 @@ impl<B: Bus> Commands<B> {
         }
     }
 
-    /// The physical function of a device: itself, since no virtual function is ever assigned.
-    fn physical(&self, stream: StreamId) -> StreamId {
-        if self.abilities.physical_function { stream } else { StreamId(0) }
+    /// All translations of an attachment: in the unit, then in the device.
+    fn forget_all(&self, batch: &mut Descriptors, at: Attachment) -> Result<(), Error> {
+        let scalable = self.abilities.mode == Mode::Scalable;
+        if !scalable || matches!(at.stages, Stages::Second | Stages::Nested) {
+            batch.push(Descriptor::domain(at.domain.0, self.abilities.drain))?;
+        }
+        // What has no second stage is cached by its PASID.
+        if scalable && at.stages != Stages::Second {
+            batch.push(Descriptor::pasid(at.domain.0, number(at)))?;
+        }
+        if at.device_tlb { self.ask(batch, at.stream, at.pasid, None) } else { Ok(()) }
     }
 
-    /// All translations of an attachment: in the unit, then in the device.
-    fn forget_all(&self, batch: &mut Batch, at: Attachment) -> Result<(), Error> {
-        batch.push(if at.stages == Stages::First {
-            Descriptor::pasid(at.domain.0, number(at))
-        } else {
-            Descriptor::domain(at.domain.0, self.abilities.drain)
-        })?;
-        if at.device_tlb {
-            let physical = self.physical(at.stream);
-            batch.push(match at.pasid {
-                Some(pasid) => Descriptor::pasid_device_tlb(at.stream, physical, pasid),
-                None => Descriptor::device_tlb(at.stream, physical),
+    fn forget_pages(
+        &self,
+        batch: &mut Descriptors,
+        at: Attachment,
+        iova: Iova,
+        pages: u64,
+    ) -> Result<(), Error> {
+        let by_domain =
+            self.abilities.mode == Mode::Legacy || matches!(at.stages, Stages::Second | Stages::Nested);
+        let Some(blocks) = self.cut(iova, pages).filter(|_| !by_domain || self.abilities.second_stage_pages)
+        else {
+            return self.forget_all(batch, at);
+        };
+        for &block in &blocks {
+            batch.push(if by_domain {
+                Descriptor::domain_pages(at.domain.0, block, self.abilities.drain)
+            } else {
+                Descriptor::pasid_pages(at.domain.0, number(at), block)
             })?;
         }
+        // Nobody knows which addresses the guest's first stage gave to these pages.
+        let nested = at.stages == Stages::Nested;
+        if nested {
+            batch.push(Descriptor::pasid(at.domain.0, number(at)))?;
+        }
+        if at.device_tlb {
+            self.ask(batch, at.stream, at.pasid, (!nested).then_some(&blocks[..]))
+        } else {
+            Ok(())
+        }
+    }
+
+    fn forget_first_stage(
+        &self,
+        batch: &mut Descriptors,
+        at: Attachment,
+        pages: Option<(Iova, u64)>,
+    ) -> Result<(), Error> {
+        let Some(blocks) = pages.and_then(|(iova, pages)| self.cut(iova, pages)) else {
+            return batch.push(Descriptor::pasid(at.domain.0, number(at)));
+        };
+        for block in blocks {
+            batch.push(Descriptor::pasid_pages(at.domain.0, number(at), block))?;
+        }
         Ok(())
+    }
+
+    /// Cuts a range into the fewest blocks, or returns `None` if all is to be forgotten instead.
+    fn cut(&self, iova: Iova, pages: u64) -> Option<Vec<Block, BLOCKS>> {
+        blocks(iova, pages, self.abilities.mask_limit)
+    }
+
+    /// What the device itself remembers: in `blocks`, or all.
+    fn ask(
+        &self,
+        batch: &mut Descriptors,
+        stream: StreamId,
+        pasid: Option<Pasid>,
+        blocks: Option<&[Block]>,
+    ) -> Result<(), Error> {
+        let own = Described { stream, physical: stream, outstanding: 0 };
+        let told = self.described.iter().find(|known| known.stream == stream).copied().unwrap_or(own);
+        let (physical, outstanding) =
+            if self.abilities.throttle { (told.physical, told.outstanding) } else { (StreamId(0), 0) };
+        let mut push = |descriptor: Descriptor| batch.push(descriptor.at_most(outstanding));
+        match (blocks, pasid) {
+            (None, None) => push(Descriptor::device_tlb(stream, physical))?,
+            (None, Some(pasid)) => push(Descriptor::pasid_device_tlb(stream, physical, pasid))?,
+            (Some(blocks), pasid) => {
+                for &block in blocks {
+                    push(match pasid {
+                        Some(pasid) => Descriptor::pasid_device_tlb_pages(stream, physical, pasid, block),
+                        None => Descriptor::device_tlb_pages(stream, physical, block),
+                    })?;
+                }
+            }
+        }
+        if blocks.is_none_or(|blocks| !blocks.is_empty()) {
+            batch.asked = batch.asked.and(stream);
+        }
+        Ok(())
+    }
+
+    /// Looks at what has completed.
+    fn settle(&mut self) {
+        if self.queue.is_some() {
+            self.bus.observe(self.status.range(0, 1));
+            self.tickets.observe(self.status.load(0) as u32);
+        }
+    }
+
+    /// The unit does nothing any more, as far as this driver can tell.
+    fn is_stopped(&self) -> Result<(), Error> {
+        let ticket = Ticket(self.tickets.next());
+        if self.stopped { Err(Error::Failed { ticket }) } else { Ok(()) }
+    }
+
+    /// Gives up: nothing that is queued will be executed. The queue goes off, so that it does not fail again, and faults
+    /// interrupt again.
+    fn stop(&mut self) -> Failure {
+        self.stopped = true;
+        let kept = regs::GSTS.read(&self.bus).get() & !regs::ONE_SHOT;
+        regs::GCMD.set(&self.bus, kept & !GLOBAL::QIE::SET.value);
+        self.clear_errors();
+        let mut last = None;
+        while let Some(ticket) = self.tickets.pending().first().map(|batch| batch.ticket) {
+            self.tickets.end(ticket);
+            last = Some(ticket);
+        }
+        Failure { cause: FailureCause::Stopped, stream: None, ticket: last }
+    }
+
+    fn clear_errors(&self) {
+        regs::FSTS.clear(&self.bus, FSTS::IQE::SET + FSTS::ITE::SET + FSTS::ICE::SET);
+    }
+
+    /// Deals with `FSTS.IQE`: the head is at a descriptor that the unit does not take.
+    ///
+    /// It is replaced; a wait by one that writes the same number, so that what comes behind it stays in its order.
+    fn replace_refused(&mut self) -> Option<Failure> {
+        let queue = self.queue.as_mut()?;
+        let at = queue.read_head(&self.bus);
+        let is_here = |batch: &Batch| {
+            let inside = queue.age(batch.start)
+                ..queue.age(batch.start) + (batch.end + queue.entries() - batch.start) % queue.entries();
+            inside.contains(&queue.age(at)) || batch.wait == at
+        };
+        let batch = self.tickets.pending().iter().find(|batch| is_here(batch)).copied();
+        let mut stream = batch.and_then(|batch| batch.asked.stream());
+        if queue.age(at) < queue.age(queue.tail()) {
+            let refused = Descriptor([queue.first_word(at), 0, 0, 0]);
+            if batch.is_none() && refused.get(Descriptor::TYPE) == 9 {
+                stream = Some(StreamId(refused.get(Descriptor::RESPONSE_REQUESTER) as u32));
+            }
+            let status = self.status.phys();
+            let nothing = Descriptor::nothing(PhysAddr(status.0 + 8));
+            let replacement = match batch {
+                Some(batch) if batch.wait == at => Descriptor::wait(status, batch.done_at as u32, false),
+                _ => nothing,
+            };
+            queue.put(&self.bus, at, replacement);
+        }
+        let ticket = batch.map(|batch| batch.ticket);
+        if let Some(ticket) = ticket {
+            self.tickets.fail(ticket);
+        }
+        regs::FSTS.clear(&self.bus, FSTS::IQE::SET);
+        // Some units go on when the tail is written, and not before.
+        queue.ring_doorbell(&self.bus);
+        Some(Failure { cause: FailureCause::Refused, stream, ticket })
+    }
+
+    /// Deals with `FSTS.ITE`: a device did not answer, and every wait that was fetched is aborted.
+    ///
+    /// The ticket that waited for the device has failed. The others are done when one more wait is.
+    fn resubmit_aborted(&mut self, status: IqErrors) -> Option<Failure> {
+        self.settle();
+        let queue = self.queue.as_mut()?;
+        let head = queue.read_head(&self.bus);
+        let fetched = |batch: &Batch| queue.age(batch.wait) < queue.age(head);
+        let unanswered =
+            self.tickets.pending().iter().find(|b| b.asked != Asked::Nobody && fetched(b)).copied();
+        if let Some(batch) = unanswered {
+            self.tickets.end(batch.ticket);
+        }
+        let aborted: Vec<Ticket, PENDING> =
+            self.tickets.pending().iter().filter(|b| fetched(b)).map(|b| b.ticket).collect();
+        regs::FSTS.clear(&self.bus, FSTS::ITE::SET);
+        if aborted.is_empty() {
+            queue.ring_doorbell(&self.bus);
+        } else {
+            let drains = self.tickets.pending().iter().any(|b| b.drains && aborted.contains(&b.ticket));
+            let done_at = self.tickets.next();
+            let wait = Descriptor::wait(self.status.phys(), done_at as u32, drains);
+            match queue.push(&self.bus, &[wait], 0, self.tickets.first_place()) {
+                Ok(at) => {
+                    self.tickets.took();
+                    for batch in self.tickets.pending_mut().iter_mut().filter(|b| aborted.contains(&b.ticket))
+                    {
+                        (batch.done_at, batch.wait) = (done_at, at);
+                    }
+                }
+                // Not even the spare entry is free: more was queued than the driver queues.
+                Err(_) => aborted.iter().for_each(|&ticket| self.tickets.end(ticket)),
+            }
+        }
+        self.tickets.restart_clock();
+        // One device at most was waited for, so its name is known even where the unit does not tell it.
+        let stream = unanswered.and_then(|batch| batch.asked.stream()).or(status.unanswered);
+        let ticket = unanswered.map(|batch| batch.ticket);
+        Some(Failure { cause: FailureCause::Unanswered, stream, ticket })
+    }
+
+    /// Counts an error; returns whether there were too many without any progress.
+    fn is_hopeless(&mut self) -> bool {
+        let Some(queue) = &self.queue else { return true };
+        let place = (queue.read_head(&self.bus), self.tickets.completed());
+        let (count, at, done) = self.attempts;
+        let count = if (at, done) == place { count + 1 } else { 1 };
+        self.attempts = (count, place.0, place.1);
+        count > ATTEMPTS
+    }
+
+    /// Executes `descriptors` through the registers, one by one.
+    fn execute(&self, descriptors: &[Descriptor]) -> Result<(), Error> {
+        let bus = &self.bus;
+        let iotlb = regs::IotlbRegisters::at(self.abilities.registers);
+        for descriptor in descriptors {
+            let field = |field| descriptor.get(field);
+            let granularity = field(Descriptor::GRANULARITY);
+            let domain = field(Descriptor::DOMAIN);
+            // What a unit was told before and has not done must be done before it is told more.
+            match field(Descriptor::TYPE) {
+                1 => {
+                    let idle = || !regs::CCMD.read(bus).is_set(CCMD::ICC);
+                    wait_until(bus, "CCMD.ICC", REGISTER_LIMIT_US, idle)?;
+                    let source = field(Descriptor::CONTEXT_SOURCE);
+                    regs::CCMD.set(bus, 1 << 63 | granularity << 61 | source << 16 | domain);
+                    wait_until(bus, "CCMD.ICC", REGISTER_LIMIT_US, idle)?;
+                    self.was_done(regs::CCMD.read(bus).read(CCMD::CAIG))?;
+                }
+                2 => {
+                    let idle = || !iotlb.command.read(bus).is_set(IOTLB::IVT);
+                    wait_until(bus, "IOTLB.IVT", REGISTER_LIMIT_US, idle)?;
+                    iotlb.address.set(bus, descriptor.0[1]);
+                    let drain = field(Descriptor::DRAIN);
+                    iotlb.command.set(bus, 1 << 63 | granularity << 60 | drain << 48 | domain << 32);
+                    wait_until(bus, "IOTLB.IVT", REGISTER_LIMIT_US, idle)?;
+                    self.was_done(iotlb.command.read(bus).read(IOTLB::IAIG))?;
+                }
+                _ => return Err(Error::Unsupported { feature: "ECAP.QI (queued invalidation)" }),
+            }
+        }
+        Ok(())
+    }
+
+    /// `granularity` is what the unit says that it did: 0 is nothing, more than was asked for is fine.
+    fn was_done(&self, granularity: u64) -> Result<(), Error> {
+        let ticket = Ticket(self.tickets.next());
+        if granularity == 0 { Err(Error::Failed { ticket }) } else { Ok(()) }
+    }
+}
+
+/// What `IQERCD` tells. It is read before the error is cleared.
+#[derive(Clone, Copy, Debug)]
+struct IqErrors {
+    unanswered: Option<StreamId>,
+    unexpected: Option<StreamId>,
+}
+
+impl IqErrors {
+    fn read<B: Bus>(bus: &B) -> Self {
+        let record = regs::IQERCD.read(bus);
+        // Zero is what units say that do not tell.
+        let named = |sid: u64| (sid != 0).then_some(StreamId(sid as u32));
+        Self {
+            unanswered: named(record.read(IQERCD::ITESID)),
+            unexpected: named(record.read(IQERCD::ICESID)),
+        }
     }
 }
 
 impl<B: Bus> iommu::Commands for Commands<B> {
     fn submit(&mut self, invalidations: &[Invalidation]) -> Result<Ticket, Error> {
-        let mut batch = Batch(Vec::new());
+        self.is_stopped()?;
+        let mut batch = Descriptors { list: Vec::new(), asked: Asked::Nobody };
         for &invalidation in invalidations {
             self.encode(&mut batch, invalidation)?;
         }
-        let drain = invalidations.contains(&Invalidation::PageRequestDrain);
-        let sequence = self.submitted + 1;
-        batch.push(Descriptor::wait(self.status.phys(), sequence as u32, drain))?;
-        self.queue.push(&self.bus, &batch.0, self.reserve)?;
-        self.submitted = sequence;
-        Ok(Ticket(sequence))
+        let sequence = self.tickets.next();
+        let ticket = Ticket(sequence);
+        if self.queue.is_none() {
+            self.execute(&batch.list)?;
+            self.tickets.took();
+            return Ok(ticket);
+        }
+        let drains = invalidations.contains(&Invalidation::PageRequestDrain);
+        batch.push(Descriptor::wait(self.status.phys(), sequence as u32, drains))?;
+        self.settle();
+        if batch.asked != Asked::Nobody && self.tickets.waits_for_device() {
+            return Err(Error::Busy { what: "device-TLB invalidation" });
+        }
+        let needed = batch.list.len();
+        if !self.tickets.has_room() {
+            return Err(Error::QueueFull { needed, free: 0 });
+        }
+        let kept = self.tickets.first_place();
+        let Some(queue) = &mut self.queue else { return Err(Error::Failed { ticket }) };
+        let start = queue.push(&self.bus, &batch.list, self.reserve + SPARE, kept)?;
+        let end = queue.tail();
+        let wait = (end + queue.entries() - 1) % queue.entries();
+        self.tickets.took();
+        let done_at = sequence;
+        self.tickets.add(Batch {
+            ticket,
+            done_at,
+            start,
+            end,
+            wait,
+            asked: batch.asked,
+            drains,
+            failed: false,
+        });
+        Ok(ticket)
     }
 
     fn respond(&mut self, response: PageResponse) -> Result<(), (PageResponse, Error)> {
-        let descriptor = Descriptor::page_group_response(&response);
-        self.queue.push(&self.bus, &[descriptor], 0).map_err(|error| (response, error))
+        let kept = self.tickets.first_place();
+        let result = self.is_stopped().and_then(|()| match &mut self.queue {
+            Some(queue) => {
+                let descriptor = Descriptor::page_group_response(&response);
+                queue.push(&self.bus, &[descriptor], SPARE, kept).map(|_| ())
+            }
+            None => Err(Error::Unsupported { feature: "ECAP.QI (queued invalidation)" }),
+        });
+        result.map_err(|error| (response, error))
     }
 
     fn poll(&mut self, ticket: Ticket) -> Completion {
-        self.bus.observe(self.status.range(0, 1));
-        // Waits complete in order (each fences), so the word holds the low half of the latest sequence number. It is
-        // at most a queue's length behind, so a distance that is larger is no distance: hardware wrote something else.
-        let behind = (self.submitted as u32).wrapping_sub(self.status.load(0) as u32);
-        let done = self.submitted.checked_sub(behind.into());
-        if done.is_some_and(|done| done >= ticket.0) { Completion::Done } else { Completion::Pending }
+        self.settle();
+        if let Some(late) = self.tickets.overdue(self.bus.now_us()) {
+            let stream = late.asked.stream();
+            let cause =
+                if late.asked == Asked::Nobody { FailureCause::Stopped } else { FailureCause::Unanswered };
+            self.overdue = Some(Failure { cause, stream, ticket: Some(late.ticket) });
+        }
+        self.tickets.completion(ticket)
     }
 
-    /// A queue that stopped stays stopped.
     fn recover(&mut self) -> Option<Failure> {
-        None
+        if let Some(late) = self.overdue.take() {
+            return Some(late);
+        }
+        self.queue.as_ref()?;
+        if self.stopped {
+            // Until the queue is off it may fail again.
+            self.clear_errors();
+            return None;
+        }
+        let status = regs::FSTS.read(&self.bus);
+        if !status.any_matching_bits_set(FSTS::IQE::SET + FSTS::ITE::SET + FSTS::ICE::SET) {
+            self.attempts.0 = 0;
+            return None;
+        }
+        if status.get() == u32::MAX || self.is_hopeless() {
+            return Some(self.stop());
+        }
+        let errors = IqErrors::read(&self.bus);
+        if status.is_set(FSTS::ITE) {
+            return self.resubmit_aborted(errors);
+        }
+        if status.is_set(FSTS::IQE) {
+            return self.replace_refused();
+        }
+        regs::FSTS.clear(&self.bus, FSTS::ICE::SET);
+        Some(Failure { cause: FailureCause::Unexpected, stream: errors.unexpected, ticket: None })
     }
 }
 

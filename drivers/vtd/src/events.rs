@@ -3,11 +3,12 @@
 use crate::{
     interrupts,
     queue::PageRequestQueue,
+    reason::Reason,
     regs::{self, FRCD_TOP, FSTS, PRS},
 };
 use iommu::{
-    Access, Bus, Event, FaultReason, FaultRecord, Field, GroupTag, Iova, Message, PageRequest, Pasid, Perms,
-    StreamId, Words, descriptor,
+    Access, Bus, Event, FaultRecord, Field, GroupTag, Iova, Message, PageRequest, Pasid, Perms, StreamId,
+    Words, descriptor,
 };
 
 descriptor! {
@@ -26,6 +27,8 @@ impl RequestEntry {
     const WRITE: Field<Self> = Field::bit(65);
     const LAST: Field<Self> = Field::bit(66);
     const GROUP: Field<Self> = Field::bits(75, 67);
+    /// What no page request sets. Bit 9 was once part of one.
+    const RESERVED: [Field<Self>; 2] = [Field::bits(15, 10), Field::bits(63, 54)];
     const ADDRESS: Field<Self> = Field::bits(127, 76);
 
     /// Returns what the entry says.
@@ -33,11 +36,14 @@ impl RequestEntry {
     /// A last request that asks for neither read nor write is a stop marker if it has a PASID; without one it is an
     /// ordinary request that happens to ask for nothing, and wants an answer.
     pub fn decode(&self) -> Event {
-        if self.get(Self::TYPE) != 1 {
-            return Event::Malformed { words: [self.0[0], self.0[1]] };
-        }
         let stream = StreamId(self.get(Self::REQUESTER) as u32);
         let pasid = self.is_set(Self::PASID_PRESENT).then(|| Pasid::from_low_bits(self.get(Self::PASID)));
+        let tag = GroupTag { pasid, index: self.get(Self::GROUP) as u16 };
+        if self.get(Self::TYPE) != 1 {
+            let is_request = Self::RESERVED.into_iter().all(|field| self.get(field) == 0);
+            let group = is_request.then_some((stream, tag));
+            return Event::Malformed { words: [self.0[0], self.0[1]], group };
+        }
         let perms = Perms {
             read: self.is_set(Self::READ),
             write: self.is_set(Self::WRITE),
@@ -48,13 +54,7 @@ impl RequestEntry {
         if last && !perms.read && !perms.write && pasid.is_some() {
             return Event::StopMarker { stream, pasid };
         }
-        Event::PageRequest(PageRequest {
-            stream,
-            tag: GroupTag { pasid, index: self.get(Self::GROUP) as u16 },
-            iova: Iova(self.address(Self::ADDRESS)),
-            perms,
-            last,
-        })
+        Event::PageRequest(PageRequest { stream, tag, iova: Iova(self.address(Self::ADDRESS)), perms, last })
     }
 }
 
@@ -90,33 +90,9 @@ impl FaultEntry {
             pasid: self.is_set(Self::PASID_PRESENT).then(|| Pasid::from_low_bits(self.get(Self::PASID))),
             access,
             iova: Iova(self.address(Self::INFO)),
-            reason: reason(code),
+            reason: Reason::of(code).class(),
             code,
         })
-    }
-}
-
-/// Sorts the manual's fault reasons ("Fault Conditions and Remapping Hardware Behavior") into what an owner acts upon.
-///
-/// Both numberings are accepted: units report legacy codes for some conditions of scalable mode.
-const fn reason(code: u16) -> FaultReason {
-    match code {
-        // Root, context, PASID directory or PASID entry not present; a request that the entry does not admit. An
-        // entry that is all zero is reported as invalid (0x5B) by units that look at its type first.
-        0x01 | 0x02 | 0x0D | 0x31 | 0x32 | 0x39 | 0x41 | 0x44..=0x47 | 0x51 | 0x59 | 0x5B => {
-            FaultReason::NotAttached
-        }
-        // First-stage or second-stage entry not present. A legacy second-stage entry that is not present has
-        // neither permission and is reported as such.
-        0x71 | 0x79 => FaultReason::NotMapped,
-        0x05 | 0x06 | 0x5C | 0x5D | 0x81 | 0x82 | 0x85 | 0x86 => FaultReason::NotPermitted,
-        0x04 | 0x80 | 0x83 | 0x84 => FaultReason::AddressSize,
-        0x03 | 0x07..=0x0C | 0x30 | 0x38 | 0x3A | 0x40 | 0x42 | 0x43 | 0x48 | 0x50 | 0x52 | 0x58 | 0x5A => {
-            FaultReason::BadTables
-        }
-        0x70 | 0x72..=0x78 | 0x7A..=0x7D | 0x90 | 0x91 => FaultReason::BadTables,
-        0x0E | 0x20..=0x29 | 0x87 => FaultReason::Interrupt,
-        _ => FaultReason::Other,
     }
 }
 
@@ -130,13 +106,13 @@ pub struct Events<B> {
     records: (usize, usize),
     /// The fault-recording register after the last one that was read, while the unit has faults pending.
     next_record: Option<usize>,
-    /// Whether a stopped invalidation queue was reported; it stays stopped.
-    stopped: bool,
+    /// Whether this pass has told that commands failed.
+    told: bool,
 }
 
 impl<B: Bus> Events<B> {
     pub(crate) fn new(bus: B, requests: Option<PageRequestQueue>, records: (usize, usize)) -> Self {
-        Self { bus, requests, records, next_record: None, stopped: false }
+        Self { bus, requests, records, next_record: None, told: false }
     }
 
     /// Lets the unit interrupt: by `faults` for faults and command errors, by `requests` for page requests.
@@ -153,6 +129,7 @@ impl<B: Bus> Events<B> {
 impl<B: Bus> iommu::Events for Events<B> {
     /// Clears `PRS.PPR`, before the tail is read: a request that arrives later sets it again, and interrupts.
     fn acknowledge(&mut self) {
+        self.told = false;
         if self.requests.is_some() {
             regs::PRS.clear(&self.bus, PRS::PPR::SET);
         }
@@ -181,10 +158,11 @@ impl<B: Bus> iommu::Events for Events<B> {
         let (first, count) = self.records;
         let status = regs::FSTS.read(&self.bus);
         if status.is_set(FSTS::PPF) {
-            // FRI is where the faults that are pending began; it does not move as they are read. At most two are looked at:
-            // the one after the last, and that one.
-            let began = status.read(FSTS::FRI) as usize % count;
-            for index in [self.next_record.unwrap_or(began), began] {
+            // FRI is where the faults that are pending began; it does not move as they are read. Units fill the records in
+            // turn, so the next one is after the last. All are looked at before PPF is left standing: while it stands
+            // nothing interrupts.
+            let began = self.next_record.unwrap_or(status.read(FSTS::FRI) as usize);
+            for index in (began..began + count).map(|index| index % count) {
                 let record = regs::FaultRecording::at(first, index);
                 let high = record.high.read(&self.bus).get();
                 // ORDER: F is in the high word; the low word belongs to it only if it is read afterwards.
@@ -204,14 +182,10 @@ impl<B: Bus> iommu::Events for Events<B> {
             regs::FSTS.clear(&self.bus, FSTS::PFO::SET);
             return Some(Event::FaultsLost);
         }
-        if status.any_matching_bits_set(FSTS::IQE::SET + FSTS::ITE::SET) && !self.stopped {
-            // Neither is cleared, so the queue stays stopped and its tickets stay pending: after IQE the unit would fetch
-            // the same descriptor again, and after ITE a later wait would complete although an earlier one was aborted.
-            self.stopped = true;
-            return Some(Event::CommandsFailed { status: status.get() });
-        }
-        if status.is_set(FSTS::ICE) {
-            regs::FSTS.clear(&self.bus, FSTS::ICE::SET);
+        let failed = FSTS::IQE::SET + FSTS::ITE::SET + FSTS::ICE::SET;
+        if status.any_matching_bits_set(failed) && !self.told {
+            // Clearing it is for the command side, which knows what it was about.
+            self.told = true;
             return Some(Event::CommandsFailed { status: status.get() });
         }
         None

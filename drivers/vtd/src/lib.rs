@@ -1,14 +1,15 @@
-//! Driver for Intel VT-d, the IOMMU of x86 platforms, in scalable mode.
+//! Driver for Intel VT-d, the IOMMU of x86 platforms.
 //!
 //! [`Found`] is a unit that was identified and left as it was. [`Found::enable`] takes it into service: from then on
 //! every device that was not assigned is blocked. A unit in service is three halves ([`Vtd`]): what it reports
-//! ([`Events`]), what it is told ([`Commands`]), which device is translated how ([`Tables`]).
+//! ([`Events`]), what it is told ([`Commands`]), which device is translated how ([`Tables`]); and, where it remaps
+//! interrupts, a fourth: which device may interrupt whom ([`Remapping`]).
 //!
 //! The words are those of the VT-d architecture specification, revision 4 and later.
 //!
-//! What it assumes of the hardware: scalable mode, queued invalidation, and no need to flush write buffers
-//! (`ECAP.SMTS`, `ECAP.QI`, not `CAP.RWBF`); a unit without them is refused by name. Firmware left translation and
-//! interrupt remapping off.
+//! What it assumes of the hardware: queued invalidation (`ECAP.QI`), unless the unit is one of old that has neither scalable
+//! mode nor interrupt remapping. Firmware may have left translation, interrupt remapping and the invalidation queue on:
+//! they are taken over without a gap, if translation is by tables of the same mode.
 //!
 //! ```
 //! # use iommu::{Bus, Error, DmaBuf};
@@ -18,19 +19,34 @@
 //! }
 //! ```
 //!
-//! | feature | supported | note |
+//! | feature | supported | note: evidence |
 //! |---|---|---|
 //! | discovery, ACPI `DMAR` | yes | every structure; bridges and paths, several units and segments; one mistake refuses the table |
-//! | reserved regions of firmware | told | [`dmar::Dmar::regions_of`]; whether to map them or refuse the device is the caller's |
-//! | scalable mode, first stage | yes | 4 levels, 5 where reported |
-//! | scalable mode, second stage | encoded | QEMU offers it without page requests |
-//! | PASID | yes | 1 to 8191 for each device |
-//! | queued invalidation, 256 bits | yes | tickets; an error is reported, and stops the queue for good |
-//! | device TLBs | yes | a time-out stops the queue for good |
+//! | reserved regions of firmware | by policy | [`dmar::Dmar::kept_mapped`]: the device is refused, or exactly they stay mapped: model |
+//! | several units | yes | each has a driver of its own; a domain uses what [`Capabilities::common`] says: model |
+//! | scalable mode, first stage | yes | 4 levels: QEMU, model; 5 where reported: model |
+//! | scalable mode, second stage | yes | 3 to 5 levels, as reported: model; QEMU offers it without page requests |
+//! | nested | yes | a guest's page tables over second-stage tables: model; its PASID tables no: the unit reads them by host addresses |
+//! | pass-through | yes | for who vouches for it ([`Trust`](iommu::Trust)): model; in legacy mode without a device TLB |
+//! | legacy mode | yes | where there is no other, or when asked; 3 to 5 levels, pass-through: model |
+//! | blocking without records (`FPD`) | yes | until the device is given back: model |
+//! | page walks that do not look into caches | yes | only then are cache lines flushed: QEMU (nothing to see there), model |
+//! | write buffers (`CAP.RWBF`) | yes | flushed at bring-up and after each entry: model; interrupt entries by their invalidation |
+//! | snooping of accesses (`PGSNP`) | yes | wherever `ECAP.SC` is, in scalable mode: encoded |
+//! | second-stage accessed and dirty bits, execute and supervisor requests | no | |
+//! | PASID | yes | 1 to 8191 for each device: QEMU, model |
+//! | queued invalidation, 256 bits | yes | tickets: QEMU, model |
+//! | queued invalidation, 128 bits | yes | in legacy mode: model |
+//! | register-based invalidation | yes | where there is no queue; each ticket is waited for: model |
+//! | refused descriptors (`IQE`) | replaced | what is behind them is executed: model |
+//! | device TLBs | yes | one wait at a time; virtual functions, throttle ([`Commands::describe`]): QEMU, model |
+//! | silent devices (`ITE`) | named | their ticket has failed, the others go on: model |
+//! | takeover from firmware | yes | translation of the same mode, interrupt remapping, queue, protected memory: model |
 //! | page requests | yes | groups are put together by the broker |
 //! | primary faults | yes | all records, overflow |
-//! | interrupt remapping | on, and empty | no device can interrupt; QEMU lets the compatibility format pass |
-//! | legacy mode, pass-through, nested, takeover | no | |
+//! | interrupt remapping | yes | tables of up to 65536 entries, x2APIC and xAPIC destinations; the source is always validated |
+//! | compatibility format of interrupts | blocked | the model does so; QEMU lets it pass |
+//! | posted interrupts | no | |
 #![cfg_attr(not(test), no_std)]
 #![forbid(unsafe_code)]
 
@@ -39,19 +55,27 @@ pub mod dmar;
 pub mod events;
 mod interrupts;
 mod queue;
+pub mod reason;
 mod regs;
+pub mod remap;
 pub mod tables;
+mod takeover;
+mod tickets;
 
 pub use commands::Commands;
 pub use events::Events;
-pub use tables::{FRAME_WORDS, FRAMES, Tables};
+pub use reason::Reason;
+pub use remap::Remapping;
+pub use tables::{FRAME_WORDS, FRAMES, Mode, Tables};
+pub use tickets::HEAD_LIMIT_US;
 
 use heapless::Vec;
 use iommu::{
     Bus, Capabilities, Commands as _, Completion, DmaBuf, Error, Invalidation, PhysAddr, bus::wait_until,
 };
-use queue::{ENTRY_WORDS, InvalidationQueue, PageRequestQueue};
-use regs::{CAP, ECAP, GLOBAL, IQA, IRTA, PMEN, PQA, RTADDR};
+use queue::{ENTRY_WORDS, InvalidationQueue, NARROW_WORDS, PageRequestQueue, SPARE};
+use regs::{CAP, ECAP, GLOBAL, IQA, IRTA, PMEN, PQA, RTADDR, VER};
+use tables::{Publisher, Snoop};
 use tock_registers::LocalRegisterCopy;
 
 /// How long the unit may take to acknowledge a control write or a first invalidation, in microseconds.
@@ -59,15 +83,15 @@ use tock_registers::LocalRegisterCopy;
 /// The manual sets no bound. 100 ms is short enough for a boot log to say what failed.
 const ACK_LIMIT_US: u64 = 100_000;
 
-/// The one-shot bits of `GCMD`; they read back as status and must not be written back.
-const ONE_SHOT: u32 = 1 << 24 | 1 << 27 | 1 << 29 | 1 << 30;
-
 /// A unit that has been identified and left as it was.
 #[derive(Debug)]
 pub struct Found<B> {
     bus: B,
     cap: LocalRegisterCopy<u64, CAP::Register>,
     ecap: LocalRegisterCopy<u64, ECAP::Register>,
+    mode: Mode,
+    /// The queue that firmware left on, if its memory was lent.
+    old_queue: Option<DmaBuf>,
 }
 
 /// Memory that a unit keeps for as long as it is in service. All of it is aligned to 4 KiB, queues to their size.
@@ -81,15 +105,18 @@ pub struct Memory {
     pub status: DmaBuf,
     /// One to 128 frames, a power of two: the page request queue, 128 entries a frame.
     pub page_requests: DmaBuf,
-    /// Frames for context tables, PASID directories and PASID tables: three for the first device, two for each other. One
-    /// more holds the interrupt remapping table, if the unit has one.
+    /// Frames for context tables, PASID directories and PASID tables: three for the first device, two for each other.
     pub frames: Vec<DmaBuf, FRAMES>,
+    /// One to 256 frames, a power of two: the interrupt remapping table, 256 entries a frame. Not used by a unit that has none.
+    pub interrupts: DmaBuf,
+    /// The local APICs are in x2APIC mode: destinations of interrupts have 32 bits if the unit can (`ECAP.EIM`), else 8.
+    pub x2apic: bool,
     /// Answers to page requests that may be owed at one time; as many entries of the invalidation queue stay free
     /// for them.
     pub answers: usize,
 }
 
-/// A unit in service, in its three halves.
+/// A unit in service, in its three halves, and a fourth where it remaps interrupts.
 #[derive(Debug)]
 pub struct Vtd<B> {
     /// What it reports.
@@ -98,6 +125,8 @@ pub struct Vtd<B> {
     pub commands: Commands<B>,
     /// Which device is translated how.
     pub tables: Tables<B>,
+    /// Which device may interrupt whom; none if the unit leaves interrupts as they are.
+    pub remapping: Option<Remapping<B>>,
 }
 
 impl<B: Bus + Clone> Found<B> {
@@ -107,7 +136,18 @@ impl<B: Bus + Clone> Found<B> {
         if cap.get() == u64::MAX && ecap.get() == u64::MAX {
             return Err(Error::Absent);
         }
-        Ok(Self { bus, cap, ecap })
+        let mode = if ecap.is_set(ECAP::SMTS) { Mode::Scalable } else { Mode::Legacy };
+        Ok(Self { bus, cap, ecap, mode, old_queue: None })
+    }
+
+    /// Returns which tables the unit will walk: those of scalable mode where it has that.
+    pub fn mode(&self) -> Mode {
+        self.mode
+    }
+
+    /// Has the unit walk the tables of legacy mode, whatever else it could.
+    pub fn in_legacy_mode(self) -> Self {
+        Self { mode: Mode::Legacy, ..self }
     }
 
     /// Returns how many bytes of registers the driver uses: the fault-recording registers may lie behind the window that the
@@ -117,36 +157,77 @@ impl<B: Bus + Clone> Found<B> {
         (first + count * 16).max(regs::FIXED_BYTES)
     }
 
-    /// Returns what the unit can do.
+    /// Returns what the unit can do, in its mode.
     pub fn capabilities(&self) -> Capabilities {
         let (cap, ecap) = (self.cap, self.ecap);
-        let pasid = ecap.is_set(ECAP::PASID);
-        let device_tlb = ecap.is_set(ECAP::DT);
+        let scalable = self.mode == Mode::Scalable;
+        let pasid = scalable && ecap.is_set(ECAP::PASID);
+        // A device TLB is told through the queue alone.
+        let device_tlb = ecap.is_set(ECAP::DT) && ecap.is_set(ECAP::QI);
+        let second = self.second_stage_levels();
+        let stage1 = scalable && ecap.is_set(ECAP::FSTS);
+        let stage2 = second != 0 && (!scalable || ecap.is_set(ECAP::SSTS));
+        // What each stage takes that there is.
+        let first_levels = if cap.is_set(CAP::FS5LP) { 5 } else { 4 };
+        let second_levels = second.checked_ilog2().unwrap_or(0) as u8;
+        let levels = match (stage1, stage2) {
+            (true, true) => second_levels.min(first_levels),
+            (true, false) => first_levels,
+            (false, true) => second_levels,
+            (false, false) => 0,
+        };
         Capabilities {
-            stage1: ecap.is_set(ECAP::FSTS),
-            stage2: ecap.is_set(ECAP::SSTS),
-            levels: if cap.is_set(CAP::FS5LP) { 5 } else { 4 },
+            stage1,
+            stage2,
+            levels,
             // Pages of 2 MiB are in every first stage, and none but those of 4 KiB in every second.
             stage1_leaves: 1 << 12 | 1 << 21 | u64::from(cap.is_set(CAP::FS1GP)) << 30,
-            nested: false,
-            bypass: false,
+            nested: stage1 && stage2 && ecap.is_set(ECAP::NEST),
+            bypass: ecap.is_set(ECAP::PT),
             stage2_leaves: 1 << 12 | (cap.read(CAP::SSLPS) & 1) << 21 | (cap.read(CAP::SSLPS) >> 1 & 1) << 30,
             pasid_bits: if pasid { ecap.read(ECAP::PSS) as u8 + 1 } else { 0 },
             // Without drain a device cannot be taken away safely, so its page requests are not used either.
             page_requests: ecap.is_set(ECAP::PRS) && ecap.is_set(ECAP::PDS) && pasid && device_tlb,
             device_tlb,
-            coherent_walks: ecap.is_set(ECAP::SMPWCS),
-            caches_absence: cap.is_set(CAP::CM),
+            coherent_walks: ecap.is_set(if scalable { ECAP::SMPWCS } else { ECAP::C }),
+            // A write buffer is flushed by an invalidation, too.
+            caches_absence: cap.is_set(CAP::CM) || cap.is_set(CAP::RWBF),
         }
+    }
+
+    /// Returns the levels of second-stage tables that the unit walks: bit n set, it walks n.
+    fn second_stage_levels(&self) -> u8 {
+        // SAGAW bit 1 is 39 bits by 3 levels, bit 2 48 by 4, bit 3 57 by 5; bits 0 and 4 are reserved.
+        (self.cap.read(CAP::SAGAW) as u8 & 0b1110) << 2
+    }
+
+    /// Returns whether the unit looks into the CPU's caches for its own tables.
+    ///
+    /// The manual says it of PASID tables in two places; either may be what a unit goes by.
+    fn sees_caches(&self) -> bool {
+        self.ecap.is_set(ECAP::C) && (self.mode == Mode::Legacy || self.ecap.is_set(ECAP::SMPWCS))
     }
 
     /// Takes the unit into service, in the order of the manual. Interrupts stay masked.
     ///
     /// From the write that enables translation on, no device reaches memory. Before, they reach what firmware let
-    /// them: a caller that needs more turns bus masters off first.
-    pub fn enable(self, memory: Memory) -> Result<Vtd<B>, Error> {
+    /// them: a caller that needs more turns bus masters off first. If firmware left translation on, it stays on, and each
+    /// device goes from what firmware let it reach to nothing, in one step. So do interrupts.
+    ///
+    /// On an error the unit is as firmware left it, or lets nothing through; it is never less strict than it was.
+    pub fn enable(mut self, memory: Memory) -> Result<Vtd<B>, Error> {
         self.check()?;
-        let Memory { mut root, invalidation_queue, status, page_requests, mut frames, answers } = memory;
+        self.check_left()?;
+        let Memory {
+            mut root,
+            invalidation_queue,
+            mut status,
+            page_requests,
+            frames,
+            interrupts,
+            x2apic,
+            answers,
+        } = memory;
         let commands_size = queue_size("the invalidation queue", &invalidation_queue)?;
         let requests_size = queue_size("the page request queue", &page_requests)?;
         for (purpose, frame) in [("the root table", &root), ("completions", &status)]
@@ -155,44 +236,64 @@ impl<B: Bus + Clone> Found<B> {
         {
             aligned(purpose, frame, FRAME_WORDS)?;
         }
-        let entries = invalidation_queue.words() / ENTRY_WORDS;
-        if answers + commands::BATCH >= entries {
-            let needed = (answers + commands::BATCH + 1).next_power_of_two() * ENTRY_WORDS;
+        let interrupts_size = interrupt_table_size(&interrupts)?;
+        let width = if self.mode == Mode::Scalable { ENTRY_WORDS } else { NARROW_WORDS };
+        let entries = invalidation_queue.words() / width;
+        if answers + commands::BATCH + SPARE >= entries {
+            let needed = (answers + commands::BATCH + SPARE + 1).next_power_of_two() * width;
             let words = invalidation_queue.words();
             return Err(Error::Memory { purpose: "the invalidation queue", words, needed });
         }
 
-        let bus = &self.bus;
+        let publisher = Publisher {
+            bus: self.bus.clone(),
+            coherent: self.sees_caches(),
+            write_buffer: self.cap.is_set(CAP::RWBF),
+        };
         let page_requests_served = self.capabilities().page_requests;
         for event in [&regs::FAULT_EVENT, &regs::INVALIDATION_EVENT] {
-            interrupts::mask(bus, event);
+            interrupts::mask(&self.bus, event);
         }
         if self.ecap.is_set(ECAP::PRS) {
-            interrupts::mask(bus, &regs::PAGE_REQUEST_EVENT);
+            interrupts::mask(&self.bus, &regs::PAGE_REQUEST_EVENT);
         }
         self.discard_old_faults();
+        self.end_old_queue(&mut status)?;
 
-        regs::IQT.set(bus, 0);
-        let base = invalidation_queue.phys().0 >> 12;
-        regs::IQA.write(bus, IQA::BASE.val(base) + IQA::DW::SET + IQA::QS.val(commands_size));
-        self.command(GLOBAL::QIE::SET.value, "GSTS.QIES")?;
+        let bus = &self.bus;
+        let queue = if self.ecap.is_set(ECAP::QI) {
+            regs::IQT.set(bus, 0);
+            let base = invalidation_queue.phys().0 >> 12;
+            let wide = if width == ENTRY_WORDS { IQA::DW::SET } else { IQA::DW::CLEAR };
+            regs::IQA.write(bus, IQA::BASE.val(base) + wide + IQA::QS.val(commands_size));
+            self.command(GLOBAL::QIE::SET.value, "GSTS.QIES")?;
+            Some(InvalidationQueue::new(invalidation_queue, width))
+        } else {
+            None
+        };
 
         root.clear();
-        bus.publish(root.range(0, FRAME_WORDS));
-        regs::RTADDR.write(bus, RTADDR::RTA.val(root.phys().0 >> 12) + RTADDR::TTM::Scalable);
+        publisher.publish(&root, 0, FRAME_WORDS);
+        publisher.flush_write_buffer()?;
+        let mode = match self.mode {
+            Mode::Legacy => RTADDR::TTM::Legacy,
+            Mode::Scalable => RTADDR::TTM::Scalable,
+        };
+        regs::RTADDR.write(bus, RTADDR::RTA.val(root.phys().0 >> 12) + mode);
         self.command(GLOBAL::SRTP::SET.value, "GSTS.RTPS")?;
 
-        let queue = InvalidationQueue::new(invalidation_queue);
         let mut commands = Commands::new(self.bus.clone(), queue, status, self.command_abilities(), answers);
-        let remaps = self.set_interrupt_table(&mut frames)?;
+        let remapping = self.set_interrupt_table(interrupts, interrupts_size, x2apic, &publisher)?;
         // Also where setting the tables has invalidated everything (CAP.ESRTPS, ESIRTPS): it happens once.
         let all = [Invalidation::All, Invalidation::Interrupts];
-        let ticket = commands.submit(if remaps { &all } else { &all[..1] })?;
+        let ticket = commands.submit(if remapping.is_some() { &all } else { &all[..1] })?;
         wait_until(bus, "the first invalidation", ACK_LIMIT_US, || {
             commands.poll(ticket) == Completion::Done
         })?;
 
-        if remaps {
+        // Interrupts of the compatibility format are not remapped, so they do not pass.
+        self.command_off(GLOBAL::CFI::SET.value, "GSTS.CFIS")?;
+        if remapping.is_some() {
             self.command(GLOBAL::IRE::SET.value, "GSTS.IRES")?;
         }
         self.command(GLOBAL::TE::SET.value, "GSTS.TES")?;
@@ -208,43 +309,36 @@ impl<B: Bus + Clone> Found<B> {
         let requests = page_requests_served.then(|| PageRequestQueue::new(page_requests));
         let abilities = tables::Abilities {
             capabilities: self.capabilities(),
+            mode: self.mode,
             domains: 1 << (4 + 2 * self.cap.read(CAP::ND).min(6)),
+            second_stage_levels: self.second_stage_levels(),
+            five_levels: self.cap.is_set(CAP::FS5LP),
+            snoop: Snoop { walks: self.ecap.is_set(ECAP::SMPWCS), accesses: self.ecap.is_set(ECAP::SC) },
         };
         Ok(Vtd {
             events: Events::new(self.bus.clone(), requests, self.fault_records()),
             commands,
-            tables: Tables::new(self.bus.clone(), root, frames, abilities),
+            tables: Tables::new(publisher, root, frames, abilities),
+            remapping,
         })
     }
 
-    /// Refuses a unit that lacks what the driver rests on, or that firmware left in use.
+    /// Refuses a unit that lacks what the driver rests on.
     fn check(&self) -> Result<(), Error> {
-        for (there, feature) in [
-            (self.ecap.is_set(ECAP::SMTS), "ECAP.SMTS (scalable mode)"),
-            (self.ecap.is_set(ECAP::QI), "ECAP.QI (queued invalidation)"),
-            (!self.cap.is_set(CAP::RWBF), "coherent write buffers (CAP.RWBF is set)"),
-        ] {
-            if !there {
-                return Err(Error::Unsupported { feature });
-            }
-        }
-        let status = regs::GSTS.read(&self.bus);
-        for (on, what) in [
-            (status.is_set(GLOBAL::TE), "translation (GSTS.TES)"),
-            (status.is_set(GLOBAL::QIE), "queued invalidation (GSTS.QIES)"),
-            (status.is_set(GLOBAL::IRE), "interrupt remapping (GSTS.IRES)"),
-            (status.is_set(GLOBAL::CFI), "compatibility format interrupts (GSTS.CFIS)"),
-        ] {
-            if on {
-                return Err(Error::InUse { what });
-            }
+        let queued = self.ecap.is_set(ECAP::QI);
+        // Register-based invalidation knows neither PASIDs nor interrupt entries, and newer units have none.
+        let by_registers = self.mode == Mode::Legacy
+            && !self.ecap.is_set(ECAP::IR)
+            && regs::VER.read(&self.bus).read(VER::MAX) < 6;
+        if !queued && !by_registers {
+            return Err(Error::Unsupported { feature: "ECAP.QI (queued invalidation)" });
         }
         Ok(())
     }
 
     /// Writes `GCMD` with one more bit set, and waits until `GSTS` shows it.
     fn command(&self, bit: u32, status: &'static str) -> Result<(), Error> {
-        let kept = regs::GSTS.read(&self.bus).get() & !ONE_SHOT;
+        let kept = regs::GSTS.read(&self.bus).get() & !regs::ONE_SHOT;
         regs::GCMD.set(&self.bus, kept | bit);
         wait_until(&self.bus, status, ACK_LIMIT_US, || regs::GSTS.read(&self.bus).get() & bit != 0)
     }
@@ -260,20 +354,27 @@ impl<B: Bus + Clone> Found<B> {
     }
 
     /// Sets an interrupt remapping table in which nothing is present, so that no device can interrupt the CPU once remapping
-    /// is on; returns whether the unit has interrupt remapping. One without it leaves interrupts as they are.
+    /// is on. A unit without remapping leaves interrupts as they are.
     ///
     /// The compatibility format is blocked as well (`CFIS` = 0). The unit's own interrupts are not remapped, and come.
-    fn set_interrupt_table(&self, frames: &mut Vec<DmaBuf, FRAMES>) -> Result<bool, Error> {
+    fn set_interrupt_table(
+        &self,
+        table: DmaBuf,
+        size: u64,
+        x2apic: bool,
+        publisher: &Publisher<B>,
+    ) -> Result<Option<Remapping<B>>, Error> {
         if !self.ecap.is_set(ECAP::IR) {
-            return Ok(false);
+            return Ok(None);
         }
-        let mut table = frames.pop().ok_or(Error::Exhausted { what: "frames for tables" })?;
-        table.clear();
-        self.bus.publish(table.range(0, FRAME_WORDS));
-        // A frame holds 256 entries of 128 bits: 2^(7 + 1). It is the unit's from here on.
-        regs::IRTA.write(&self.bus, IRTA::S.val(7) + IRTA::BASE.val(table.phys().0 >> 12));
+        let x2apic = x2apic && self.ecap.is_set(ECAP::EIM);
+        let base = table.phys().0 >> 12;
+        let caches_absence = self.capabilities().caches_absence;
+        let remapping = Remapping::new(publisher.clone(), table, x2apic, caches_absence);
+        publisher.flush_write_buffer()?;
+        regs::IRTA.write(&self.bus, IRTA::S.val(size) + IRTA::EIME.val(x2apic.into()) + IRTA::BASE.val(base));
         self.command(GLOBAL::SIRTP::SET.value, "GSTS.IRTPS")?;
-        Ok(true)
+        Ok(Some(remapping))
     }
 
     /// Clears what faults firmware's time left behind, so that none is taken for a fault of ours.
@@ -297,8 +398,12 @@ impl<B: Bus + Clone> Found<B> {
         commands::Abilities {
             drain: self.cap.read(CAP::DWD) | self.cap.read(CAP::DRD) << 1,
             mask_limit: self.cap.read(CAP::MAMV) as u8,
+            interrupt_mask_limit: self.ecap.read(ECAP::MHMV) as u8,
             second_stage_pages: self.cap.is_set(CAP::PSI),
-            physical_function: self.ecap.is_set(ECAP::DIT),
+            request_drain: self.ecap.is_set(ECAP::PDS),
+            throttle: self.ecap.is_set(ECAP::DIT),
+            registers: self.ecap.read(ECAP::IRO) as usize * 16,
+            mode: self.mode,
         }
     }
 }
@@ -312,6 +417,17 @@ fn aligned(purpose: &'static str, buffer: &DmaBuf, needed: usize) -> Result<(), 
     } else {
         Err(Error::Memory { purpose, words, needed })
     }
+}
+
+/// Returns the manual's size of an interrupt remapping table (`IRTA.S`): log2 of its entries, minus one.
+fn interrupt_table_size(buffer: &DmaBuf) -> Result<u64, Error> {
+    const PURPOSE: &str = "the interrupt remapping table";
+    const LIMIT: usize = remap::ENTRIES * 2;
+    aligned(PURPOSE, buffer, FRAME_WORDS)?;
+    if buffer.words() > LIMIT {
+        return Err(Error::Memory { purpose: PURPOSE, words: buffer.words(), needed: LIMIT });
+    }
+    Ok(u64::from((buffer.words() / 2).ilog2()) - 1)
 }
 
 /// Returns the manual's size of a queue: log2 of its 4 KiB pages.

@@ -4,61 +4,119 @@ use crate::{commands::Descriptor, regs};
 use iommu::{Bus, DmaBuf, Error};
 use tock_registers::LocalRegisterCopy;
 
-/// 64-bit words of a queue entry, in the invalidation queue and in the page request queue.
+/// 64-bit words of an entry of the page request queue, and of the invalidation queue where it is wide.
 pub(crate) const ENTRY_WORDS: usize = 4;
+/// 64-bit words of an entry of the invalidation queue where it is not.
+pub(crate) const NARROW_WORDS: usize = 2;
+
+/// Entries of the invalidation queue that are free for what an error makes necessary, and for nothing else.
+pub(crate) const SPARE: usize = 1;
 
 /// The invalidation queue: the driver fills it at the tail, the unit empties it at the head.
 #[derive(Debug)]
 pub(crate) struct InvalidationQueue {
     ring: DmaBuf,
+    /// 64-bit words of an entry.
+    width: usize,
     tail: usize,
-    /// Where the head was when it was last read; the unit can only be further.
-    head: usize,
+    /// The first entry that is not free: the unit has not fetched it, or its ticket has no end yet.
+    oldest: usize,
 }
 
 impl InvalidationQueue {
-    /// A queue that fills `ring`, whose size is a power of two.
-    pub(crate) fn new(ring: DmaBuf) -> Self {
-        Self { ring, tail: 0, head: 0 }
+    /// A queue that fills `ring`, whose size is a power of two, with entries of `width` words.
+    pub(crate) fn new(ring: DmaBuf, width: usize) -> Self {
+        Self { ring, width, tail: 0, oldest: 0 }
     }
 
-    fn entries(&self) -> usize {
-        self.ring.words() / ENTRY_WORDS
+    /// The queue in `ring` that somebody else filled, and the unit has emptied.
+    pub(crate) fn left<B: Bus>(bus: &B, ring: DmaBuf, width: usize) -> Self {
+        let mut queue = Self::new(ring, width);
+        let units = regs::IQT.read(bus).read(regs::IQ::INDEX) as usize;
+        queue.tail = units * NARROW_WORDS / width % queue.entries();
+        queue.oldest = queue.tail;
+        queue
+    }
+
+    pub(crate) fn entries(&self) -> usize {
+        self.ring.words() / self.width
+    }
+
+    pub(crate) fn tail(&self) -> usize {
+        self.tail
+    }
+
+    /// Returns how many entries `at` is after the oldest one that is in use.
+    pub(crate) fn age(&self, at: usize) -> usize {
+        (at + self.entries() - self.oldest) % self.entries()
+    }
+
+    /// Reads where the unit fetches next. The value is reduced: what hardware says must not lead outside the ring.
+    pub(crate) fn read_head<B: Bus>(&self, bus: &B) -> usize {
+        let units = regs::IQH.read(bus).read(regs::IQ::INDEX) as usize;
+        units * NARROW_WORDS / self.width % self.entries()
     }
 
     /// Entries that can be pushed as far as is known; one stays empty, or full would look like empty.
     fn free(&self) -> usize {
-        (self.head + self.entries() - self.tail - 1) % self.entries()
+        self.entries() - 1 - self.age(self.tail)
     }
 
-    /// Appends `descriptors` and rings the doorbell once, if `reserve` entries remain free after them.
+    /// Gives back the entries that were fetched, up to the first one that is `kept`.
+    fn release<B: Bus>(&mut self, bus: &B, kept: Option<usize>) {
+        let fetched = self.age(self.read_head(bus));
+        // A head past the tail is none.
+        let fetched = if fetched <= self.age(self.tail) { fetched } else { 0 };
+        let released = kept.map_or(fetched, |kept| fetched.min(self.age(kept)));
+        self.oldest = (self.oldest + released) % self.entries();
+    }
+
+    /// Appends `descriptors` and rings the doorbell once, if `reserve` entries remain free after them. Returns where they
+    /// are. What is `kept` is not overwritten, nor anything after it.
     pub(crate) fn push<B: Bus>(
         &mut self,
         bus: &B,
         descriptors: &[Descriptor],
         reserve: usize,
-    ) -> Result<(), Error> {
+        kept: Option<usize>,
+    ) -> Result<usize, Error> {
         let needed = descriptors.len() + reserve;
         if self.free() < needed {
-            // The register is read only when the last known head does not suffice. The value is reduced: what
-            // hardware says must not lead outside the ring.
-            self.head = regs::IQH.read(bus).read(regs::IQ::INDEX) as usize % self.entries();
+            // The register is read only when what is known does not suffice.
+            self.release(bus, kept);
         }
         let free = self.free();
         if free < needed {
             return Err(Error::QueueFull { needed: descriptors.len(), free: free.saturating_sub(reserve) });
         }
-        for descriptor in descriptors {
-            let at = self.tail * ENTRY_WORDS;
-            for (i, word) in descriptor.0.into_iter().enumerate() {
-                self.ring.store(at + i, word);
-            }
-            bus.publish(self.ring.range(at, ENTRY_WORDS));
+        let start = self.tail;
+        for &descriptor in descriptors {
+            self.put(bus, self.tail, descriptor);
             self.tail = (self.tail + 1) % self.entries();
         }
+        self.ring_doorbell(bus);
+        Ok(start)
+    }
+
+    /// Stores a descriptor at entry `at`, and makes it visible to the unit.
+    pub(crate) fn put<B: Bus>(&mut self, bus: &B, at: usize, descriptor: Descriptor) {
+        let at = at * self.width;
+        // The upper half, where there is none, is zero in every descriptor.
+        for (i, word) in descriptor.0.into_iter().take(self.width).enumerate() {
+            self.ring.store(at + i, word);
+        }
+        bus.publish(self.ring.range(at, self.width));
+    }
+
+    /// Returns the first word of entry `at`.
+    pub(crate) fn first_word(&self, at: usize) -> u64 {
+        self.ring.load(at * self.width)
+    }
+
+    /// Tells the unit where the tail is.
+    pub(crate) fn ring_doorbell<B: Bus>(&self, bus: &B) {
         // ORDER: `publish` put every descriptor before this write.
-        regs::IQT.write(bus, regs::IQ::INDEX.val(self.tail as u64));
-        Ok(())
+        regs::IQT.write(bus, regs::IQ::INDEX.val((self.tail * self.width / NARROW_WORDS) as u64));
     }
 }
 

@@ -41,12 +41,26 @@ register_bitfields![u64,
     ],
     /// Extended Capability Register.
     pub(crate) ECAP [
+        /// Page walks snoop the CPU's caches: root, context and PASID tables, and paging structures of legacy mode.
+        C OFFSET(0) NUMBITS(1) [],
         /// Queued invalidation.
         QI OFFSET(1) NUMBITS(1) [],
         /// Device TLBs.
         DT OFFSET(2) NUMBITS(1) [],
         /// Interrupt remapping.
         IR OFFSET(3) NUMBITS(1) [],
+        /// Pass-through.
+        PT OFFSET(6) NUMBITS(1) [],
+        /// Snoop control: accesses can be made to snoop the CPU's caches.
+        SC OFFSET(7) NUMBITS(1) [],
+        /// IOTLB register offset, in 16 bytes.
+        IRO OFFSET(8) NUMBITS(10) [],
+        /// Nested translation.
+        NEST OFFSET(26) NUMBITS(1) [],
+        /// Extended interrupt mode: x2APIC destinations.
+        EIM OFFSET(4) NUMBITS(1) [],
+        /// Maximum handle mask value: of index-selective interrupt entry invalidations.
+        MHMV OFFSET(20) NUMBITS(4) [],
         /// Page requests.
         PRS OFFSET(29) NUMBITS(1) [],
         /// PASID width, minus one.
@@ -70,6 +84,7 @@ register_bitfields![u64,
     pub(crate) RTADDR [
         /// Translation table mode.
         TTM OFFSET(10) NUMBITS(2) [
+            Legacy = 0b00,
             Scalable = 0b01,
         ],
         /// Root table address, in 4 KiB.
@@ -77,8 +92,29 @@ register_bitfields![u64,
     ],
     /// Invalidation Queue Head, and Tail.
     pub(crate) IQ [
-        /// Byte offset of a 256-bit descriptor, in 32 bytes.
-        INDEX OFFSET(5) NUMBITS(14) [],
+        /// Byte offset of a descriptor, in 16 bytes.
+        INDEX OFFSET(4) NUMBITS(15) [],
+    ],
+    /// Invalidation Queue Error Record.
+    pub(crate) IQERCD [
+        /// Source-id of the device that did not answer; 0 where the unit does not tell.
+        ITESID OFFSET(32) NUMBITS(16) [],
+        /// Source-id of the device whose answer nobody waited for.
+        ICESID OFFSET(48) NUMBITS(16) [],
+    ],
+    /// Context Command Register.
+    pub(crate) CCMD [
+        /// What was invalidated: 0 is nothing.
+        CAIG OFFSET(59) NUMBITS(2) [],
+        /// Invalidate; cleared when done.
+        ICC OFFSET(63) NUMBITS(1) [],
+    ],
+    /// IOTLB Invalidate Register.
+    pub(crate) IOTLB [
+        /// What was invalidated: 0 is nothing.
+        IAIG OFFSET(57) NUMBITS(2) [],
+        /// Invalidate; cleared when done.
+        IVT OFFSET(63) NUMBITS(1) [],
     ],
     /// Invalidation Queue Address Register.
     pub(crate) IQA [
@@ -93,6 +129,8 @@ register_bitfields![u64,
     pub(crate) IRTA [
         /// Size: 2^(S + 1) entries.
         S OFFSET(0) NUMBITS(4) [],
+        /// Extended interrupt mode enable: destinations are x2APIC IDs.
+        EIME OFFSET(11) NUMBITS(1) [],
         /// Base address, in 4 KiB.
         BASE OFFSET(12) NUMBITS(52) [],
     ],
@@ -111,6 +149,11 @@ register_bitfields![u64,
 ];
 
 register_bitfields![u32,
+    /// Version Register.
+    pub(crate) VER [
+        /// Major version.
+        MAX OFFSET(4) NUMBITS(4) [],
+    ],
     /// Global Command, and Global Status.
     pub(crate) GLOBAL [
         /// Compatibility format interrupts pass.
@@ -171,21 +214,27 @@ register_bitfields![u32,
     ],
 ];
 
+pub(crate) const VER: Ro<u32, VER::Register> = Ro::at(0x000);
 pub(crate) const CAP: Ro<u64, CAP::Register> = Ro::at(0x008);
 pub(crate) const ECAP: Ro<u64, ECAP::Register> = Ro::at(0x010);
 pub(crate) const GCMD: Rw<u32, GLOBAL::Register> = Rw::at(0x018);
 pub(crate) const GSTS: Ro<u32, GLOBAL::Register> = Ro::at(0x01C);
 pub(crate) const RTADDR: Rw<u64, RTADDR::Register> = Rw::at(0x020);
+pub(crate) const CCMD: Rw<u64, CCMD::Register> = Rw::at(0x028);
 pub(crate) const FSTS: W1c<u32, FSTS::Register> = W1c::at(0x034);
 pub(crate) const PMEN: Rw<u32, PMEN::Register> = Rw::at(0x064);
 pub(crate) const IQH: Ro<u64, IQ::Register> = Ro::at(0x080);
 pub(crate) const IQT: Rw<u64, IQ::Register> = Rw::at(0x088);
 pub(crate) const IQA: Rw<u64, IQA::Register> = Rw::at(0x090);
+pub(crate) const IQERCD: Ro<u64, IQERCD::Register> = Ro::at(0x0B0);
 pub(crate) const IRTA: Rw<u64, IRTA::Register> = Rw::at(0x0B8);
 pub(crate) const PQH: Rw<u64, PQ::Register> = Rw::at(0x0C0);
 pub(crate) const PQT: Rw<u64, PQ::Register> = Rw::at(0x0C8);
 pub(crate) const PQA: Rw<u64, PQA::Register> = Rw::at(0x0D0);
 pub(crate) const PRS: W1c<u32, PRS::Register> = W1c::at(0x0DC);
+
+/// The one-shot bits of `GCMD`; they read back as status and must not be written back.
+pub(crate) const ONE_SHOT: u32 = 1 << 24 | 1 << 27 | 1 << 29 | 1 << 30;
 
 /// The end of the registers that have a fixed place, as far as the driver uses them.
 pub(crate) const FIXED_BYTES: usize = 0x0F0;
@@ -216,6 +265,19 @@ pub(crate) const INVALIDATION_EVENT: EventRegisters = EventRegisters::at(0x0A0);
 /// Page request event: `PECTL`, `PEDATA`, `PEADDR`, `PEUADDR`.
 pub(crate) const PAGE_REQUEST_EVENT: EventRegisters = EventRegisters::at(0x0E0);
 
+/// The registers of register-based invalidation at an offset that the unit reports: what, and the command.
+pub(crate) struct IotlbRegisters {
+    pub(crate) address: Rw<u64>,
+    pub(crate) command: Rw<u64, IOTLB::Register>,
+}
+
+impl IotlbRegisters {
+    /// Those at `offset` bytes (16 `ECAP.IRO`).
+    pub(crate) fn at(offset: usize) -> Self {
+        Self { address: Rw::at(offset), command: Rw::at(offset + 8) }
+    }
+}
+
 /// A fault-recording register (`FRCD`), 128 bits wide, at an offset that the unit reports.
 pub(crate) struct FaultRecording {
     pub(crate) low: Ro<u64>,
@@ -236,7 +298,7 @@ mod tests {
     use super::*;
     use tock_registers::{LocalRegisterCopy, fields::FieldValue};
 
-    /// The registers of facts/vtd.md, section 8, rows 71, 73, 76.
+    /// The registers of facts/vtd.md, section 8, rows 71, 73, 75, 76.
     #[test]
     fn address_registers_hold_the_words_of_the_manual() {
         let value = |fields: FieldValue<u64, RTADDR::Register>| fields.value;
@@ -244,7 +306,7 @@ mod tests {
         let value = |fields: FieldValue<u64, IQA::Register>| fields.value;
         assert_eq!(value(IQA::DW::SET + IQA::BASE.val(0x6) + IQA::QS.val(0)), 0x6800);
         let value = |fields: FieldValue<u64, IRTA::Register>| fields.value;
-        assert_eq!(value(IRTA::S.val(15) + IRTA::BASE.val(0x100)), 0x0010_000F, "row 75 without EIME");
+        assert_eq!(value(IRTA::S.val(15) + IRTA::EIME.val(1) + IRTA::BASE.val(0x100)), 0x0010_080F);
         let value = |fields: FieldValue<u64, PQA::Register>| fields.value;
         assert_eq!(value(PQA::PQS.val(5) + PQA::BASE.val(0x200)), 0x0020_0005);
     }
@@ -262,7 +324,8 @@ mod tests {
         assert!(ecap.is_set(ECAP::QI) && ecap.is_set(ECAP::DT) && ecap.is_set(ECAP::PRS));
         assert!(ecap.is_set(ECAP::PASID) && ecap.is_set(ECAP::PDS) && ecap.is_set(ECAP::SMTS));
         assert!(ecap.is_set(ECAP::FSTS) && !ecap.is_set(ECAP::SSTS) && !ecap.is_set(ECAP::SMPWCS));
-        assert_eq!(ecap.read(ECAP::PSS), 19);
+        assert_eq!((ecap.read(ECAP::PSS), ecap.read(ECAP::MHMV)), (19, 15));
+        assert!(ecap.is_set(ECAP::IR) && ecap.is_set(ECAP::EIM));
     }
 
     #[test]

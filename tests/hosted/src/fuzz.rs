@@ -337,8 +337,9 @@ fn vtd_request(entry: vtd::events::RequestEntry) {
     match entry.decode() {
         iommu::Event::PageRequest(request) => check_request(request, 0xFFFF),
         iommu::Event::StopMarker { pasid, .. } => assert!(pasid.is_some()),
-        iommu::Event::Malformed { words } => {
-            assert!(words[0] & 0xFF != 1 && words == [entry.0[0], entry.0[1]])
+        iommu::Event::Malformed { words, group } => {
+            assert!(words[0] & 0xFF != 1 && words == [entry.0[0], entry.0[1]]);
+            assert!(group.is_none_or(|(stream, tag)| stream.0 <= 0xFFFF && tag.index < 512));
         }
         other => panic!("{other:?}"),
     }

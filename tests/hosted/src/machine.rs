@@ -41,6 +41,8 @@ pub fn needs(memory: &Memory) -> vtd::Memory {
         status: frame(),
         page_requests: frame(),
         frames: (0..20).map(|_| frame()).collect(),
+        interrupts: frame(),
+        x2apic: true,
         answers: 64,
     }
 }
@@ -52,12 +54,30 @@ impl Machine {
         let needs = needs(&memory);
         Self::enable(unit, memory, unit, needs).expect("it comes into service")
     }
+
+    /// A machine with its unit in service in legacy mode.
+    pub fn legacy(config: Config) -> Self {
+        let (unit, memory) = unit(config);
+        let needs = needs(&memory);
+        let found = Found::probe(unit).expect("it is there").in_legacy_mode();
+        Self::from_found(found, unit, memory, needs).expect("it comes into service")
+    }
 }
 
 impl<B: Bus + Clone> Machine<B> {
     /// Takes `unit` into service through `bus`.
     pub fn enable(unit: &'static VtdUnit, memory: Memory, bus: B, needs: vtd::Memory) -> Result<Self, Error> {
-        let vtd = Found::probe(bus)?.enable(needs)?;
+        Self::from_found(Found::probe(bus)?, unit, memory, needs)
+    }
+
+    /// Takes `unit`, which is `found`, into service.
+    pub fn from_found(
+        found: Found<B>,
+        unit: &'static VtdUnit,
+        memory: Memory,
+        needs: vtd::Memory,
+    ) -> Result<Self, Error> {
+        let vtd = found.enable(needs)?;
         let frames = TableFrames::new(memory.clone(), usize::MAX);
         Ok(Self { memory, unit, vtd, frames })
     }
@@ -98,7 +118,16 @@ impl<B: Bus + Clone> Machine<B> {
 
     /// Attaches a PASID of a device, or accesses without one, to first-stage tables.
     pub fn attach(&mut self, stream: StreamId, pasid: Option<Pasid>, tree: &Tree<impl Format>) -> Attachment {
-        let translation = Translation::Stage1(root(tree.root().0, tree.levels()));
+        self.attach_by(stream, pasid, Translation::Stage1(root(tree.root().0, tree.levels())))
+    }
+
+    /// Attaches a PASID of a device, or accesses without one.
+    pub fn attach_by(
+        &mut self,
+        stream: StreamId,
+        pasid: Option<Pasid>,
+        translation: Translation,
+    ) -> Attachment {
         let attached = self.vtd.tables.attach(stream, pasid, translation);
         let (attachment, invalidations) = attached.expect("it can be attached");
         self.invalidate(&invalidations);

@@ -586,3 +586,24 @@ fn stop_markers_and_malformed_entries_between_its_requests_leave_a_group_as_it_i
     assert_eq!(pages, [0x1_0000, 0x1_2000]);
     world.assert_balance(disk, 1);
 }
+
+#[test]
+fn a_group_with_a_part_that_nobody_can_read_is_refused_when_it_ends() {
+    let mut world = World::new();
+    let disk = world.attached(DISK, &LIMITS, 0);
+    let tag = part(DISK, 1, 0).tag;
+    assert_eq!(world.admit(part(DISK, 1, 0x10), 0), Did::Nothing);
+    assert_eq!(world.admit(part(DISK, 2, 0x20), 0), Did::Nothing);
+
+    world.broker.malformed(DISK, tag, 1);
+    // Of a group that nobody knows, or of another device, it says nothing.
+    world.broker.malformed(DISK, part(DISK, 7, 0).tag, 1);
+    world.broker.malformed(NIC, part(NIC, 2, 0).tag, 1);
+
+    assert_eq!(world.admit(last(DISK, 1, 0x11), 2), refused(DISK, 1));
+    assert_eq!(world.admit(last(DISK, 2, 0x21), 2), Did::Forwarded(0));
+    assert_eq!(world.deliver_one(0, 2).pages.len(), 2);
+    let tally = world.ledger.tally(disk).expect("it is there");
+    assert_eq!((tally.poisoned, tally.refused, tally.opened), (1, 1, 2));
+    world.assert_balance(disk, 1);
+}

@@ -6,13 +6,15 @@
 
 use hosted::root;
 use iommu::{
-    Access, DomainId, Event, FaultReason, Features, GroupTag, Iova, Outcome, PageRequest, PageResponse,
+    Access, DomainId, Event, FaultReason, Features, Gpa, GroupTag, Iova, Outcome, PageRequest, PageResponse,
     Pasid, Perms, PhysAddr, StreamId,
 };
 use vtd::{
+    Reason,
     commands::Descriptor,
     events::{FaultEntry, RequestEntry},
-    tables::{ContextEntry, DirectoryEntry, PasidEntry, RootHalf},
+    remap::{Delivery, Destination, Interrupt, Pin, Redirection, Refusal, RemapEntry, Source, message},
+    tables::{ContextEntry, DirectoryEntry, LegacyContext, LegacyRoot, PasidEntry, RootHalf, Snoop},
 };
 
 fn pasid(value: u32) -> Pasid {
@@ -26,6 +28,8 @@ mod tables {
     use super::*;
 
     const ALL: Features = Features { device_tlb: true, page_requests: true, pasid: true };
+    const WALKS: Snoop = Snoop { walks: true, accesses: false };
+    const NONE: Snoop = Snoop { walks: false, accesses: false };
 
     #[test]
     fn each_half_of_a_root_entry_points_at_its_context_table() {
@@ -60,23 +64,77 @@ mod tables {
     #[test]
     fn a_first_stage_entry_has_its_fields_in_the_places_of_the_manual() {
         // Row 11 without SRE and WPE: w0 1 | AW 2<<2 | PGTT 1<<6; w1 6 | PWSNP 1<<23; w2 0x55555<<12.
-        let entry = PasidEntry::first_stage(root(0x5555_5000, 4), DomainId(6), true);
+        let entry = PasidEntry::first_stage(root(0x5555_5000, 4), DomainId(6), WALKS);
         assert_eq!(entry.0, [0x49, 0x0080_0006, 0x5555_5000, 0, 0, 0, 0, 0]);
 
         // Row 12 without PGSNP, SRE, EAFE: w0 1 | AW 3<<2 | PGTT 1<<6; w1 0xABC; w2 FSPM 1<<2 | 1<<12.
-        let entry = PasidEntry::first_stage(root(0x1000, 5), DomainId(0xABC), false);
+        let entry = PasidEntry::first_stage(root(0x1000, 5), DomainId(0xABC), NONE);
         assert_eq!(entry.0, [0x4D, 0xABC, 0x1004, 0, 0, 0, 0, 0]);
     }
 
     #[test]
     fn a_second_stage_entry_has_its_fields_in_the_places_of_the_manual() {
         // Row 13 without SSADE and PGSNP: w0 1 | AW 2<<2 | PGTT 2<<6 | 0x333333<<12; w1 0x42 | PWSNP 1<<23.
-        let entry = PasidEntry::second_stage(root(0x3_3333_3000, 4), DomainId(0x42), true);
+        let entry = PasidEntry::second_stage(root(0x3_3333_3000, 4), DomainId(0x42), WALKS);
         assert_eq!(entry.0, [0x0000_0003_3333_3089, 0x0080_0042, 0, 0, 0, 0, 0, 0]);
 
         // AW: 1 is 3 levels, 3 is 5. w0 1 | AW<<2 | PGTT 2<<6 | 1<<12.
-        assert_eq!(PasidEntry::second_stage(root(0x1000, 3), DomainId(1), false).0[0], 0x1085);
-        assert_eq!(PasidEntry::second_stage(root(0x1000, 5), DomainId(1), false).0[0], 0x108D);
+        assert_eq!(PasidEntry::second_stage(root(0x1000, 3), DomainId(1), NONE).0[0], 0x1085);
+        assert_eq!(PasidEntry::second_stage(root(0x1000, 5), DomainId(1), NONE).0[0], 0x108D);
+    }
+
+    #[test]
+    fn a_nested_entry_has_both_stages_in_the_places_of_the_manual() {
+        // Row 14 without SRE and WPE: w0 1 | AW 3<<2 | PGTT 3<<6 | 0x800<<12; w1 0x1001; w2 FSPM 1<<2 | 0x900<<12.
+        let entry = PasidEntry::nested(Gpa(0x90_0000), 5, root(0x80_0000, 5), DomainId(0x1001), NONE);
+        assert_eq!(entry.0, [0x0080_00CD, 0x1001, 0x0090_0004, 0, 0, 0, 0, 0]);
+
+        // The levels of each stage are its own. w0 1 | AW 1<<2 | PGTT 3<<6 | 0x800<<12; w2 FSPM 0.
+        let entry = PasidEntry::nested(Gpa(0x90_0000), 4, root(0x80_0000, 3), DomainId(2), NONE);
+        assert_eq!(entry.0, [0x0080_00C5, 2, 0x0090_0000, 0, 0, 0, 0, 0]);
+    }
+
+    #[test]
+    fn a_bypassing_entry_names_no_tables() {
+        // Row 15: AW 2 is 4 levels.
+        assert_eq!(PasidEntry::bypass(4, DomainId(1), WALKS).0, [0x109, 0x0080_0001, 0, 0, 0, 0, 0, 0]);
+        // AW 3: 1 | 3<<2 | 4<<6.
+        assert_eq!(PasidEntry::bypass(5, DomainId(1), NONE).0, [0x10D, 1, 0, 0, 0, 0, 0, 0]);
+    }
+
+    #[test]
+    fn accesses_snoop_where_an_entry_says_so() {
+        // Row 13 without SSADE, row 15 with PGSNP and without PWSNP: PGSNP 1<<24, PWSNP 1<<23.
+        let both = Snoop { walks: true, accesses: true };
+        let entry = PasidEntry::second_stage(root(0x3_3333_3000, 4), DomainId(0x42), both);
+        assert_eq!(entry.0[1], 0x0180_0042);
+        let accesses = Snoop { walks: false, accesses: true };
+        assert_eq!(PasidEntry::bypass(4, DomainId(1), accesses).0[1], 0x0100_0001);
+    }
+
+    #[test]
+    fn an_entry_that_refuses_everything_keeps_its_domain_and_is_not_present() {
+        assert_eq!(PasidEntry::blocked(DomainId(0x42)).0, [0, 0x42, 0, 0, 0, 0, 0, 0]);
+        // DID is 87:72, bit 8 of the second word: 0x42<<8.
+        assert_eq!(LegacyContext::blocked(DomainId(0x42)).0, [0, 0x4200]);
+    }
+
+    #[test]
+    fn a_legacy_root_entry_points_at_the_context_table_of_its_bus() {
+        // Row 1.
+        assert_eq!(LegacyRoot::new(PhysAddr(0x1234_5000)).0, [0x1234_5001, 0]);
+    }
+
+    #[test]
+    fn a_legacy_context_entry_has_its_fields_in_the_places_of_the_manual() {
+        // Row 2.
+        let entry = LegacyContext::second_stage(root(0xABCD_E000, 4), DomainId(5), false);
+        assert_eq!(entry.0, [0xABCD_E001, 0x0502]);
+        // Row 3 without FPD: w0 1 | TT 1<<2 | 0x100001<<12.
+        let entry = LegacyContext::second_stage(root(0x1_0000_1000, 3), DomainId(0x1234), true);
+        assert_eq!(entry.0, [0x1_0000_1005, 0x0012_3401]);
+        // Row 4.
+        assert_eq!(LegacyContext::bypass(5, DomainId(3)).0, [0x9, 0x0303]);
     }
 }
 
@@ -89,6 +147,8 @@ mod invalidation_descriptors {
         assert_eq!(Descriptor::all_contexts().0, [0x11, 0, 0, 0]);
         // Row 23 with DID 0, which scalable mode ignores: 1 | 3<<4 | 0x3FA<<32.
         assert_eq!(Descriptor::context(StreamId(0x03FA)).0, [0x0000_03FA_0000_0031, 0, 0, 0]);
+        // Row 23 whole, as legacy mode has it.
+        assert_eq!(Descriptor::context_of(7, StreamId(0x03FA)).0, [0x0000_03FA_0007_0031, 0, 0, 0]);
     }
 
     #[test]
@@ -113,6 +173,33 @@ mod invalidation_descriptors {
         assert_eq!(Descriptor::device_tlb(StreamId(0x0300), StreamId(0x0300)).0[0], 0x0300_0300_0000_0003);
         // A unit without ECAP.DIT is told no physical function.
         assert_eq!(Descriptor::device_tlb(StreamId(0x0108), StreamId(0)).0[0], 0x0000_0108_0000_0003);
+    }
+
+    #[test]
+    fn a_device_is_asked_no_more_than_it_takes_at_one_time() {
+        // Rows 29 and 42, first words: MIP 16 in 20:16 of type 3, MIP 8 in 8:4 of type 8.
+        let all = Descriptor::device_tlb(StreamId(0xFA), StreamId(0xF9));
+        assert_eq!(all.at_most(16).0[0], 0x00F0_00FA_0010_9003);
+        let of_pasid = Descriptor::pasid_device_tlb(StreamId(0x0108), StreamId(0x0100), pasid(5));
+        assert_eq!(of_pasid.at_most(8).0[0], 0x0100_0005_0108_0088);
+        // 32 is told as zero.
+        assert_eq!((all.at_most(32), of_pasid.at_most(32)), (all, of_pasid));
+        assert_eq!(
+            (all.at_most(31).0[0], of_pasid.at_most(31).0[0]),
+            (all.0[0] | 31 << 16, of_pasid.0[0] | 31 << 4)
+        );
+    }
+
+    #[test]
+    fn a_context_of_legacy_mode_is_named_with_its_domain() {
+        // Row 23: DID 7, SID 0x03FA.
+        assert_eq!(Descriptor::context_of(7, StreamId(0x03FA)).0, [0x0000_03FA_0007_0031, 0, 0, 0]);
+    }
+
+    #[test]
+    fn what_does_nothing_is_a_wait_without_a_fence() {
+        // Row 33 with data 0: 5 | SW 1<<5.
+        assert_eq!(Descriptor::nothing(PhysAddr(0x1000_0040)).0, [0x25, 0x1000_0040, 0, 0]);
     }
 
     #[test]
@@ -240,7 +327,15 @@ mod page_requests {
     fn an_entry_of_another_type_is_kept_as_it_was() {
         for kind in (0..=0xFF).filter(|&kind| kind != 1) {
             let words = [0x0000_0005_0020_0100 | kind, 0x15];
-            assert_eq!(RequestEntry([words[0], words[1], 7, 8]).decode(), Event::Malformed { words });
+            // Where a request has them: RID 0x20, PASID 5, PRGI 2.
+            let group = Some((StreamId(0x20), GroupTag { pasid: Some(pasid(5)), index: 2 }));
+            assert_eq!(RequestEntry([words[0], words[1], 7, 8]).decode(), Event::Malformed { words, group });
+            // Bits 15:10 and 63:54 are no request's: whatever it is, it names no group.
+            for bit in (10..16).chain(54..64) {
+                let words = [words[0] | 1 << bit, words[1]];
+                let expected = Event::Malformed { words, group: None };
+                assert_eq!(RequestEntry([words[0], words[1], 0, 0]).decode(), expected);
+            }
         }
     }
 
@@ -328,6 +423,142 @@ mod fault_records {
             let fault = FaultEntry([0, 1 << 63 | u64::from(code) << 32]).decode().expect("F is set");
 
             assert_eq!((fault.reason, fault.code), (expected, code), "{code:#04x}");
+        }
+    }
+
+    #[test]
+    fn each_reason_that_the_sources_explain_has_a_name_and_every_other_keeps_its_code() {
+        let named: Vec<u16> = REASONS.iter().flat_map(|(_, codes)| codes.iter().copied()).collect();
+        for code in 0..0x200 {
+            let reason = Reason::of(code);
+
+            assert_eq!(reason.code(), code);
+            assert_eq!(reason == Reason::Other(code), !named.contains(&code), "{code:#x}: {reason:?}");
+        }
+        // A look at each table of the sheet (4.2).
+        assert_eq!(Reason::of(0x02), Reason::ContextNotPresent, "LCT.2");
+        assert_eq!(Reason::of(0x26), Reason::WrongSource);
+        assert_eq!(Reason::of(0x47), Reason::PageRequestBlocked, "SCT.8");
+        assert_eq!(Reason::of(0x59), Reason::PasidNotPresent, "SPT.2");
+        assert_eq!(Reason::of(0x75), Reason::NestedRootNotReadable, "SFS.6");
+        assert_eq!(Reason::of(0x79), Reason::SecondStageNotPresent, "SSS.2");
+        assert_eq!(Reason::of(0x80), Reason::NotCanonical, "SGN.1");
+    }
+}
+
+mod interrupt_remapping {
+    use super::*;
+
+    const fn function(id: u32) -> Source {
+        Source::Function(StreamId(id))
+    }
+
+    #[test]
+    fn an_entry_has_its_fields_in_the_places_of_the_manual() {
+        let x2apic = |source, id, vector| {
+            RemapEntry::new(source, Interrupt::fixed(Destination::Physical(id), vector), true)
+        };
+        // Row 58.
+        assert_eq!(
+            x2apic(function(0x108), 0x1234_5678, 0x41),
+            Ok(RemapEntry([0x1234_5678_0041_0001, 0x0004_0108]))
+        );
+        // Row 59: logical, RH, level, lowest priority.
+        let lowest = Interrupt {
+            destination: Destination::Logical(0x0F),
+            delivery: Delivery::LowestPriority,
+            vector: 0x30,
+            level: true,
+        };
+        assert_eq!(
+            RemapEntry::new(function(0xF0F8), lowest, false),
+            Ok(RemapEntry([0x0000_0F00_0030_003D, 0x0004_F0F8]))
+        );
+        // Row 60 without FPD.
+        assert_eq!(
+            x2apic(Source::Buses { first: 2, last: 5 }, 7, 0x55),
+            Ok(RemapEntry([0x7_0055_0001, 0x0008_0205]))
+        );
+        // Row 61.
+        let all_functions = Source::Phantoms { function: StreamId(0x200), bits: 3 };
+        assert_eq!(x2apic(all_functions, 1, 0x66), Ok(RemapEntry([0x1_0066_0001, 0x0007_0200])));
+        // NMI: 1 | DLM 4<<5 | 1<<40, without a vector.
+        let nmi = Interrupt { delivery: Delivery::Nmi, ..Interrupt::fixed(Destination::Physical(1), 0x41) };
+        assert_eq!(RemapEntry::new(function(0x108), nmi, false).map(|e| e.0[0]), Ok(0x0000_0100_0000_0081));
+    }
+
+    #[test]
+    fn an_entry_that_would_mean_something_else_is_refused() {
+        let fixed = Interrupt::fixed(Destination::Physical(1), 0x41);
+        let refused = |source, interrupt, x2apic| RemapEntry::new(source, interrupt, x2apic).is_err();
+
+        assert!(!refused(function(0xFFFF), fixed, false));
+        assert!(refused(function(0x1_0000), fixed, false), "a source-id has 16 bits");
+        for bits in [0, 4, 255] {
+            assert!(refused(Source::Phantoms { function: StreamId(8), bits }, fixed, false));
+        }
+        assert!(refused(Source::Buses { first: 3, last: 2 }, fixed, false));
+        assert!(!refused(Source::Buses { first: 2, last: 2 }, fixed, false));
+        let beyond = Interrupt::fixed(Destination::Physical(0x100), 0x41);
+        assert!(refused(function(8), beyond, false), "xAPIC: 8 bits");
+        assert!(!refused(function(8), beyond, true));
+        for vector in [0, 15, 31] {
+            assert!(refused(function(8), Interrupt { vector, ..fixed }, true));
+        }
+        assert!(!refused(function(8), Interrupt { vector: 32, ..fixed }, true));
+    }
+
+    #[test]
+    fn a_message_names_its_entry_in_the_bits_of_the_manual() {
+        // Rows 67 to 70.
+        for (handle, several, address) in [
+            (0x5, false, 0xFEE0_00B0),
+            (0x5, true, 0xFEE0_00B8),
+            (0x8001, true, 0xFEE0_003C),
+            (0xFFFF, false, 0xFEEF_FFF4),
+        ] {
+            let message = message(handle, several, 3);
+            assert_eq!((message.address, message.data), (address, if several { 3 } else { 0 }));
+        }
+    }
+
+    #[test]
+    fn a_pin_names_its_entry_in_the_bits_of_the_manual() {
+        // Rows 63 and 64.
+        let low = Pin { active_low: true, masked: false };
+        assert_eq!(Redirection::new(0x1234, 0x31, true, low).0, [0x2469_0000_0000_A031]);
+        let masked = Pin { active_low: false, masked: true };
+        assert_eq!(Redirection::new(0x8001, 0x52, false, masked).0, [0x0003_0000_0001_0852]);
+    }
+
+    #[test]
+    fn interrupt_entries_are_forgotten_by_index_and_mask() {
+        // Rows 31 and 32; one entry: 4 | 1<<4 | 0xFFFF<<32.
+        assert_eq!(Descriptor::all_interrupt_entries().0, [4, 0, 0, 0]);
+        assert_eq!(Descriptor::interrupt_entries(0x1230, 3).0, [0x0000_1230_1800_0014, 0, 0, 0]);
+        assert_eq!(Descriptor::interrupt_entries(0xFFFF, 0).0, [0x0000_FFFF_0000_0014, 0, 0, 0]);
+    }
+
+    #[test]
+    fn a_fault_says_why_an_interrupt_was_refused_and_which() {
+        // Row 57, and the other reasons of 4.2 in its place.
+        let fault = |code: u64| FaultEntry([0x1234_0000_0000_0000, 1 << 63 | code << 32 | 0xF0F8]).decode();
+        for (code, expected) in [
+            (0x20, Refusal::Reserved),
+            (0x21, Refusal::PastTheEnd),
+            (0x22, Refusal::NotPresent),
+            (0x23, Refusal::Unreadable),
+            (0x24, Refusal::BadEntry),
+            (0x25, Refusal::CompatibilityFormat),
+            (0x26, Refusal::WrongSource),
+        ] {
+            let fault = fault(code).expect("F is set");
+            assert_eq!((fault.stream, fault.reason), (StreamId(0xF0F8), FaultReason::Interrupt));
+            assert_eq!(Refusal::of(&fault), Some((expected, 0x1234)), "{code:#x}");
+        }
+        // 0x0E and 0x87 are about memory accesses that end in the interrupt range.
+        for code in [0x05, 0x0E, 0x1F, 0x27, 0x87] {
+            assert_eq!(Refusal::of(&fault(code).expect("F is set")), None, "{code:#x}");
         }
     }
 }

@@ -24,7 +24,6 @@ const SRTP: u32 = 1 << 30;
 const QIE: u32 = 1 << 26;
 const IRE: u32 = 1 << 25;
 const SIRTP: u32 = 1 << 24;
-const CFI: u32 = 1 << 23;
 
 /// Writes `GCMD` as firmware would, and waits for `GSTS`.
 fn command(unit: &VtdUnit, value: u32, status: u32) {
@@ -109,9 +108,9 @@ fn bring_up_follows_the_order_of_the_manual() {
         ]
     );
     assert_eq!(machine.unit.read32(GSTS), TE | SRTP | QIE | IRE | SIRTP, "and not CFIS");
-    // 1.7: 256 entries (S = 7), EIME 0, in a table where nothing is present.
+    // 1.7: 256 entries (S = 7), EIME, in a table where nothing is present.
     let irta = machine.unit.read64(0xB8);
-    assert_eq!(irta & 0xFFF, 7);
+    assert_eq!(irta & 0xFFF, 0x807);
     assert!((0..512).all(|word| machine.memory.device_load(PhysAddr((irta & !0xFFF) + word * 8)) == Ok(0)));
     assert_eq!(machine.unit.read64(RTADDR), root | 1 << 10);
     machine.assert_lawful();
@@ -259,55 +258,34 @@ fn refusal(config: Config) -> Error {
 
 #[test]
 fn what_a_unit_lacks_is_named() {
-    let qemu = Config::qemu();
-    // ECAP.SMTS is bit 43, ECAP.QI bit 1, CAP.RWBF bit 4.
-    for (config, name) in [
-        (Config { ecap: qemu.ecap & !(1 << 43), ..qemu }, "ECAP.SMTS"),
-        (Config { ecap: qemu.ecap & !(1 << 1), ..qemu }, "ECAP.QI"),
-        (Config { cap: qemu.cap | 1 << 4, ..qemu }, "CAP.RWBF"),
-    ] {
-        let Error::Unsupported { feature } = refusal(config) else { panic!("{name}") };
-        assert!(feature.contains(name), "{feature} does not name {name}");
-    }
+    // ECAP.QI is bit 1.
+    let without = Config { ecap: Config::qemu().ecap & !(1 << 1), ..Config::qemu() };
+
+    let Error::Unsupported { feature } = refusal(without) else { panic!("it has all") };
+
+    assert!(feature.contains("ECAP.QI"), "{feature}");
 }
 
+/// ECAP.SMTS is bit 43; without it DW of IQA is reserved, and an entry has 16 bytes.
 #[test]
-fn what_firmware_left_on_is_named_and_left_as_it_is() {
-    let leave = |bits: u32| {
-        let (unit, memory) = unit(Config::qemu());
-        let queue = memory.take(FRAME_WORDS, FRAME_WORDS);
-        unit.write64(0x90, queue.phys().0);
-        command(unit, SRTP, SRTP);
-        command(unit, SIRTP, SRTP | SIRTP);
-        let mut status = SRTP | SIRTP;
-        // One bit at a time. Interrupt remapping needs the queue to go on, but not to stay on.
-        if bits & (QIE | IRE) != 0 {
-            command(unit, QIE, status | QIE);
-            status |= QIE;
-        }
-        if bits & IRE != 0 {
-            command(unit, QIE | IRE, status | IRE);
-            command(unit, IRE, SRTP | SIRTP | IRE);
-        }
-        for level in [TE, CFI] {
-            if bits & level != 0 {
-                command(unit, level, status | level);
-            }
-        }
-        let before = unit.read32(GSTS);
-        let needs = needs(&memory);
-        let error = Machine::enable(unit, memory, unit, needs).err();
-        assert_eq!(unit.read32(GSTS), before, "GSTS");
-        match error {
-            Some(Error::InUse { what }) => what,
-            other => panic!("{other:?}"),
-        }
-    };
+fn a_unit_without_scalable_mode_is_used_in_legacy_mode() {
+    let (unit, memory) = unit(Config { ecap: Config::qemu().ecap & !(1 << 43), ..Config::qemu() });
+    let needs = needs(&memory);
+    let [root, queue, status] =
+        [&needs.root, &needs.invalidation_queue, &needs.status].map(|buffer| buffer.phys().0);
 
-    assert!(leave(TE).contains("GSTS.TES"));
-    assert!(leave(QIE).contains("GSTS.QIES"));
-    assert!(leave(IRE).contains("GSTS.IRES"));
-    assert!(leave(CFI).contains("GSTS.CFIS"));
+    let machine = Machine::enable(unit, memory, unit, needs).expect("it comes into service");
+
+    assert_eq!((unit.read64(RTADDR), unit.read64(0x90)), (root, queue), "TTM 00, DW 0");
+    // Rows 21, 25, 31, and row 33 with FN; there are no PASIDs.
+    assert_eq!(
+        machine.unit.executed(),
+        [golden::CONTEXT_GLOBAL, [0xD2, 0, 0, 0], golden::INTERRUPT_GLOBAL, [0x1_0000_0065, status, 0, 0]]
+    );
+    assert_eq!(unit.read64(0x88), 4 * 16);
+    // LRT.2: the root entry is not present.
+    assert_eq!(machine.read(DISK, None, Iova(0x8_0000_0000)), Err(Refusal::Fault(0x01)));
+    machine.assert_lawful();
 }
 
 /// `words` words that are not aligned to their size.
@@ -399,29 +377,53 @@ fn a_unit_that_never_completes_its_first_invalidation_is_not_switched_on() {
 }
 
 #[test]
-fn a_unit_without_interrupt_remapping_keeps_all_frames_for_tables() {
+fn a_unit_without_interrupt_remapping_comes_into_service_and_has_none() {
     // ECAP.IR is bit 3.
     let (unit, memory) = unit(Config { ecap: Config::qemu().ecap & !(1 << 3), ..Config::qemu() });
     let parts = needs(&memory);
-    let frames = parts.frames.len();
 
     let machine = Machine::enable(unit, memory, unit, parts).expect("it comes into service");
 
     assert_eq!(unit.read32(GSTS), TE | SRTP | QIE);
-    assert_eq!(machine.vtd.tables.frames_free(), frames);
+    assert!(machine.vtd.remapping.is_none());
     machine.assert_lawful();
 }
 
+/// IRTA.S: 2^(S + 1) entries of 16 bytes; EIME is bit 11.
 #[test]
-fn a_unit_without_a_frame_for_its_interrupt_table_is_not_switched_on() {
-    let (unit, memory) = unit(Config::qemu());
-    let mut parts = needs(&memory);
-    parts.frames.clear();
+fn the_interrupt_table_is_as_large_as_its_memory_and_extended_where_unit_and_caller_are() {
+    const EIM: u64 = 1 << 4;
+    let table = 256 * FRAME_WORDS;
+    for (words, ecap, x2apic, expected) in [
+        (FRAME_WORDS, 0, true, Ok((7, 256, true))),
+        (4 * FRAME_WORDS, 0, false, Ok((9, 1024, false))),
+        (FRAME_WORDS, EIM, true, Ok((7, 256, false))),
+        (table, 0, true, Ok((15, 65536, true))),
+        (2 * table, 0, true, Err(table)),
+        (FRAME_WORDS / 2, 0, true, Err(FRAME_WORDS)),
+    ] {
+        let memory = Memory::new(4 * table);
+        let config = Config { ecap: Config::qemu().ecap & !ecap, ..Config::qemu() };
+        let unit: &'static VtdUnit = Box::leak(Box::new(VtdUnit::new(memory.clone(), config)));
+        let parts = vtd::Memory { interrupts: memory.take(words, words), x2apic, ..needs(&memory) };
+        let base = parts.interrupts.phys().0;
 
-    let error = Machine::enable(unit, memory, unit, parts).err();
+        let made = Machine::enable(unit, memory, unit, parts);
 
-    assert!(matches!(error, Some(Error::Exhausted { what }) if what.contains("frames")), "{error:?}");
-    assert_eq!(unit.read32(GSTS) & TE, 0);
+        match (made, expected) {
+            (Ok(machine), Ok((size, entries, extended))) => {
+                assert_eq!(unit.read64(0xB8), base | u64::from(extended) << 11 | size);
+                let remapping = machine.vtd.remapping.as_ref().expect("the unit remaps");
+                assert_eq!((remapping.entries(), remapping.is_x2apic()), (entries, extended));
+                machine.assert_lawful();
+            }
+            (Err(Error::Memory { purpose, words: given, needed }), Err(limit)) => {
+                assert_eq!((purpose, given, needed), ("the interrupt remapping table", words, limit));
+                assert_eq!(unit.read32(GSTS), 0, "nothing was switched on");
+            }
+            (made, _) => panic!("{words} words: {:?}", made.err()),
+        }
+    }
 }
 
 #[test]

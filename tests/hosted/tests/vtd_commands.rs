@@ -19,10 +19,11 @@ use std::{
 const DISK: StreamId = StreamId(0x20);
 const NIC: StreamId = StreamId(0x28);
 const ALL: Features = Features { device_tlb: true, page_requests: true, pasid: true };
-/// Entries of the queue that `needs` gives, answers that it keeps room for, and entries that can be used.
+/// Entries of the queue that `needs` gives, answers that it keeps room for, and entries that can be used: one of them tells
+/// full from empty, and one is spare, for when something goes wrong.
 const ENTRIES: usize = 128;
 const ANSWERS: usize = 64;
-const USABLE: usize = ENTRIES - 1;
+const USABLE: usize = ENTRIES - 2;
 
 /// The register that holds the tail.
 const IQT: usize = 0x88;
@@ -111,6 +112,127 @@ fn pages_of_a_second_stage_are_invalidated_in_their_domain() {
     // CAP.DWD and DRD are bits 54 and 55: no draining where there is none.
     let undrained = Config { cap: Config::full().cap & !(3 << 54), ..Config::full() };
     assert_eq!(encoded(undrained, pages), [[0x0010_0032, 0x1234_0004, 0, 0]]);
+}
+
+/// Of a nested attachment: what its guest did to the first stage, and what the hypervisor did to the second.
+#[test]
+fn the_stages_of_a_nested_attachment_are_forgotten_each_in_its_own_way() {
+    let config = Config::full().with_nesting();
+    let words = |invalidation| encoded(config, invalidation);
+    let at = attachment(pasid(1), Stages::Nested, true);
+    let second = Some((Iova(0x1234_0000), 16));
+    let first_stage = |pages| Invalidation::FirstStage { attachment: at, asid: None, pages };
+    let device_tlb = |pages| Invalidation::DeviceTlb { attachment: at, pasid: pasid(1), pages };
+    // Rows 37 and 38 in domain 0x10, row 43, row 26, row 40.
+    let all_of_pasid = [0x1_0010_0026, 0, 0, 0];
+    let device = [8 | 0x300 << 16 | 1 << 32 | PFSID, 0x7FFF_FFFF_FFFF_F800, 0, 0];
+
+    assert_eq!(words(first_stage(None)), [all_of_pasid]);
+    assert_eq!(words(first_stage(second)), [[0x1_0010_0036, 0x1234_0004, 0, 0]]);
+    assert_eq!(words(first_stage(Some((Iova(0x1000), 255)))), [all_of_pasid], "too many pieces");
+    assert_eq!(words(device_tlb(None)), [device]);
+    // 16 pages: three ones from bit 12 on, and S.
+    assert_eq!(words(device_tlb(second)), [[device[0], 0x1234_7000 | 1 << 11, 0, 0]]);
+    assert_eq!(words(device_tlb(Some((Iova(0x1000), 255)))), [device]);
+    // Pages of the second stage; then all that the first made of them, in the unit and in the device.
+    let pages = Invalidation::Pages { attachment: at, iova: Iova(0x1234_0000), pages: 16 };
+    assert_eq!(words(pages), [[0x0010_00F2, 0x1234_0004, 0, 0], all_of_pasid, device]);
+    assert_eq!(
+        words(Invalidation::Attachment(at)),
+        [[0x1_0010_0017, 0, 0, 0], [0x0010_00E2, 0, 0, 0], all_of_pasid, device]
+    );
+    // What has no tables is cached by its PASID.
+    let bypass = attachment(pasid(1), Stages::None, false);
+    assert_eq!(words(Invalidation::Attachment(bypass)), [[0x1_0010_0017, 0, 0, 0], all_of_pasid]);
+}
+
+#[test]
+fn what_no_unit_can_forget_is_refused_by_name_and_nothing_of_it_queued() {
+    let mut machine = Machine::new(Config::full());
+    let executed = machine.unit.executed().len();
+    let nested = attachment(pasid(1), Stages::Nested, true);
+    let plain = attachment(pasid(1), Stages::First, false);
+    for (invalidation, name) in [
+        (Invalidation::Contexts { attachment: nested, pasid: None }, "context descriptors"),
+        (Invalidation::FirstStage { attachment: nested, asid: Some(3), pages: None }, "by number"),
+        (Invalidation::FirstStage { attachment: plain, asid: None, pages: None }, "guest's own"),
+        (Invalidation::DeviceTlb { attachment: plain, pasid: pasid(1), pages: None }, "device TLB"),
+        (Invalidation::DeviceTlb { attachment: nested, pasid: pasid(2), pages: None }, "another attachment"),
+        (Invalidation::DeviceTlb { attachment: nested, pasid: None, pages: None }, "another attachment"),
+    ] {
+        let refused = machine.vtd.commands.submit(&[Invalidation::All, invalidation]);
+
+        assert!(
+            matches!(refused, Err(Error::Unsupported { feature }) if feature.contains(name)),
+            "{refused:?}"
+        );
+    }
+    assert_eq!(machine.unit.executed().len(), executed);
+}
+
+/// In legacy mode there are no PASIDs, and entries have 16 bytes.
+#[test]
+fn legacy_mode_is_invalidated_by_domain() {
+    let at = attachment(None, Stages::Second, true);
+    let mut machine = Machine::legacy(Config::full());
+    machine.unit.plug(StreamId(0x0300));
+    let mut words = |invalidation| {
+        let before = machine.unit.executed().len();
+        machine.invalidate(&[invalidation]);
+        let mut words = machine.unit.executed().split_off(before);
+        assert_eq!(words.pop().map(|wait| wait[0] & 0xFFFF_FFFF), Some(0x65));
+        words
+    };
+
+    // Row 28 with its own PFSID; row 23 with DID 0x10; rows 26 and 27; rows 21 and 25.
+    let device = [3 | 0x300 << 32 | PFSID, 0x7FFF_FFFF_FFFF_F001, 0, 0];
+    let domain = [0x0010_00E2, 0, 0, 0];
+    assert_eq!(words(Invalidation::Attachment(at)), [[0x0300_0010_0031, 0, 0, 0], domain, device]);
+    let pages = Invalidation::Pages { attachment: at, iova: Iova(0x1234_0000), pages: 16 };
+    let device_pages = [3 | 0x300 << 32 | PFSID, 0x1234_7001, 0, 0];
+    assert_eq!(words(pages), [[0x0010_00F2, 0x1234_0004, 0, 0], device_pages]);
+    let all = [[0x11, 0, 0, 0], [0xD2, 0, 0, 0]];
+    assert_eq!(words(Invalidation::All), all);
+    let gone = Invalidation::Device { stream: StreamId(0x0300), device_tlb: true };
+    assert_eq!(words(gone), [all[0], all[1], device], "nobody says which domain");
+    assert_eq!(machine.unit.read64(IQT) % 32, 0, "an odd number of 16 bytes");
+    machine.assert_lawful();
+}
+
+#[test]
+fn a_virtual_function_is_invalidated_under_its_physical_one_and_not_faster_than_it_takes() {
+    for config in [Config::full(), Config::qemu()] {
+        let mut machine = Machine::new(config);
+        let (virt, physical) = (StreamId(0x0108), StreamId(0x0100));
+        machine.unit.plug_virtual(virt, physical);
+        assert_eq!(machine.vtd.commands.describe(virt, physical, 8), Ok(()));
+        let at = Attachment { stream: virt, ..attachment(pasid(5), Stages::First, true) };
+        let before = machine.unit.executed().len();
+
+        machine.invalidate(&[Invalidation::DeviceTlb {
+            attachment: at,
+            pasid: pasid(5),
+            pages: Some((Iova(0xFFFF_8000_0000_1000), 1)),
+        }]);
+
+        // Row 42: PFSID 0x0100, MIP 8. A unit without ECAP.DIT (41) is told neither.
+        let told = if config.ecap >> 41 & 1 != 0 { 0x0100_0000_0000_0080 } else { 0 };
+        let expected = [0x0000_0005_0108_0008 | told, 0xFFFF_8000_0000_1000, 0, 0];
+        assert_eq!(machine.unit.executed()[before], expected);
+        machine.assert_lawful();
+    }
+}
+
+#[test]
+fn notes_about_devices_are_replaced_and_their_number_is_limited() {
+    let mut machine = Machine::new(Config::full());
+    for _ in 0..3 {
+        for n in 0..16 {
+            assert_eq!(machine.vtd.commands.describe(StreamId(n), StreamId(0), 1), Ok(()));
+        }
+        let one_more = machine.vtd.commands.describe(StreamId(16), StreamId(0), 1);
+        assert!(matches!(one_more, Err(Error::Exhausted { .. })), "{one_more:?}");
+    }
 }
 
 #[test]
@@ -277,14 +399,12 @@ fn a_full_queue_refuses_invalidations_and_still_takes_every_answer() {
     for index in 0..ANSWERS as u16 {
         assert_eq!(machine.vtd.commands.respond(answer(index)), Ok(()));
     }
-    // More than was promised: it goes as long as there is room, and then the answer comes back.
-    assert_eq!(machine.vtd.commands.respond(answer(0)), Ok(()));
+    // More than was promised: the answer comes back.
     let full = Error::QueueFull { needed: 1, free: 0 };
     assert_eq!(machine.vtd.commands.respond(answer(1)), Err((answer(1), full)));
     assert!(tickets.iter().all(|&ticket| machine.vtd.commands.poll(ticket) == Completion::Pending));
 
-    // The one answer too many has no group, which the unit notes; so it stays out of the check.
-    machine.unit.execute(USABLE - 1);
+    machine.unit.execute(USABLE);
     assert!(tickets.iter().all(|&ticket| machine.vtd.commands.poll(ticket) == Completion::Done));
     assert_eq!(machine.unit.answers().len(), ANSWERS);
     machine.assert_lawful();
@@ -316,7 +436,7 @@ fn a_ticket_is_done_exactly_when_its_wait_is_however_slow_the_unit() {
     let (mut full, mut submitted) = (0, 0);
     for _ in 0..6_000 {
         if random.below(2) == 0 {
-            let what = Invalidation::Device { stream: DISK, device_tlb: random.below(2) == 0 };
+            let what = Invalidation::Device { stream: DISK, device_tlb: false };
             let count = random.below(4) as usize;
             match machine.vtd.commands.submit(&[what; 3][..count]) {
                 Ok(ticket) => {
@@ -338,7 +458,7 @@ fn a_ticket_is_done_exactly_when_its_wait_is_however_slow_the_unit() {
         }
     }
     // The queue has 128 entries: it was filled, and gone around, many times.
-    assert!(submitted > 1_000 && full > 100, "{submitted} {full}");
+    assert!(submitted > 1_000 && full > 50, "{submitted} {full}");
     machine.unit.resume();
     assert!(tickets.into_iter().all(|ticket| machine.vtd.commands.poll(ticket) == Completion::Done));
     machine.assert_lawful();
@@ -385,75 +505,6 @@ fn a_status_that_the_unit_never_promised_is_not_done() {
         machine.unit.resume();
         assert_eq!(machine.vtd.commands.poll(pending), Completion::Done);
     }
-}
-
-#[test]
-fn a_device_that_does_not_answer_is_reported_once_and_its_ticket_is_never_done() {
-    let mut machine = Machine::new(Config { device_tlb_timeout_us: 1_000, ..Config::full() });
-    let tree = machine.tree(VtdFirstStage::<4>);
-    machine.map(&tree, Iova(0x1000), 7);
-    machine.assign(DISK, ALL);
-    let attachment = machine.attach(DISK, pasid(5), &tree);
-    assert_eq!(machine.ats_read(DISK, pasid(5), Iova(0x1000)), Ok(7));
-    machine.unit.hold_device_tlb(DISK);
-    machine.unmap(&tree, Iova(0x1000));
-
-    let pages = Invalidation::Pages { attachment, iova: Iova(0x1000), pages: 1 };
-    let ticket = machine.vtd.commands.submit(&[pages]).expect("there is room");
-    machine.unit.advance(2_000);
-
-    assert_eq!(machine.unit.aborted_waits(), 1);
-    let events = machine.pass();
-    // FSTS.ITE is bit 6.
-    assert!(matches!(events[..], [Event::CommandsFailed { status }] if status & 1 << 6 != 0), "{events:?}");
-    assert_eq!(machine.pass(), [], "once");
-    // Others come and go; the device still has its translation, so the ticket must not be done.
-    for _ in 0..3 {
-        let _ = machine.vtd.commands.submit(&[Invalidation::Device { stream: NIC, device_tlb: false }]);
-        let _ = machine.pass();
-        machine.unit.advance(100);
-        assert_eq!(machine.vtd.commands.poll(ticket), Completion::Pending);
-    }
-    assert_eq!(machine.ats_read(DISK, pasid(5), Iova(0x1000)), Ok(7), "it never let go");
-}
-
-#[test]
-fn a_queue_that_stopped_is_reported_once_and_nothing_behind_it_is_done() {
-    let mut machine = Machine::new(Config::full());
-    let queue = machine.unit.read64(0x90) & !0xFFF;
-    machine.unit.pause(0);
-    let at = machine.unit.read64(IQT);
-    let ticket = machine.vtd.commands.submit(&[Invalidation::All]).expect("there is room");
-    // Memory went bad: a type that there is not.
-    machine.memory.device_store(PhysAddr(queue + at), 0xF).expect("inside");
-
-    machine.unit.resume();
-
-    let events = machine.pass();
-    // FSTS.IQE is bit 4.
-    assert!(matches!(events[..], [Event::CommandsFailed { status }] if status & 1 << 4 != 0), "{events:?}");
-    assert_eq!(machine.pass(), [], "once");
-    assert_eq!(machine.vtd.commands.poll(ticket), Completion::Pending);
-    assert_eq!(machine.unit.read64(0x80), at, "IQH stays at the bad descriptor");
-}
-
-#[test]
-fn a_stray_completion_is_reported_and_cleared() {
-    let mut machine = Machine::new(Config::full());
-    for _ in 0..2 {
-        machine.unit.stray_completion(DISK);
-
-        let events = machine.pass();
-
-        // FSTS.ICE is bit 5.
-        assert!(
-            matches!(events[..], [Event::CommandsFailed { status }] if status & 1 << 5 != 0),
-            "{events:?}"
-        );
-        assert_eq!(machine.unit.read32(0x34), 0, "FSTS");
-    }
-    machine.invalidate(&[Invalidation::All]);
-    machine.assert_lawful();
 }
 
 #[test]
@@ -569,5 +620,7 @@ fn no_register_value_makes_the_driver_panic_or_run_for_ever() {
         for _ in 0..1000 {
             let _ = machine.vtd.events.next_event();
         }
+        // Each error is dealt with once, and soon there are no more, or no more use in it.
+        assert!((0..100).any(|_| machine.vtd.commands.recover().is_none()), "{lie:#x}");
     }
 }

@@ -436,8 +436,8 @@ fn what_the_unit_lacks_is_refused_by_the_name_of_its_bit() {
 fn when_frames_run_out_nothing_is_half_done() {
     let (unit, memory) = unit(Config::full());
     let mut needs = needs(&memory);
-    // The interrupt remapping table; a context table, a directory, a PASID table; a directory for the second device.
-    needs.frames.truncate(5);
+    // A context table, a directory, a PASID table; a directory for the second device.
+    needs.frames.truncate(4);
     let mut machine = Machine::enable(unit, memory, unit, needs).expect("it comes into service");
     let tree = machine.tree(VtdFirstStage::<4>);
     machine.map(&tree, HERE, 1);

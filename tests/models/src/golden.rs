@@ -32,6 +32,10 @@ pub const PASID_FIRST_STAGE: [u64; 8] =
 pub const PASID_FIRST_STAGE_5_LEVELS: [u64; 8] =
     [0x0000_0000_0000_004D, 0x0000_0000_0100_0ABC, 0x0000_0000_0000_1085, 0, 0, 0, 0, 0];
 
+/// PASID table entry, nested, AW 3, SSPTPTR 0x80_0000, DID 0x1001, SRE, WPE, 5 levels, FSPTPTR 0x90_0000 (the guest's).
+pub const PASID_NESTED: [u64; 8] =
+    [0x0000_0000_0080_00CD, 0x0000_0000_0000_1001, 0x0000_0000_0090_0015, 0, 0, 0, 0, 0];
+
 /// First-stage entry, P, R/W, U/S, A, pointing at the table 0xAB_C000.
 pub const FIRST_STAGE_TABLE: u64 = 0x0000_0000_00AB_C027;
 
@@ -125,6 +129,41 @@ pub const FAULT_TRANSLATION_REQUEST: [u64; 2] = [0x0000_0000_0000_A000, 0xD000_0
 /// Fault record, interrupt, FR 0x26, index 0x1234, SID 0xF0F8.
 pub const FAULT_INTERRUPT: [u64; 2] = [0x1234_0000_0000_0000, 0x8000_0026_0000_F0F8];
 
+// Interrupt remapping.
+
+/// IRTE, x2APIC destination 0x1234_5678, vector 0x41, fixed, edge, SVT 1, SQ 0, SID 0x0108.
+pub const REMAP_X2APIC: [u64; 2] = [0x1234_5678_0041_0001, 0x0000_0000_0004_0108];
+
+/// IRTE, xAPIC destination 0x0F, logical, RH, level, lowest priority, vector 0x30, SVT 1, SID 0xF0F8.
+pub const REMAP_XAPIC: [u64; 2] = [0x0000_0F00_0030_003D, 0x0000_0000_0004_F0F8];
+
+/// IRTE, buses 0x02 to 0x05 (SVT 2), FPD, vector 0x55, x2APIC destination 7.
+pub const REMAP_BUSES: [u64; 2] = [0x0000_0007_0055_0003, 0x0000_0000_0008_0205];
+
+/// IRTE, SVT 1, SQ 3 (the function is ignored), SID 0x0200, vector 0x66, x2APIC destination 1.
+pub const REMAP_FUNCTIONS: [u64; 2] = [0x0000_0001_0066_0001, 0x0000_0000_0007_0200];
+
+/// IRTE, posted (IM): URG, vector 0xF2, descriptor 0x1_2345_6780, SVT 1, SID 0x0108.
+pub const REMAP_POSTED: [u64; 2] = [0x2345_6780_00F2_C001, 0x0000_0001_0004_0108];
+
+/// I/O APIC redirection entry, remappable, index 0x1234, vector 0x31, level, active low.
+pub const PIN_LEVEL: u64 = 0x2469_0000_0000_A031;
+
+/// I/O APIC redirection entry, remappable, index 0x8001, vector 0x52, edge, masked.
+pub const PIN_MASKED: u64 = 0x0003_0000_0001_0852;
+
+/// Address of a remappable message, handle 0x5, SHV 0.
+pub const MESSAGE: u64 = 0xFEE0_00B0;
+
+/// Address of a remappable message, handle 0x5, SHV 1.
+pub const MESSAGE_SUBHANDLE: u64 = 0xFEE0_00B8;
+
+/// Address of a remappable message, handle 0x8001, SHV 1.
+pub const MESSAGE_HIGH: u64 = 0xFEE0_003C;
+
+/// Address of a remappable message, handle 0xFFFF, SHV 0.
+pub const MESSAGE_LAST: u64 = 0xFEEF_FFF4;
+
 // Registers.
 
 /// RTADDR, root table 0x5000, TTM 01 (scalable).
@@ -200,6 +239,20 @@ mod tests {
                     (128, 128, 0x1),
                     (132, 132, 0x1),
                     (191, 140, 0x55555),
+                ],
+            ),
+            (
+                &PASID_NESTED,
+                &[
+                    (0, 0, 0x1),
+                    (4, 2, 0x3),
+                    (8, 6, 0x3),
+                    (63, 12, 0x800),
+                    (79, 64, 0x1001),
+                    (128, 128, 0x1),
+                    (131, 130, 0x1),
+                    (132, 132, 0x1),
+                    (191, 140, 0x900),
                 ],
             ),
             (
@@ -372,6 +425,59 @@ mod tests {
                 ],
             ),
             (&FAULT_INTERRUPT, &[(63, 48, 0x1234), (79, 64, 0xf0f8), (103, 96, 0x26), (127, 127, 0x1)]),
+            (
+                &REMAP_X2APIC,
+                &[(0, 0, 0x1), (23, 16, 0x41), (63, 32, 0x1234_5678), (79, 64, 0x108), (83, 82, 0x1)],
+            ),
+            (
+                &REMAP_XAPIC,
+                &[
+                    (0, 0, 0x1),
+                    (2, 2, 0x1),
+                    (3, 3, 0x1),
+                    (4, 4, 0x1),
+                    (7, 5, 0x1),
+                    (23, 16, 0x30),
+                    (47, 40, 0xf),
+                    (79, 64, 0xf0f8),
+                    (83, 82, 0x1),
+                ],
+            ),
+            (
+                &REMAP_BUSES,
+                &[
+                    (0, 0, 0x1),
+                    (1, 1, 0x1),
+                    (23, 16, 0x55),
+                    (63, 32, 0x7),
+                    (71, 64, 0x05),
+                    (79, 72, 0x02),
+                    (83, 82, 0x2),
+                ],
+            ),
+            (
+                &REMAP_FUNCTIONS,
+                &[(0, 0, 0x1), (23, 16, 0x66), (63, 32, 0x1), (79, 64, 0x200), (81, 80, 0x3), (83, 82, 0x1)],
+            ),
+            (
+                &REMAP_POSTED,
+                &[
+                    (0, 0, 0x1),
+                    (14, 14, 0x1),
+                    (15, 15, 0x1),
+                    (23, 16, 0xf2),
+                    (63, 38, 0x2345_6780 >> 6),
+                    (79, 64, 0x108),
+                    (83, 82, 0x1),
+                    (127, 96, 0x1),
+                ],
+            ),
+            (&[PIN_LEVEL], &[(7, 0, 0x31), (13, 13, 0x1), (15, 15, 0x1), (48, 48, 0x1), (63, 49, 0x1234)]),
+            (&[PIN_MASKED], &[(7, 0, 0x52), (11, 11, 0x1), (16, 16, 0x1), (48, 48, 0x1), (63, 49, 0x1)]),
+            (&[MESSAGE], &[(31, 20, 0xfee), (19, 5, 0x5), (4, 4, 0x1)]),
+            (&[MESSAGE_SUBHANDLE], &[(31, 20, 0xfee), (19, 5, 0x5), (4, 4, 0x1), (3, 3, 0x1)]),
+            (&[MESSAGE_HIGH], &[(31, 20, 0xfee), (19, 5, 0x1), (4, 4, 0x1), (3, 3, 0x1), (2, 2, 0x1)]),
+            (&[MESSAGE_LAST], &[(31, 20, 0xfee), (19, 5, 0x7fff), (4, 4, 0x1), (2, 2, 0x1)]),
             (&[RTADDR_SCALABLE], &[(11, 10, 0x1), (63, 12, 0x5)]),
             (&[RTADDR_ABORT], &[(11, 10, 0x3), (63, 12, 0x5)]),
             (&[IQA_256_BITS], &[(11, 11, 0x1), (63, 12, 0x6)]),

@@ -5,7 +5,10 @@
 //! [`VtdUnit::page_request`]). It is written for suspicion, not for speed:
 //!
 //! - The unit reads every table, descriptor and page in the device's view of [`Memory`], whatever ECAP.C says, so each
-//!   structure has to be published before it is used.
+//!   structure has to be published before it is used. [`Bus::order`] is enough where the unit looks into the CPU's caches
+//!   (ECAP.C, and in scalable mode ECAP.SMPWCS), and does nothing where it does not.
+//! - With CAP.RWBF what is published stays in a buffer until GCMD.WBF, or an invalidation, flushes it; the invalidation
+//!   queue itself is not behind the buffer.
 //! - It caches what the manual lets it cache, for ever, so a missing invalidation leaves a stale translation to find.
 //! - An invalidation drops what the manual promises for it, and no more.
 //! - Whatever breaks a rule of the manual without being a fault of its own is noted in [`VtdUnit::violations`]; a test
@@ -14,15 +17,17 @@
 //! | feature | modelled | note |
 //! |---|---|---|
 //! | registers, access rules, acknowledgement | yes | advanced fault log, MTRR, performance and virtual command blocks: reserved |
-//! | queued invalidation, 128 and 256 bits | yes | every descriptor type; interrupt entries are accepted, none are cached |
+//! | queued invalidation, 128 and 256 bits | yes | every descriptor type |
 //! | register-based invalidation | yes | |
-//! | legacy mode | yes | second stage of 3 or 4 levels, pass-through |
-//! | scalable mode | yes | first stage of 4 levels, second stage of 3 or 4 levels, pass-through |
-//! | nested translation, 5 levels, second-stage A/D | no | a unit that claims them cannot be made |
+//! | legacy mode | yes | second stage of 3 to 5 levels, pass-through |
+//! | scalable mode | yes | first stage of 4 or 5 levels, second stage of 3 to 5 levels, nested, pass-through |
+//! | write buffer | yes | GCMD.WBF, GSTS.WBFS |
+//! | second-stage A/D, snoop control of data | no | a unit that claims the first cannot be made; the second has no effect |
 //! | primary faults, fault events | yes | 0x90 and 0x91 (A/D update not snooped, failed) are never met |
 //! | ATS, device TLBs, page requests | yes | |
-//! | interrupt remapping | no | GCMD.SIRTP, IRE and CFI are acknowledged, and no more |
-//! | protected memory ranges | no | PMEN is acknowledged, and no more |
+//! | interrupt remapping | yes | messages and I/O APIC pins, source validation, x2APIC; entries are cached for ever |
+//! | posted interrupts | no | |
+//! | protected memory ranges | yes | while translation is off |
 
 #[cfg(test)]
 mod bench;
@@ -31,14 +36,16 @@ mod device;
 mod faults;
 mod queue;
 mod registers;
+mod remap;
 mod requests;
 mod walk;
 
 pub use crate::device::{Answer, DeviceTlbEntry};
 pub use device::Refusal;
+pub use remap::Arrived;
 pub use requests::Requested;
 
-use crate::memory::Memory;
+use crate::memory::{Memory, OutsideMemory};
 use iommu::{Bus, Message, PhysAddr};
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -64,6 +71,10 @@ pub struct Config {
     pub clock_step_us: u64,
     /// How long a device may take to answer a device-TLB invalidation before ITE, in microseconds.
     pub device_tlb_timeout_us: u64,
+    /// Whether IQERCD names the device that did not answer (ITESID), or reads as zero as it does on old units.
+    pub names_silent_devices: bool,
+    /// Whether the queue goes off only after a wait, as on QEMU; else GSTS.QIES stays.
+    pub ends_queue_after_wait: bool,
     /// Whether fetching resumes only at the next write to IQT after IQE was cleared, as on QEMU, or at once.
     pub resumes_at_tail_write: bool,
 }
@@ -83,6 +94,8 @@ impl Config {
             acknowledge_after: 3,
             clock_step_us: 1,
             device_tlb_timeout_us: 50_000,
+            names_silent_devices: false,
+            ends_queue_after_wait: false,
             resumes_at_tail_write: true,
         }
     }
@@ -94,13 +107,30 @@ impl Config {
     pub const fn full() -> Self {
         let qemu = Self::qemu().with_fault_records(4);
         let more = 1 | 1 << 7 | 1 << 31 | 1 << 41 | 1 << 46 | 1 << 48 | 1 << 49 | 1 << 53 | 1 << 58;
-        Self { ecap: qemu.ecap | more, resumes_at_tail_write: false, ..qemu }
+        let ecap = qemu.ecap | more;
+        Self { ecap, names_silent_devices: true, resumes_at_tail_write: false, ..qemu }
     }
 
     /// Sets CAP.NFR so that there are `count` fault records, 1 at least.
     pub const fn with_fault_records(self, count: u8) -> Self {
         let last = count.saturating_sub(1) as u64;
         Self { cap: self.cap & !(0xFF << 40) | last << 40, ..self }
+    }
+
+    /// Sets ECAP.NEST: first-stage tables of a guest over second-stage tables.
+    pub const fn with_nesting(self) -> Self {
+        Self { ecap: self.ecap | 1 << 26, ..self }
+    }
+
+    /// Sets CAP.FS5LP, in CAP.SAGAW the width of 57 bits, and as much in CAP.MGAW: tables of 5 levels.
+    pub const fn with_five_levels(self) -> Self {
+        let cap = self.cap & !(0x3F << 16) | 56 << 16 | 1 << 60 | 1 << 11;
+        Self { cap, host_address_bits: 52, ..self }
+    }
+
+    /// Sets CAP.RWBF: what software stores in tables stays in a buffer until that is flushed.
+    pub const fn with_write_buffer(self) -> Self {
+        Self { cap: self.cap | 1 << 4, ..self }
     }
 
     /// Sets CAP.CM: the unit may cache entries that are not present.
@@ -125,10 +155,10 @@ impl Default for Config {
     }
 }
 
-/// Capabilities that the model lacks. CAP: AFL, widths other than 39 and 48 bits, PI, FS5LP, ECMDS.
-const UNMODELLED_CAP: u64 = 1 << 3 | 0x19 << 8 | 0x7 << 59;
-/// ECAP: MTS, NEST, ERS, EAFS, VCS, SSADS, PMS, ADMS.
-const UNMODELLED_ECAP: u64 = 1 << 25 | 1 << 26 | 1 << 30 | 1 << 34 | 1 << 44 | 1 << 45 | 1 << 51 | 1 << 52;
+/// Capabilities that the model lacks. CAP: AFL, widths other than 39, 48 and 57 bits, PI, ECMDS.
+const UNMODELLED_CAP: u64 = 1 << 3 | 0x11 << 8 | 1 << 59 | 1 << 61;
+/// ECAP: MTS, ERS, EAFS, VCS, SSADS, PMS, ADMS.
+const UNMODELLED_ECAP: u64 = 1 << 25 | 1 << 30 | 1 << 34 | 1 << 44 | 1 << 45 | 1 << 51 | 1 << 52;
 
 /// A modelled VT-d unit: the registers behind [`Bus`], and the devices behind the unit.
 pub struct VtdUnit {
@@ -149,6 +179,11 @@ struct State {
     /// RTADDR as it was when GCMD.SRTP completed.
     root: u64,
     caches: caches::Caches,
+    /// Words that were published and are not in memory yet, oldest first (CAP.RWBF).
+    write_buffer: Vec<(PhysAddr, u64)>,
+    /// How often memory was published: cache lines were flushed.
+    flushes: usize,
+    remapping: remap::Remapping,
     queue: queue::Queue,
     /// The fault record that the next fault goes to.
     next_fault: usize,
@@ -164,6 +199,33 @@ struct State {
 impl State {
     fn violation(&mut self, text: String) {
         self.violations.push(text);
+    }
+
+    /// Whether the unit looks into the CPU's caches: ECAP.C, and ECAP.SMPWCS for what it walks in scalable mode.
+    fn is_coherent(&self) -> bool {
+        self.config.ecap & 1 != 0 && (self.root >> 10 & 3 != 1 || self.config.ecap & 1 << 48 != 0)
+    }
+
+    /// What the CPU stored to `range` leaves the CPU, for memory or for the write buffer before it.
+    fn arrive(&mut self, range: Range<PhysAddr>) -> Result<(), OutsideMemory> {
+        let buffered = self.config.cap & 1 << 4 != 0 && !self.in_queue(range.start);
+        if !buffered {
+            return self.memory.publish(range);
+        }
+        for at in (range.start.0..range.end.0).step_by(8).map(PhysAddr) {
+            // Whether there is such a word.
+            self.memory.device_load(at)?;
+            self.write_buffer.push((at, self.memory.cpu_load(at)));
+        }
+        Ok(())
+    }
+
+    /// Empties the write buffer into memory.
+    fn flush_write_buffer(&mut self) {
+        for (at, word) in std::mem::take(&mut self.write_buffer) {
+            // `arrive` has seen that there is such a word.
+            let _ = self.memory.device_store(at, word);
+        }
     }
 }
 
@@ -193,6 +255,9 @@ impl VtdUnit {
             clock_us: 0,
             root: 0,
             caches: caches::Caches::default(),
+            write_buffer: Vec::new(),
+            flushes: 0,
+            remapping: remap::Remapping::default(),
             queue: queue::Queue::default(),
             next_fault: 0,
             requests: requests::Requests::default(),
@@ -224,6 +289,11 @@ impl VtdUnit {
         let mut state = self.lock();
         state.never_acknowledged = bits;
         state.acknowledge();
+    }
+
+    /// Returns how often memory was published since the unit was made: each costs the flush of its cache lines.
+    pub fn flushes(&self) -> usize {
+        self.lock().flushes
     }
 
     /// Lets `us` microseconds pass.
@@ -258,8 +328,20 @@ impl Bus for VtdUnit {
 
     fn publish(&self, range: Range<PhysAddr>) {
         let mut state = self.lock();
-        if let Err(error) = state.memory.publish(range) {
+        state.flushes += 1;
+        if let Err(error) = state.arrive(range) {
             state.violation(format!("publish: {error}"));
+        }
+    }
+
+    fn order(&self, range: Range<PhysAddr>) {
+        let mut state = self.lock();
+        if !state.is_coherent() {
+            // What was stored stays in the CPU's caches, where the unit does not look.
+            return;
+        }
+        if let Err(error) = state.arrive(range) {
+            state.violation(format!("order: {error}"));
         }
     }
 
@@ -308,6 +390,61 @@ mod tests {
         unit.publish(root.range(0, 512));
 
         assert_eq!(read(), Err(Refusal::Fault(0x01)));
+        assert_eq!(unit.violations(), [""; 0]);
+    }
+
+    /// A unit that translates by a root table which was cleared and published, and that table.
+    fn translating(config: Config) -> (VtdUnit, iommu::DmaBuf) {
+        let memory = Memory::new(2048);
+        let unit = VtdUnit::new(memory.clone(), config);
+        let mut root = memory.take(512, 512);
+        root.clear();
+        unit.publish(root.range(0, 512));
+        unit.acknowledge_after(0);
+        unit.write32(registers::GCMD, WBF);
+        unit.write64(registers::RTADDR, root.phys().0);
+        unit.write32(registers::GCMD, registers::SRTP);
+        unit.write32(registers::GCMD, registers::TE);
+        (unit, root)
+    }
+
+    /// GCMD.WBF.
+    const WBF: u32 = 1 << 27;
+
+    /// What a device on bus 0 meets: a root entry that is not present, or one with a reserved bit.
+    fn read(unit: &VtdUnit) -> Result<Vec<u8>, Refusal> {
+        unit.dma_read(iommu::StreamId(0), None, iommu::Iova(0), 1)
+    }
+
+    #[test]
+    fn what_is_put_in_order_reaches_a_unit_that_looks_into_the_caches_and_no_other() {
+        for (ecap, reason) in [(Config::qemu().ecap | 1, 0x0A), (Config::qemu().ecap, 0x01)] {
+            let (unit, mut root) = translating(Config { ecap, ..Config::qemu() });
+            root.store(0, 3);
+            let flushes = unit.flushes();
+
+            unit.order(root.range(0, 1));
+
+            assert_eq!(read(&unit), Err(Refusal::Fault(reason)));
+            assert_eq!(unit.flushes(), flushes);
+            unit.publish(root.range(0, 1));
+            assert_eq!((read(&unit), unit.flushes()), (Err(Refusal::Fault(0x0A)), flushes + 1));
+        }
+    }
+
+    #[test]
+    fn what_is_published_stays_in_the_write_buffer_until_that_is_flushed() {
+        let (unit, mut root) = translating(Config::qemu().with_write_buffer());
+        root.store(0, 3);
+        unit.publish(root.range(0, 1));
+        // What is stored later is not what was published.
+        root.store(0, 5);
+
+        assert_eq!(read(&unit), Err(Refusal::Fault(0x01)));
+        unit.write32(registers::GCMD, registers::TE | WBF);
+
+        assert_eq!(read(&unit), Err(Refusal::Fault(0x0A)));
+        assert_eq!(root.load(0), 5);
         assert_eq!(unit.violations(), [""; 0]);
     }
 

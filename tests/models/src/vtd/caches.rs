@@ -10,6 +10,15 @@ pub(super) enum Tag {
     First { did: u16, pasid: u32 },
     /// Second stage: by domain.
     Second { did: u16 },
+    /// Both: by domain and PASID.
+    Nested { did: u16, pasid: u32 },
+}
+
+impl Tag {
+    /// Whether a PASID-based invalidation of `pasid` in domain `did` drops it.
+    pub(super) fn is_of_pasid(self, did: u16, pasid: u32) -> bool {
+        self == Self::First { did, pasid } || self == Self::Nested { did, pasid }
+    }
 }
 
 /// The bytes from `first` to `last`, both included, so that the whole address space is a span as well.
@@ -141,17 +150,19 @@ impl State {
     /// IOTLB invalidation without PASID: 1 global, 2 domain-, 3 page-selective. Returns false if the unit cannot.
     ///
     /// A domain's first-stage translations stay, because the manual asks for a PASID-based invalidation to drop them.
+    /// Nested ones go with the domain, but not with pages of it: what they are kept by are addresses of the first stage.
     /// `page` is IVA, or the second word of the descriptor, which have the same layout.
     pub(super) fn invalidate_iotlb(&mut self, granularity: u64, did: u16, page: u64) -> bool {
         let cap = self.config.cap;
-        let of_domain = |tag| tag == Tag::Second { did };
+        let second = |tag| tag == Tag::Second { did };
+        let of_domain = |tag| second(tag) || matches!(tag, Tag::Nested { did: d, .. } if d == did);
         match granularity {
             1 => self.caches.forget_translations(|_| true, Span::ALL, false),
             2 => self.caches.forget_translations(of_domain, Span::ALL, false),
             // CAP.PSI, and CAP.MAMV as the largest AM.
             3 if cap & 1 << 39 != 0 && page & 0x3F <= cap >> 48 & 0x3F => {
                 let span = self.page_span(page);
-                self.caches.forget_translations(of_domain, span, page & 1 << 6 != 0);
+                self.caches.forget_translations(second, span, page & 1 << 6 != 0);
             }
             _ => return false,
         }

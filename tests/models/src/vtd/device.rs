@@ -99,6 +99,17 @@ impl VtdUnit {
         })
     }
 
+    /// Returns where an untranslated read would go, at a unit that remembers nothing. It leaves no trace but A and D in paging
+    /// entries.
+    pub fn find(&self, stream: StreamId, pasid: Option<Pasid>, iova: Iova) -> Result<PhysAddr, Refusal> {
+        let mut state = self.lock();
+        let request = state.request(stream, pasid, iova.0, Kind::Read, At::Untranslated);
+        let remembered = std::mem::take(&mut state.caches);
+        let found = state.translate(&request);
+        state.caches = remembered;
+        found.map(|mapping| PhysAddr(mapping.phys)).map_err(|fault| Refusal::Fault(fault.reason))
+    }
+
     /// Returns what the device TLB of `stream` holds.
     pub fn device_tlb(&self, stream: StreamId) -> Vec<DeviceTlbEntry> {
         let state = self.lock();
@@ -116,7 +127,8 @@ impl State {
         kind: Kind,
     ) -> Result<PhysAddr, Refusal> {
         if self.status() & TE == 0 {
-            return if pasid.is_none() { Ok(PhysAddr(iova.0)) } else { Err(Refusal::Unsupported) };
+            let passes = pasid.is_none() && !self.is_protected(iova.0);
+            return if passes { Ok(PhysAddr(iova.0)) } else { Err(Refusal::Unsupported) };
         }
         let request = self.request(stream, pasid, iova.0, kind, At::Untranslated);
         self.permitted(&request).map(|mapping| PhysAddr(mapping.phys))

@@ -2,7 +2,7 @@
 
 use super::{
     State, VtdUnit,
-    caches::{Span, Tag},
+    caches::Span,
     device::sid,
     faults::Group,
     registers::{FSTS, IQA, IQERCD, IQH, IQT, QIE, matches_sid},
@@ -61,6 +61,8 @@ pub(super) struct Queue {
     waits: VecDeque<Wait>,
     /// Waits that ITE aborted.
     aborted: usize,
+    /// The queue's memory cannot be read.
+    lost: bool,
 }
 
 /// A device-TLB invalidation on its way.
@@ -163,6 +165,11 @@ impl VtdUnit {
         state.run_queue();
     }
 
+    /// From now on the queue's memory cannot be read (IQEI 2), or can be again.
+    pub fn lose_queue(&self, lost: bool) {
+        self.lock().queue.lost = lost;
+    }
+
     /// The device completes an invalidation that nobody asked for (FSTS.ICE).
     pub fn stray_completion(&self, stream: StreamId) {
         let mut state = self.lock();
@@ -203,6 +210,11 @@ impl State {
             self.queue.halted = false;
         }
         self.run_queue();
+    }
+
+    /// Whether the last descriptor was a wait.
+    pub(super) fn ended_with_wait(&self) -> bool {
+        self.queue.executed.last().is_some_and(|words| words[0] & 0xF == 5)
     }
 
     /// After QIE was cleared.
@@ -267,6 +279,9 @@ impl State {
         if mode == 1 && bytes != 32 {
             return Err(QueueError::InvalidWidth);
         }
+        if self.queue.lost {
+            return Err(QueueError::Fetch);
+        }
         let mut words = [0; 4];
         for (word, at) in words.iter_mut().zip((0..bytes).step_by(8)) {
             let address = PhysAddr((self.get(IQA) & !0xFFF) + head + at);
@@ -317,8 +332,16 @@ impl State {
         if supported { Ok(words) } else { Err(QueueError::ReservedField) }
     }
 
+    /// Whether `address` is in the queue.
+    pub(super) fn in_queue(&self, address: PhysAddr) -> bool {
+        let start = self.get(IQA) & !0xFFF;
+        (start..start + self.queue_bytes()).contains(&address.0)
+    }
+
     fn execute(&mut self, words: [u64; 4]) {
         let [w0, w1, ..] = words;
+        // Whatever was stored before it is in memory before anything is forgotten.
+        self.flush_write_buffer();
         let granularity = w0 >> 4 & 3;
         let (did, pasid) = ((w0 >> 16) as u16, (w0 >> 32) as u32 & 0xF_FFFF);
         match w0 & 0xF {
@@ -337,12 +360,16 @@ impl State {
                 self.invalidate_iotlb(granularity, did, w1);
             }
             3 => self.invalidate_device_tlb(w0, (w0 >> 32) as u16, None, device_span(w1, w1 & 1 != 0)),
+            4 => {
+                let selected =
+                    (words[0] & 1 << 4 != 0).then_some(((w0 >> 32) as u16, (w0 >> 27) as u32 & 0x1F));
+                self.remapping.forget(selected);
+            }
             5 => return self.wait(words),
             6 => {
                 let span = if granularity == 3 { self.page_span(w1) } else { Span::ALL };
                 let leaves_only = granularity == 3 && w1 & 1 << 6 != 0;
-                let tag = Tag::First { did, pasid };
-                self.caches.forget_translations(|t| t == tag, span, leaves_only);
+                self.caches.forget_translations(|tag| tag.is_of_pasid(did, pasid), span, leaves_only);
             }
             7 => self.caches.forget_pasids(|p, cached| match granularity {
                 0 => cached == did,
@@ -354,7 +381,7 @@ impl State {
                 self.invalidate_device_tlb(w0, did, pasid, device_span(w1, w1 & 1 << 11 != 0));
             }
             9 => self.page_group_response(w0, w1),
-            // Interrupt entries are not cached, so there is nothing to forget.
+            // `descriptor` lets no other through.
             _ => {}
         }
         self.queue.executed.push(words);
@@ -430,7 +457,8 @@ impl State {
         self.queue.fetched.retain(|words| !is_wait(words));
         self.queue.aborted += self.queue.waits.len() + queued - self.queue.fetched.len();
         self.queue.waits.clear();
-        self.set(IQERCD, self.get(IQERCD) & !(0xFFFF << 32) | u64::from(sid) << 32);
+        let named = if self.config.names_silent_devices { u64::from(sid) << 32 } else { 0 };
+        self.set(IQERCD, self.get(IQERCD) & !(0xFFFF << 32) | named);
         self.report(Group::Fault, ITE);
         self.run_queue();
     }

@@ -18,6 +18,7 @@ pub(super) const IQA: usize = 0x090;
 pub(super) const ICS: usize = 0x09C;
 pub(super) const IECTL: usize = 0x0A0;
 pub(super) const IQERCD: usize = 0x0B0;
+pub(super) const IRTA: usize = 0x0B8;
 pub(super) const PQH: usize = 0x0C0;
 pub(super) const PQT: usize = 0x0C8;
 pub(super) const PQA: usize = 0x0D0;
@@ -33,9 +34,12 @@ const EAFL: u32 = 1 << 28;
 const WBF: u32 = 1 << 27;
 /// GCMD.QIE and GSTS.QIES: queued invalidation.
 pub(super) const QIE: u32 = 1 << 26;
-const IRE: u32 = 1 << 25;
-const SIRTP: u32 = 1 << 24;
-const CFI: u32 = 1 << 23;
+/// GCMD.IRE and GSTS.IRES: interrupt remapping.
+pub(super) const IRE: u32 = 1 << 25;
+/// GCMD.SIRTP and GSTS.IRTPS: set interrupt remap table pointer.
+pub(super) const SIRTP: u32 = 1 << 24;
+/// GCMD.CFI and GSTS.CFIS: compatibility format interrupts pass.
+pub(super) const CFI: u32 = 1 << 23;
 /// The commands that stay on until a zero is written.
 const LEVELS: u32 = TE | EAFL | QIE | IRE | CFI;
 /// The commands that act once; a zero there means nothing.
@@ -91,7 +95,7 @@ pub(super) fn map(cap: u64, ecap: u64) -> Vec<Register> {
     event(&mut add, IECTL, ["IECTL", "IEDATA", "IEADDR", "IEUADDR"]);
     add(IQERCD, 8, "IQERCD", 0, 0, ALL);
     if ecap & 1 << 3 != 0 {
-        add(0x0B8, 8, "IRTA", PAGE | 1 << 11 | 0xF, 0, 0);
+        add(IRTA, 8, "IRTA", PAGE | 1 << 11 | 0xF, 0, 0);
     }
     if ecap & 1 << 29 != 0 {
         add(PQH, 8, "PQH", 0x7_FFE0, 0, 0);
@@ -249,6 +253,9 @@ impl State {
             RTADDR if self.is_due(|order| matches!(order, Order::Global(SRTP, _))) => {
                 self.violation("RTADDR written between GCMD.SRTP and GSTS.RTPS".into());
             }
+            IRTA if self.is_due(|order| matches!(order, Order::Global(SIRTP, _))) => {
+                self.violation("IRTA written between GCMD.SIRTP and GSTS.IRTPS".into());
+            }
             CCMD if value & INVALIDATE != 0 => self.invalidate_by_register("CCMD", old, Order::Context),
             r if r == invalidate_address(self.config.ecap) + 8 && value & INVALIDATE != 0 => {
                 self.invalidate_by_register("IOTLB", old, Order::Iotlb);
@@ -310,13 +317,28 @@ impl State {
             }
             SFL | EAFL if cap & 1 << 3 == 0 => "GCMD.SFL or EAFL without CAP.AFL",
             QIE if ecap & 1 << 1 == 0 => "GCMD.QIE without ECAP.QI",
-            QIE if !on && self.get(IQH) != self.get(IQT) => "GCMD.QIE cleared while IQH differs from IQT",
+            // A queue that stopped for an error does not get any emptier.
+            QIE if !on && self.get(IQH) != self.get(IQT) && self.get(FSTS) & 0x50 == 0 => {
+                "GCMD.QIE cleared while IQH differs from IQT"
+            }
             IRE | SIRTP | CFI if ecap & 1 << 3 == 0 => "GCMD.IRE, SIRTP or CFI without ECAP.IR",
             IRE if on && !has(SIRTP) => "GCMD.IRE set before a table (GSTS.IRTPS=0)",
             IRE if on && !has(QIE) => "GCMD.IRE set without queued invalidation",
+            IRE if on && !self.remapping.is_fresh => {
+                "GCMD.IRE set before all interrupt entries were invalidated"
+            }
+            CFI if on && self.remapping.is_extended() => "GCMD.CFI set while IRTA.EIME=1",
             _ => return,
         };
         self.violation(broken.into());
+    }
+
+    /// Whether protected memory is on, and `address` in it. Its limits are the last bytes.
+    pub(super) fn is_protected(&self, address: u64) -> bool {
+        let within = |base: usize, limit: usize| (self.get(base)..=self.get(limit)).contains(&address);
+        let low = self.config.cap & 1 << 5 != 0 && within(0x068, 0x06C);
+        let high = self.config.cap & 1 << 6 != 0 && within(0x070, 0x078);
+        self.get(PMEN) & 1 != 0 && (low || high)
     }
 
     fn invalidate_by_register(&mut self, name: &str, old: u64, order: Order) {
@@ -359,8 +381,14 @@ impl State {
         while let Some(at) = self.due.iter().position(ready) {
             match self.due.remove(at).what {
                 Order::Global(bit, on) => self.carry_out(bit, on),
-                Order::Context => self.invalidate_contexts_by_register(),
-                Order::Iotlb => self.invalidate_iotlb_by_register(),
+                Order::Context => {
+                    self.flush_write_buffer();
+                    self.invalidate_contexts_by_register();
+                }
+                Order::Iotlb => {
+                    self.flush_write_buffer();
+                    self.invalidate_iotlb_by_register();
+                }
                 Order::ProtectedMemory => {
                     let enabled = self.get(PMEN) & 1 << 31;
                     self.set(PMEN, enabled | enabled >> 31);
@@ -385,7 +413,13 @@ impl State {
                     self.caches.forget_all();
                 }
             }
+            WBF => self.flush_write_buffer(),
+            // ESIRTPS: no invalidation has to follow.
+            SIRTP => self.remapping.set_table(self.get(IRTA), self.config.cap & 1 << 62 != 0),
             QIE if on => self.run_queue(),
+            QIE if self.config.ends_queue_after_wait && !self.ended_with_wait() => {
+                self.set(GSTS, self.get(GSTS) | u64::from(QIE));
+            }
             QIE => self.stop_queue(),
             _ => {}
         }
@@ -640,13 +674,19 @@ mod tests {
     fn interrupt_remapping_goes_on_after_its_table_and_the_queue() {
         let bench = Bench::scalable(Config::qemu(), first_stage(0));
 
-        bench.unit.write64(0x0B8, golden::IRTA);
+        bench.unit.write64(IRTA, golden::IRTA & !(1 << 11));
         bench.command(SIRTP, true);
+        bench.submit(&[golden::INTERRUPT_GLOBAL]);
         bench.command(IRE, true);
         bench.command(CFI, true);
 
         assert_eq!(bench.unit.read32(GSTS), TE | SRTP | QIE | IRE | SIRTP | CFI);
         bench.assert_lawful();
+
+        let hasty = Bench::scalable(Config::qemu(), first_stage(0));
+        hasty.command(SIRTP, true);
+        hasty.command(IRE, true);
+        hasty.assert_broken("before all interrupt entries were invalidated");
 
         let without_queue = Bench::new(Config::qemu());
         without_queue.command(SIRTP, true);
@@ -683,6 +723,21 @@ mod tests {
 
         assert_eq!([(); 3].map(|()| bench.unit.read32(PMEN)), [1, 1, 0]);
         bench.assert_lawful();
+    }
+
+    #[test]
+    fn protected_memory_is_reached_by_nobody_while_there_is_no_translation() {
+        let bench = Bench::new(Config { cap: Config::qemu().cap | 3 << 5, ..Config::qemu() });
+        let read = |at: u64| bench.unit.dma_read(DEVICE, None, iommu::Iova(at), 1);
+        bench.unit.write64(0x070, STATUS);
+        bench.unit.write64(0x078, STATUS + 0xFFF);
+        assert_eq!(read(STATUS), Ok(vec![0]));
+
+        bench.unit.write32(PMEN, 1 << 31);
+        (0..3).for_each(|_| bench.unit.advance(0));
+
+        assert_eq!(read(STATUS), Err(super::super::Refusal::Unsupported));
+        assert_eq!(read(STATUS + 0x1000), Ok(vec![0]));
     }
 
     #[test]
@@ -794,6 +849,7 @@ mod tests {
     #[test]
     #[should_panic(expected = "not modelled")]
     fn a_unit_cannot_claim_what_the_model_lacks() {
-        Bench::new(Config { ecap: Config::qemu().ecap | 1 << 26, ..Config::qemu() });
+        // MTS.
+        Bench::new(Config { ecap: Config::qemu().ecap | 1 << 25, ..Config::qemu() });
     }
 }

@@ -153,12 +153,12 @@ fn scalable_second_stage(did: u16, root: u64, levels: u32) -> Format {
     }
 }
 
-/// A first-stage format of 4 levels, with the reasons SFS and SGN.
-fn first_stage(did: u16, pasid: u32, root: u64, write_protect: bool) -> Format {
+/// A first-stage format, with the reasons SFS and SGN.
+fn first_stage(tag: Tag, root: u64, levels: u32, write_protect: bool) -> Format {
     Format {
-        tag: Tag::First { did, pasid },
+        tag,
         root,
-        levels: 4,
+        levels,
         first_stage: true,
         write_protect,
         root_error: 0x73,
@@ -289,23 +289,35 @@ impl State {
         let did = entry[1] as u16;
         let levels = self.supported_levels(entry[0] >> 2 & 7);
         let translation_type = entry[0] >> 6 & 7;
+        // FSPM: 0 is four levels, 1 five, which need FS5LP.
+        let first_levels = match entry[2] >> 2 & 3 {
+            0 => Some(4),
+            1 if cap & 1 << 60 != 0 => Some(5),
+            _ => None,
+        };
         let supported = match translation_type {
-            // FSPM: five levels need FS5LP, which no modelled unit has.
-            1 => has(47) && entry[2] >> 2 & 3 == 0,
+            1 => has(47) && first_levels.is_some(),
             2 => has(46) && levels.is_some(),
+            3 => has(26) && first_levels.is_some() && levels.is_some(),
             4 => has(6),
             _ => false,
         };
         way.demand(supported, 0x5B)?;
         way.demand(!way.privileged || translation_type == 2 || entry[2] & 1 != 0, 0x5D)?;
+        let levels = levels.unwrap_or(0);
+        let first_levels = first_levels.unwrap_or(0);
+        let first = |tag| first_stage(tag, entry[2] & POINTER, first_levels, entry[2] & 1 << 4 != 0);
         match translation_type {
             1 => {
-                way.demand(is_canonical(request.address), 0x80)?;
-                let format = first_stage(did, pasid, entry[2] & POINTER, entry[2] & 1 << 4 != 0);
-                self.page_walk(request, way, &format)
+                way.demand(is_canonical(request.address, first_levels), 0x80)?;
+                self.page_walk(request, way, &first(Tag::First { did, pasid }))
+            }
+            3 => {
+                way.demand(is_canonical(request.address, first_levels), 0x80)?;
+                let second = scalable_second_stage(did, entry[0] & POINTER, levels);
+                self.nested_walk(request, way, &first(Tag::Nested { did, pasid }), &second)
             }
             2 => {
-                let levels = levels.unwrap_or(0);
                 way.demand(self.within_guest_width(request.address, cap, levels), 0x84)?;
                 self.page_walk(request, way, &scalable_second_stage(did, entry[0] & POINTER, levels))
             }
@@ -415,6 +427,118 @@ impl State {
         self.caches.structures.extend(tables);
         self.caches.keep(leaf);
         mapping
+    }
+
+    /// Answers from the IOTLB, or walks first-stage tables whose own addresses, and the one that they end at, are walked
+    /// through the second stage.
+    fn nested_walk(
+        &mut self,
+        request: &Request,
+        way: Way,
+        first: &Format,
+        second: &Format,
+    ) -> Result<Mapping, Fault> {
+        // What both stages permit is in one leaf, so supervisors have no more say in it.
+        let both = Format { first_stage: false, ..*first };
+        if let Some(leaf) = self.caches.leaf(first.tag, request.address)
+            && (leaf.dirty || request.kind != Kind::Write)
+        {
+            return permit(request, way, &both, &leaf);
+        }
+        let mut used = Vec::new();
+        let mut tables = Vec::new();
+        let mut table = first.root;
+        let mut rights = (true, true, true);
+        let (output, log2, dirty) = 'walk: {
+            for level in (1..=first.levels).rev() {
+                let shift = level_shift(level);
+                let key = (first.tag, level, request.address >> shift);
+                let guest = table + (request.address >> shift & 0x1FF) * 8;
+                let is_top = level == first.levels;
+                let entry = match self.caches.structures.get(&key) {
+                    Some(&entry) => entry,
+                    None => {
+                        let held = self.through_second(request, way, second, guest, 0x74)?;
+                        way.demand(held.read, if is_top { 0x75 } else { 0x76 })?;
+                        let at = PhysAddr(held.output | guest & ((1 << held.log2) - 1));
+                        let error = if is_top { first.root_error } else { first.table_error };
+                        let entry = way.load(self.memory.device_load(at), error)?;
+                        used.push((at, entry, held.write));
+                        entry
+                    }
+                };
+                way.demand(entry & 1 != 0, first.absent[0])?;
+                let large = entry & 1 << 7 != 0 && level > 1;
+                way.demand(self.reserved_in(first, entry, level, large) == 0, first.reserved)?;
+                rights = (rights.0, rights.1 && entry & 2 != 0, rights.2 && entry & 4 != 0);
+                if large || level == 1 {
+                    break 'walk (entry & ADDRESS & !((1 << shift) - 1), shift, entry & 1 << 6 != 0);
+                }
+                tables.push((key, entry));
+                table = entry & ADDRESS;
+            }
+            return Err(way.fault(first.reserved));
+        };
+        let (read, write, user) = rights;
+        let of_first = Leaf {
+            tag: first.tag,
+            input: request.address,
+            log2,
+            output,
+            present: true,
+            read,
+            write,
+            user,
+            dirty,
+        };
+        let guest = grant(request, way, first, &of_first)?;
+        let held = self.through_second(request, way, second, guest.phys, 0x84)?;
+        let log2 = log2.min(held.log2);
+        let leaf = Leaf {
+            log2,
+            output: (held.output | guest.phys & ((1 << held.log2) - 1)) & !((1 << log2) - 1),
+            read: held.read,
+            write: (write || way.privileged && !first.write_protect) && held.write,
+            dirty: dirty || request.kind == Kind::Write,
+            ..of_first
+        };
+        let mapping = permit(request, way, &both, &leaf)?;
+        let last = used.len().saturating_sub(1);
+        for (n, &(at, entry, writable)) in used.iter().enumerate() {
+            let set = 1 << 5 | if n == last && leaf.dirty { 1 << 6 } else { 0 };
+            way.demand(writable || entry & set == set, 0x77)?;
+            way.load(self.memory.device_set(at, set), first.table_error)?;
+        }
+        self.caches.structures.extend(tables);
+        self.caches.keep(leaf);
+        Ok(mapping)
+    }
+
+    /// Finds what the second stage has for the guest's address `guest`; `beyond` is the reason if that is too wide.
+    ///
+    /// That nothing is there is SSS.2 whatever it is asked for; what it is asked for decides only where there is something.
+    fn through_second(
+        &mut self,
+        request: &Request,
+        way: Way,
+        second: &Format,
+        guest: u64,
+        beyond: u8,
+    ) -> Result<Leaf, Fault> {
+        way.demand(self.within_guest_width(guest, self.config.cap, second.levels), beyond)?;
+        if let Some(leaf) = self.caches.leaf(second.tag, guest) {
+            way.demand(leaf.present, second.absent[0])?;
+            return Ok(leaf);
+        }
+        let (mut used, mut tables) = (Vec::new(), Vec::new());
+        let asked = Request { address: guest, ..*request };
+        let leaf = self.find_leaf(&asked, way, second, &mut used, &mut tables)?;
+        if leaf.present || self.config.caching_mode() {
+            self.caches.structures.extend(tables);
+            self.caches.keep(leaf);
+        }
+        way.demand(leaf.present, second.absent[0])?;
+        Ok(leaf)
     }
 
     /// Walks to the leaf entry for `request`. `used` collects the entries on the way, `tables` those that point on.
@@ -527,7 +651,7 @@ impl State {
 
     /// The levels that AW stands for, if CAP.SAGAW has them.
     fn supported_levels(&self, width: u64) -> Option<u32> {
-        let supported = (1..=2).contains(&width) && self.config.cap & 1 << (8 + width) != 0;
+        let supported = (1..=3).contains(&width) && self.config.cap & 1 << (8 + width) != 0;
         supported.then_some(width as u32 + 2)
     }
 
@@ -538,8 +662,15 @@ impl State {
     }
 }
 
-/// Checks what `leaf` permits; an ATS translation request is told, and refused only if nothing is left.
+/// Checks what `leaf` permits, and that it does not lead to where interrupts are written.
 fn permit(request: &Request, way: Way, format: &Format, leaf: &Leaf) -> Result<Mapping, Fault> {
+    let mapping = grant(request, way, format, leaf)?;
+    way.demand(mapping.phys >> 20 != 0xFEE, format.interrupt_range)?;
+    Ok(mapping)
+}
+
+/// Checks what `leaf` permits; an ATS translation request is told, and refused only if nothing is left.
+fn grant(request: &Request, way: Way, format: &Format, leaf: &Leaf) -> Result<Mapping, Fault> {
     let writes = usize::from(request.kind == Kind::Write);
     way.demand(leaf.present, format.absent[writes])?;
     way.demand(way.privileged || leaf.user, 0x81)?;
@@ -551,15 +682,14 @@ fn permit(request: &Request, way: Way, format: &Format, leaf: &Leaf) -> Result<M
     };
     way.demand(permitted, format.denied[writes])?;
     let phys = leaf.output | request.address & ((1 << leaf.log2) - 1);
-    way.demand(phys >> 20 != 0xFEE, format.interrupt_range)?;
     // A translation that was not asked for with write must leave D alone, so it is told as read-only.
     let write = write && (request.at != At::TranslationRequest || request.kind == Kind::Write);
     Ok(Mapping { phys, log2: leaf.log2, read: leaf.read, write })
 }
 
-/// Returns whether bits 63:48 repeat bit 47.
-fn is_canonical(address: u64) -> bool {
-    let top = address as i64 >> 47;
+/// Returns whether the bits above what `levels` levels translate repeat the highest of those: 47, or 56.
+fn is_canonical(address: u64, levels: u32) -> bool {
+    let top = address as i64 >> (11 + 9 * levels);
     top == 0 || top == -1
 }
 
@@ -569,9 +699,11 @@ mod tests {
         Config, Refusal, Requested,
         bench::{Bench, DEVICE, DID, DIRECTORY, FIRST_STAGE, IOVA, PASID, STATUS, at_page, first_stage},
     };
-    use crate::golden;
-    use iommu::{Iova, Pasid, StreamId};
+    use crate::{golden, memory::BASE};
+    use iommu::{Iova, Pasid, PhysAddr, StreamId};
 
+    /// Bits of an entry that hold the address of a table or page.
+    const ADDRESS: u64 = 0x000F_FFFF_FFFF_F000;
     /// Device-visible memory that is not there.
     const NOWHERE: u64 = 0x1000;
     const R: u64 = 1;
@@ -910,6 +1042,236 @@ mod tests {
         assert_eq!(beyond, fault(0x84));
     }
 
+    /// A PASID table entry for first-stage tables at the guest's address `first`, over second-stage tables at `second`.
+    fn nested(first: u64, second: u64) -> [u64; 8] {
+        let [w0, _, w2, ..] = golden::PASID_NESTED;
+        // AW 2 in place of 3, 4 levels in place of 5; SRE needs ECAP.SRS.
+        [w0 & !(0x7 << 2) & 0xFFF | 2 << 2 | second, DID, w2 & 0x10 | first, 0, 0, 0, 0, 0]
+    }
+
+    /// Where the guest's addresses start: far from the host's.
+    const GUEST: u64 = 0x10_0000_0000;
+
+    /// A unit behind whose second stage the guest's address `GUEST + n` is the host's `BASE + n`, for all of its memory.
+    fn nested_bench(config: Config) -> (Bench, u64) {
+        let mut bench = Bench::scalable(config, [0; 8]);
+        let second = bench.page();
+        for page in (0..0x4_0000).step_by(0x1000) {
+            bench.map(second, 4, GUEST + page, 1, R | W, (BASE.0 + page) | R | W);
+        }
+        bench.set_pasid_entry(PASID.value(), nested(to_guest(FIRST_STAGE), second));
+        (bench, second)
+    }
+
+    /// The guest's address of the host's `address`.
+    fn to_guest(address: u64) -> u64 {
+        address - BASE.0 + GUEST
+    }
+
+    /// Maps `IOVA` by the guest's tables in `FIRST_STAGE` to the guest's `target`, with `bits`; returns where the leaf is.
+    fn map_guest(bench: &mut Bench, level: u32, bits: u64, leaf: u64) -> u64 {
+        let mut table = FIRST_STAGE;
+        for above in (level + 1..=4).rev() {
+            let at = table + (IOVA.0 >> (3 + 9 * above) & 0x1FF) * 8;
+            if bench.word(at) == 0 {
+                let next = bench.page();
+                bench.put(at, &[to_guest(next) | bits]);
+            }
+            table = (bench.word(at) & ADDRESS) - GUEST + BASE.0;
+        }
+        let at = table + (IOVA.0 >> (3 + 9 * level) & 0x1FF) * 8;
+        bench.put(at, &[leaf]);
+        at
+    }
+
+    const FULL_NESTING: Config = Config::full().with_nesting();
+
+    #[test]
+    fn a_nested_address_goes_through_both_stages() {
+        let (mut bench, _) = nested_bench(FULL_NESTING);
+        let page = bench.page();
+        let leaf = map_guest(&mut bench, 1, 7, to_guest(page) | 7);
+        bench.put(page + 8, &[0x1234]);
+
+        assert_eq!(bench.read(Iova(IOVA.0 + 8)), Ok(0x1234));
+        assert_eq!(bench.word(leaf) & (A | D), A);
+        assert_eq!(bench.write(IOVA, 0x5678), Ok(()));
+
+        assert_eq!((bench.word(page), bench.word(leaf) & (A | D)), (0x5678, A | D));
+        bench.assert_lawful();
+    }
+
+    #[test]
+    fn nested_tables_of_five_levels_translate() {
+        let config = FULL_NESTING.with_five_levels();
+        let (mut bench, second) = nested_bench(config);
+        let top = bench.page();
+        bench.put(top, &[to_guest(FIRST_STAGE) | 7]);
+        let page = bench.page();
+        map_guest(&mut bench, 1, 7, to_guest(page) | 7);
+        bench.put(page, &[0x77]);
+        let mut entry = nested(to_guest(top), second);
+        entry[2] |= 1 << 2;
+        bench.set_pasid_entry(PASID.value(), entry);
+
+        assert_eq!(bench.read(IOVA), Ok(0x77));
+        assert_eq!(bench.read(Iova(1 << 56)), fault(0x80));
+        // Second-stage tables of 5 levels: AW 3.
+        let upper = bench.page();
+        bench.put(upper, &[second | R | W]);
+        entry[0] = entry[0] & 0xFFF & !(7 << 2) | 3 << 2 | upper;
+        bench.set_pasid_entry(0, entry);
+        let plain = bench.unit.dma_read(DEVICE, None, IOVA, 1);
+        assert_eq!(plain, Ok(vec![0x77]));
+    }
+
+    #[test]
+    fn nested_faults_name_the_stage_and_what_was_met() {
+        // The first-stage tables themselves, by the guest's addresses.
+        for (first, expected) in [
+            // Nothing there in the second stage; nothing there in the first.
+            (0x20_0000_0000, 0x79),
+            (to_guest(FIRST_STAGE), 0x71),
+        ] {
+            let (bench, second) = nested_bench(FULL_NESTING);
+            bench.set_pasid_entry(PASID.value(), nested(first, second));
+            assert_eq!(bench.read(IOVA), fault(expected), "{first:#x}");
+            assert_eq!(bench.take_fault(), expected);
+        }
+        let narrow = Config { cap: FULL_NESTING.cap & !(0x3F << 16) | 38 << 16, ..FULL_NESTING };
+        let (bench, second) = nested_bench(narrow);
+        bench.set_pasid_entry(PASID.value(), nested(1 << 40, second));
+        assert_eq!(bench.read(IOVA), fault(0x74), "SFS.5");
+
+        // What a table of the second stage says of the pages that first-stage tables are in.
+        let second_stage_of = |level: u32, bits: u64| {
+            let (mut bench, second) = nested_bench(FULL_NESTING);
+            let page = bench.page();
+            let leaf = map_guest(&mut bench, 1, 7, to_guest(page) | 7);
+            // The table at `level`: the top one, or the last.
+            let table = if level == 4 { FIRST_STAGE } else { leaf & !0xFFF };
+            bench.map(second, 4, to_guest(table), 1, R | W, table | bits);
+            (bench.read(IOVA), bench)
+        };
+        assert_eq!(second_stage_of(4, W).0, fault(0x75), "SFS.6");
+        assert_eq!(second_stage_of(1, W).0, fault(0x76), "SFS.7");
+        assert_eq!(second_stage_of(1, 0).0, fault(0x79), "SSS.2");
+        assert_eq!(second_stage_of(1, R).0, fault(0x77), "SFS.8: A cannot be set");
+        assert_eq!(second_stage_of(1, R | W | 1 << 48).0, fault(0x7A), "SSS.3");
+
+        // The page that it ends at.
+        let target = |address: u64, rights: u64| {
+            let (mut bench, second) = nested_bench(FULL_NESTING);
+            let page = bench.page();
+            map_guest(&mut bench, 1, 7, if address == 0 { to_guest(page) } else { address } | 7);
+            bench.map(second, 4, to_guest(page), 1, R | W, page | rights);
+            (bench.read(IOVA), bench.write(IOVA, 1))
+        };
+        let both = |reason| (fault(reason), Err(Refusal::Fault(reason)));
+        assert_eq!(target(0x20_0000_0000, R | W), both(0x79));
+        assert_eq!(target(0, R), (Ok(0), Err(Refusal::Fault(0x85))));
+        assert_eq!(target(0, W), (fault(0x86), Ok(())));
+        let wide = |config: Config| {
+            let (mut bench, _) = nested_bench(config);
+            map_guest(&mut bench, 1, 7, 1 << 40 | 7);
+            bench.read(IOVA)
+        };
+        assert_eq!(wide(narrow), fault(0x84), "SGN.5");
+        // And what the guest's own tables say.
+        let entry = |level, entry| {
+            let (mut bench, _) = nested_bench(FULL_NESTING);
+            map_guest(&mut bench, level, 7, entry);
+            bench.read(IOVA)
+        };
+        assert_eq!(entry(1, 0), fault(0x71));
+        assert_eq!(entry(4, PS | 7), fault(0x72));
+        assert_eq!(entry(1, to_guest(STATUS) | 3), fault(0x81));
+    }
+
+    #[test]
+    fn a_guest_s_own_rights_and_the_host_s_are_both_needed() {
+        let (mut bench, _) = nested_bench(FULL_NESTING);
+        let page = bench.page();
+        map_guest(&mut bench, 1, 7, to_guest(page) | R | US);
+        assert_eq!((bench.read(IOVA), bench.write(IOVA, 1)), (Ok(0), Err(Refusal::Fault(0x85))));
+
+        // A large page of the guest over small ones of the host reaches each of those, and no other.
+        let (mut bench, _) = nested_bench(FULL_NESTING);
+        map_guest(&mut bench, 2, 7, GUEST & !0x1F_FFFF | PS | 7);
+        bench.put(STATUS, &[0x66]);
+        let large = IOVA.0 & !0x1F_FFFF;
+        assert_eq!(bench.read(Iova(large + STATUS - BASE.0)), Ok(0x66));
+        assert_eq!(bench.read(Iova(large + 0x10_0000)), fault(0x79));
+    }
+
+    #[test]
+    fn what_was_nested_is_forgotten_by_its_pasid_and_by_its_domain_and_not_by_pages_of_it() {
+        let did = DID << 16;
+        let cases: [(&str, [u64; 4], bool); 4] = [
+            ("the PASID", [6 | 2 << 4 | did | u64::from(PASID.value()) << 32, 0, 0, 0], true),
+            ("the domain", [2 | 2 << 4 | did, 0, 0, 0], true),
+            ("another PASID", [6 | 2 << 4 | did | 6 << 32, 0, 0, 0], false),
+            ("the page, as the second stage has it", [2 | 3 << 4 | did, 0, 0, 0], false),
+        ];
+        for (what, descriptor, forgotten) in cases {
+            let (mut bench, _) = nested_bench(FULL_NESTING);
+            let page = bench.page();
+            let leaf = map_guest(&mut bench, 1, 7, to_guest(page) | 7);
+            assert_eq!(bench.read(IOVA), Ok(0));
+            bench.put(leaf, &[0]);
+            let mut descriptor = descriptor;
+            if descriptor[0] & 0x3F == 0x32 {
+                descriptor[1] = to_guest(page);
+            }
+
+            bench.submit(&[descriptor]);
+
+            assert_eq!(bench.read(IOVA).is_err(), forgotten, "{what}");
+        }
+        // The second stage is remembered under the domain: a PASID-based invalidation leaves it.
+        for (descriptor, expected) in [(cases[0].1, Ok(0)), (cases[1].1, fault(0x79))] {
+            let (mut bench, second) = nested_bench(FULL_NESTING);
+            let page = bench.page();
+            map_guest(&mut bench, 1, 7, to_guest(page) | 7);
+            assert_eq!(bench.read(IOVA), Ok(0));
+            bench.map(second, 4, to_guest(page), 1, R | W, 0);
+
+            bench.submit(&[descriptor]);
+
+            assert_eq!(bench.read(IOVA), expected);
+        }
+    }
+
+    #[test]
+    fn first_stage_tables_of_five_levels_translate_where_the_unit_has_them() {
+        let five = |config| {
+            let mut entry = first_stage(FIRST_STAGE);
+            entry[2] |= 1 << 2;
+            let mut bench = Bench::scalable(config, entry);
+            let page = bench.page();
+            let iova = 0x00AB_2B5A_D3E7_9000;
+            bench.map(FIRST_STAGE, 5, iova, 1, 7, page | 7);
+            (bench.read(Iova(iova)), bench.read(Iova(1 << 56)))
+        };
+        assert_eq!(five(Config::full().with_five_levels()), (Ok(0), fault(0x80)));
+        assert_eq!(five(Config::full()), (fault(0x5B), fault(0x5B)));
+    }
+
+    #[test]
+    fn a_unit_that_remembers_finds_what_is_there_now_when_it_is_asked_to() {
+        let mut bench = Bench::scalable(Config::full(), first_stage(FIRST_STAGE));
+        let (leaf, page) = bench.map_page(7);
+        let find = |bench: &Bench| bench.unit.find(DEVICE, Some(PASID), IOVA);
+        assert_eq!(bench.read(IOVA), Ok(0));
+        assert_eq!(find(&bench), Ok(PhysAddr(page)));
+
+        bench.put(leaf, &[0]);
+
+        assert_eq!(find(&bench), Err(Refusal::Fault(0x71)));
+        assert_eq!(bench.read(IOVA), Ok(0), "it goes on remembering");
+        assert_eq!(bench.fault(0), [0, 0], "nothing is recorded");
+    }
+
     #[test]
     fn pass_through_reaches_what_it_names_and_nothing_above_the_host_s_width() {
         let bench = Bench::scalable(Config::full(), PASS_THROUGH);
@@ -932,9 +1294,13 @@ mod tests {
     }
 
     #[test]
-    fn legacy_tables_of_three_and_four_levels_translate() {
-        for (aw, levels, iova) in [(1, 3, IOVA.0 & 0x7F_FFFF_FFFF), (2, 4, IOVA.0)] {
-            let mut bench = Bench::legacy(Config::qemu(), legacy_context(0, aw, FIRST_STAGE));
+    fn legacy_tables_of_three_to_five_levels_translate() {
+        for (config, aw, levels, iova) in [
+            (Config::qemu(), 1, 3, IOVA.0 & 0x7F_FFFF_FFFF),
+            (Config::qemu(), 2, 4, IOVA.0),
+            (Config::qemu().with_five_levels(), 3, 5, IOVA.0 | 0xAB << 48),
+        ] {
+            let mut bench = Bench::legacy(config, legacy_context(0, aw, FIRST_STAGE));
             bench.map(FIRST_STAGE, levels, iova, 1, R | W, STATUS | R);
             bench.put(STATUS, &[0x55]);
 

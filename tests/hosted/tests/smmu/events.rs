@@ -430,6 +430,7 @@ mod messages {
         // By wires first: what is told of messages is told while interrupts are off.
         machine.smmu.events.enable_interrupts().expect("it is acknowledged");
         machine.smmu.events.enable_messages(&MESSAGES).expect("it is acknowledged");
+        machine.assign(NIC, ALL);
 
         fault(machine.unit);
         assert_eq!(machine.unit.messages(), [(0x00FF_FFFF_FFFF_FFFC, 0xFFFF_FFFF)]);
@@ -451,6 +452,7 @@ mod messages {
     fn a_message_that_is_lost_is_told_by_its_name_and_what_it_was_about_is_found() {
         let mut machine = Machine::new(STREAM_TABLE, config());
         machine.smmu.events.enable_messages(&MESSAGES).expect("it is acknowledged");
+        machine.assign(NIC, ALL);
         machine.unit.fail_messages(true);
 
         fault(machine.unit);

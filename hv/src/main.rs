@@ -11,11 +11,13 @@ compile_error!(
 );
 
 mod control;
+mod engine;
 mod forward;
 mod guest;
 mod hypercall;
 mod hypervisor;
 mod memory;
+mod restart;
 mod scenes;
 mod service;
 mod tables;
@@ -45,6 +47,7 @@ enum Failure {
     Machine(arch::machine::Error),
     Unit(unit::Error),
     Service(service::Failure),
+    Before(restart::Failure),
     NoGuestImage,
     TooFewCores { present: usize, needed: usize },
 }
@@ -70,6 +73,7 @@ fn bring_up(boot: Boot) -> Result<&'static Hypervisor, Failure> {
     let (capabilities, registers) = (found.capabilities(), found.registers());
     defmt::info!("IOMMU: {}", capabilities);
     POOL.with(|pool| pool.adopt(boot.memory(), found.bus()));
+    restart::live(&boot, &config).map_err(Failure::Before)?;
     let unit = found.enable(|frames| memory::cut(&POOL, frames)).map_err(Failure::Unit)?;
     defmt::info!("unit enabled: every device is blocked");
 

@@ -6,6 +6,7 @@
 mod interrupts;
 mod pressure;
 mod recovery;
+mod restart;
 mod trust;
 
 use crate::{
@@ -63,8 +64,14 @@ type Unexpected = &'static str;
 
 type Scene = fn(&Hypervisor, &Seen) -> Result<&'static str, Unexpected>;
 
-/// Each ordinary scene: its name, whether it needs devices that send page requests, and itself.
-const SCENES: [(&str, bool, Scene); 10] = [
+/// Its name, whether it needs devices that send page requests, and itself.
+type SceneOf = (&'static str, bool, Scene);
+
+/// Scenes that a command line names, at most.
+const NAMED: usize = 16;
+
+/// The ordinary scenes.
+static SCENES: [SceneOf; 10] = [
     ("deny", false, deny),
     ("allow", false, allow),
     ("event", true, event),
@@ -78,8 +85,9 @@ const SCENES: [(&str, bool, Scene); 10] = [
 ];
 
 /// Scenes that are shown only where the command line names them: each needs a boot, or a machine, that is made for it.
-const FURTHER: &[(&str, bool, Scene)] = &[
+static FURTHER: &[SceneOf] = &[
     ("recovery", false, recovery::recovery),
+    ("restart", true, restart::restart),
     ("storm", false, pressure::storm),
     ("overflow", true, pressure::overflow),
     ("staleness", true, pressure::staleness),
@@ -88,14 +96,20 @@ const FURTHER: &[(&str, bool, Scene)] = &[
     ("interrupts", true, interrupts::interrupts),
 ];
 
-/// Shows the scenes that were asked for; returns whether all of them passed.
+/// Shows the scenes that were asked for, in that order, or else the ordinary ones; returns whether all of them passed.
 pub fn run(hv: &Hypervisor) -> bool {
-    let wanted = wanted::scenes(hv.boot.command_line());
-    let ordinary = wanted.clone().next().is_none();
-    let is_named = |(name, ..): &(&str, bool, Scene)| wanted.clone().any(|one| one == *name);
-    let scenes = SCENES.into_iter().filter(|scene| ordinary || is_named(scene));
+    let mut named: Vec<&SceneOf, NAMED> = Vec::new();
+    for name in wanted::scenes(hv.boot.command_line()) {
+        match SCENES.iter().chain(FURTHER).find(|(known, ..)| *known == name) {
+            Some(scene) if named.push(scene).is_ok() => {}
+            _ => defmt::warn!("the scene {=str} is not known, or is one too many", name),
+        }
+    }
+    if named.is_empty() {
+        named.extend(&SCENES);
+    }
     let (mut ended, mut passed, mut skipped) = (0u32, 0u32, 0u32);
-    for (name, needs_requests, scene) in scenes.chain(FURTHER.iter().copied().filter(is_named)) {
+    for &(name, needs_requests, scene) in named {
         if needs_requests && requesters(hv).len() < GUESTS {
             defmt::warn!(
                 "scene skip name={=str} reason=there are no two devices that send page requests",

@@ -161,6 +161,8 @@ impl Taken {
 enum Sight {
     /// Translation was switched on or off.
     Translation(bool),
+    /// The unit is being brought up: what it was told before is about tables that are no more.
+    BringUp,
     /// A device got past translation: the one with this stream, if the trace tells.
     Bypass(Option<u64>),
     /// A step was taken from the queue.
@@ -186,6 +188,8 @@ pub(crate) struct Told<'t> {
     pub(crate) with_device_tlb: &'t [u64],
     /// The streams of the devices that may get past translation.
     pub(crate) trusted: &'t [u64],
+    /// Whether it took over a unit that was on. An SMMUv3 then goes off, and refuses everything meanwhile; a VT-d unit stays on.
+    pub(crate) restarts: bool,
     /// Whether it tells of detachments. Where there were unmaps there are detachments in the end.
     pub(crate) detachments: bool,
 }
@@ -299,17 +303,24 @@ impl Trace {
             Machine::Aarch64 => smmu::read(event, text),
         };
         let (mut taken, mut batch, mut batches) = (Vec::new(), Batch::new(), Vec::new());
+        let mut translates = false;
         for line in lines.split(b'\n') {
             let line = line.map_err(|source| Error::Io { doing: "reading QEMU's trace".into(), source })?;
             let line = String::from_utf8_lossy(&line);
             let (event, text) = line.split_once(' ').unwrap_or((&line, ""));
             match read(event, text.trim_end()) {
                 Some(Sight::Translation(on)) => {
-                    if self.enabled && !on {
+                    let goes_off = all.restarts && all.machine == Machine::Aarch64;
+                    if self.enabled && !on && !goes_off {
                         self.find("translation was switched off again".into());
                     }
                     self.enabled |= on;
+                    if on && !translates {
+                        (taken, batch, batches) = Default::default();
+                    }
+                    translates = on;
                 }
+                Some(Sight::BringUp) => (taken, batch, batches) = Default::default(),
                 Some(Sight::Bypass(Some(stream))) if all.trusted.contains(&stream) => {}
                 Some(Sight::Bypass(_)) if self.enabled => {
                     self.bypassed += 1;
@@ -477,7 +488,15 @@ mod tests {
         fn told<'t>(&self, removals: &'t [Removal]) -> Told<'t> {
             let machine = self.machine;
             let tables = Tables::First;
-            Told { machine, tables, removals, with_device_tlb: &[], trusted: &[], detachments: false }
+            Told {
+                machine,
+                tables,
+                removals,
+                with_device_tlb: &[],
+                trusted: &[],
+                restarts: false,
+                detachments: false,
+            }
         }
 
         fn judge_told(&self, lines: &[&str], told: &Told<'_>) -> Trace {
@@ -825,6 +844,35 @@ mod tests {
             assert_eq!(never.findings, ["translation was never switched on"]);
             assert_eq!(off.findings, ["translation was switched off again"]);
             assert!(!never.clean() && !off.clean());
+        }
+    }
+
+    #[test]
+    fn only_an_smmu_that_is_taken_over_goes_off_and_even_then_nothing_gets_past_it() {
+        for words in &WORDS {
+            let told = Told { restarts: true, ..words.told(&[]) };
+            let judge = |between: &[&str]| {
+                let lines = [&[words.on, words.off], between, &[words.on]].concat();
+                words.judge_told(&lines, &told).clean()
+            };
+
+            assert_eq!(judge(&[]), words.machine == Machine::Aarch64);
+            assert!(!judge(&[words.bypass]));
+        }
+    }
+
+    #[test]
+    fn what_a_unit_was_told_before_it_is_brought_up_does_not_count() {
+        let [vtd, smmu] = &WORDS;
+        let again = "vtd_reg_write_gcmd status 0xc6000000 val 0x86000000";
+        for (words, again) in [(vtd, &[again][..]), (smmu, &[smmu.off, smmu.on])] {
+            let judge = |first: &str, second: &[&str]| {
+                let lines = [&[first, words.wait, words.doorbell], again, second].concat();
+                words.judge(&lines, &[FOUR_PAGES]).invalidated
+            };
+
+            assert_eq!(judge(words.pages, &[]), 0);
+            assert_eq!(judge(words.all, &[words.pages]), 1);
         }
     }
 

@@ -30,6 +30,8 @@ pub(crate) struct Variant {
     pub(crate) with_device_tlb: &'static [u64],
     /// Requester IDs of the devices that the hypervisor is told to trust: they may get past translation.
     pub(crate) trusted: &'static [u64],
+    /// Whether the unit is taken over from a life of the hypervisor before this one.
+    pub(crate) restarts: bool,
     /// What it shows, in order.
     pub(crate) scenes: &'static [Scene],
 }
@@ -109,6 +111,7 @@ const X86_64: Variant = Variant {
     tables: Tables::First,
     with_device_tlb: &PLUGIN_DEVICES,
     trusted: &[],
+    restarts: false,
     scenes: &[
         Scene::plain("deny"),
         Scene::plain("allow"),
@@ -135,6 +138,7 @@ const AARCH64: Variant = Variant {
     tables: Tables::First,
     with_device_tlb: &PLUGIN_DEVICES,
     trusted: &[],
+    restarts: false,
     scenes: &[
         Scene::plain("deny"),
         Scene::plain("allow"),
@@ -233,6 +237,20 @@ pub(crate) static VARIANTS: &[Variant] = &[
             Scene::doubled("staleness"),
             Scene::doubled("batch"),
         ],
+        ..AARCH64
+    },
+    Variant {
+        name: Some("restart"),
+        told: "restart=warm",
+        restarts: true,
+        scenes: &[Scene::requests("restart"), Scene::requests("repair")],
+        ..X86_64
+    },
+    Variant {
+        name: Some("restart"),
+        told: "restart=warm",
+        restarts: true,
+        scenes: &[Scene::requests("restart"), Scene::doubled("repair")],
         ..AARCH64
     },
 ];

@@ -18,9 +18,11 @@ mod hypervisor;
 mod memory;
 mod scenes;
 mod service;
+mod tables;
+mod wanted;
 
 use arch::{cpu, interrupts, machine::Boot, unit};
-use hypervisor::{Hypervisor, POOL};
+use hypervisor::{Hypervisor, POOL, Told};
 use pcie::Function;
 
 /// Where `arch` hands over, on the core that booted: our own tables and stack, interrupts masked.
@@ -60,6 +62,7 @@ fn bring_up(boot: Boot) -> Result<&'static Hypervisor, Failure> {
     let config = boot.config_space().map_err(Failure::Machine)?;
     for function in Function::on_bus_0(&config) {
         function.disable_page_requests(&config);
+        function.disable_messages(&config);
         function.disable_bus_master(&config);
     }
 
@@ -71,8 +74,9 @@ fn bring_up(boot: Boot) -> Result<&'static Hypervisor, Failure> {
     defmt::info!("unit enabled: every device is blocked");
 
     let image = boot.guest_image_bytes().ok_or(Failure::NoGuestImage)?;
-    let unit::Unit { events, commands, tables, remapping: _ } = unit;
-    let hv = Hypervisor::publish(boot, config, registers, capabilities, commands, tables, image);
+    let unit::Unit { events, commands, tables, remapping } = unit;
+    let told = Told { commands, tables, remapping };
+    let hv = Hypervisor::publish(boot, config, registers, capabilities, told, image);
     service::start(hv, events).map_err(Failure::Service)?;
     for index in 0..hypervisor::GUESTS {
         cpu::start(hypervisor::home_of(index), guest::home).map_err(Failure::Machine)?;

@@ -12,7 +12,7 @@
 //! ```
 //!
 //! The path of a boot: [`Request`] is what the command line asks for; `toolchain` and `qemu` provide what is missing,
-//! through `apt` where the machine has one; `build` makes the images; `boot` runs QEMU; `log` decodes the serial port;
+//! through `apt` where the machine has one; `build` makes the images; `variant` has every boot, and `boot` runs QEMU; `log` decodes the serial port;
 //! `scenes` reads the protocol in the log, and `trace` what QEMU itself saw; [`Report`] is the verdict.
 //!
 //! Other programs, their output and the machine's files are not trusted: what cannot be used is an [`Error`] or a
@@ -33,6 +33,7 @@ mod report;
 mod scenes;
 mod toolchain;
 mod trace;
+mod variant;
 mod workspace;
 
 pub use demonstration::{Demonstration, toolchain_arguments};

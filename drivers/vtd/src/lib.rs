@@ -55,6 +55,7 @@ pub mod dmar;
 pub mod events;
 mod interrupts;
 mod queue;
+pub mod reason;
 mod regs;
 pub mod remap;
 pub mod tables;
@@ -63,6 +64,7 @@ mod tickets;
 
 pub use commands::Commands;
 pub use events::Events;
+pub use reason::Reason;
 pub use remap::Remapping;
 pub use tables::{FRAME_WORDS, FRAMES, Mode, Tables};
 pub use tickets::HEAD_LIMIT_US;

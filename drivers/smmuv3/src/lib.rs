@@ -46,6 +46,7 @@ mod regs;
 mod stalls;
 pub mod streams;
 pub mod tables;
+pub mod tree;
 mod update;
 
 pub use commands::Commands;

@@ -393,6 +393,10 @@ impl<B: Bus> Tables<B> {
     fn blocked(&self, place: usize, stream: StreamId, features: Features) -> StreamEntry {
         let Abilities { walks, vmid, stall_choice, forced_write_back, .. } = self.abilities;
         let mut entry = StreamEntry::blocked(features.device_tlb, walks);
+        if features.pasid {
+            // As when PASIDs are attached, so that one word makes it so.
+            entry = entry.with(StreamEntry::DEFAULT_SUBSTREAM, 2);
+        }
         // Where there is no second stage its fields are reserved.
         if vmid {
             entry = entry.with_second_stage(place as u16, walks, self.frames.empty.phys());
@@ -839,7 +843,14 @@ impl<B: Bus> iommu::Tables for Tables<B> {
         }
         let goal = self.goal(place, stream, features, pasid, translation)?;
         let now = self.entry(stream);
-        if !update::is_safe_at_once(&now, &goal.entry, self.frames.empty.phys()) {
+        // What an entry means that leads to a device's table: nothing for accesses without PASID, as the first descriptor is
+        // not in use; or it is that of this attachment.
+        let idle = if goal.entry.has_contexts() {
+            goal.entry.with(StreamEntry::DEFAULT_SUBSTREAM, 2)
+        } else {
+            self.blocked(place, stream, features)
+        };
+        if !update::is_safe_at_once(&now, &goal.entry, &idle, self.frames.empty.phys()) {
             return Err(Error::Unsupported {
                 feature: "this in one change: attach it blocked, and replace that",
             });

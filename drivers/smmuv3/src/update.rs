@@ -27,17 +27,14 @@ fn looked_at(entry: &StreamEntry) -> [u64; USED] {
     }
     let (first, second) = (config & 1 != 0, config & 2 != 0);
     let head = if first { u64::MAX } else { 0xF };
-    // Of word 1: [7:0] are S1DSS, S1CIR, S1COR, S1CSH, and bit 27 is S1STALLD; bit 25 is S2FWB. EATS [29:28] and MEV, bit 19,
-    // count with either stage; the rest of the word always.
-    let mut attributes = u64::MAX;
+    // Of word 1: [7:0] are S1DSS, S1CIR, S1COR, S1CSH, and bit 27 is S1STALLD; bit 25 is S2FWB. MEV, bit 19, and EATS [29:28],
+    // which is 0 or 1 here, change nothing of what is translated how, and may change at any time.
+    let mut attributes = !(1 << 19 | 3 << 28);
     if !first {
         attributes &= !(0xFF | 1 << 27);
     }
     if !second {
         attributes &= !(1 << 25);
-    }
-    if !first && !second {
-        attributes &= !(3 << 28 | 1 << 19);
     }
     // S2VMID counts with either stage.
     let second_stage = if second {
@@ -84,11 +81,15 @@ fn every_mixture(before: &StreamEntry, after: &StreamEntry, test: impl Fn(&Strea
 }
 
 /// Whether one entry may be written over another at once: whatever the unit reads meanwhile refuses, means what the entry
-/// meant or will mean, or reaches nothing but what the second stage of `after` lets it reach.
-pub(crate) fn is_safe_at_once(before: &StreamEntry, after: &StreamEntry, empty: PhysAddr) -> bool {
+/// meant or will mean or what `idle` means, or reaches nothing but what the second stage of `after` lets it reach.
+pub(crate) fn is_safe_at_once(
+    before: &StreamEntry,
+    after: &StreamEntry,
+    idle: &StreamEntry,
+    empty: PhysAddr,
+) -> bool {
     every_mixture(before, after, |mixture| {
-        same(mixture, before)
-            || same(mixture, after)
+        [before, after, idle].into_iter().any(|meant| same(mixture, meant))
             || refuses(mixture, empty)
             || is_confined(mixture, after)
     })

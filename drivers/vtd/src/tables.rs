@@ -261,7 +261,7 @@ impl Abilities {
 }
 
 /// How what is stored in tables reaches the unit.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Publisher<B> {
     pub(crate) bus: B,
     /// The unit looks into the CPU's caches.
@@ -283,8 +283,8 @@ impl<B: Bus> Publisher<B> {
 
     /// Has the write buffer flushed, if there is one, and waits.
     ///
-    /// An invalidation flushes it as well. The control path alone may call this: `GCMD` has no second writer once the unit
-    /// is in service.
+    /// An invalidation flushes it as well. Beside this only a queue that is given up writes `GCMD`, once: on a unit with a
+    /// write buffer, tables do not change while [`recover`](iommu::Commands::recover) is under way.
     pub(crate) fn flush_write_buffer(&self) -> Result<(), Error> {
         if !self.write_buffer {
             return Ok(());

@@ -230,6 +230,30 @@ impl<B: Bus + Clone> Machine<B> {
         attachment
     }
 
+    /// Attaches accesses with `pasid`, or without one.
+    pub fn attach_to(
+        &mut self,
+        stream: StreamId,
+        pasid: Option<Pasid>,
+        translation: Translation,
+    ) -> Result<Attachment, Error> {
+        let (attachment, invalidations) = self.smmu.tables.attach(stream, pasid, translation)?;
+        self.invalidate(&invalidations);
+        Ok(attachment)
+    }
+
+    /// Replaces the translation of an attachment, step by step.
+    pub fn replace(&mut self, attachment: Attachment, translation: Translation) -> Result<Attachment, Error> {
+        let mut replacement = self.smmu.tables.replace(attachment, translation)?;
+        let mut steps = 0;
+        while let Some(invalidations) = self.smmu.tables.step(&mut replacement)? {
+            self.invalidate(&invalidations);
+            steps += 1;
+            assert!(steps < 10, "a replacement without an end");
+        }
+        Ok(replacement.attachment())
+    }
+
     /// Detaches, and waits until hardware has let go.
     pub fn detach(&mut self, attachment: Attachment) {
         let (leaving, invalidations) = self.smmu.tables.detach(attachment).expect("it is attached");

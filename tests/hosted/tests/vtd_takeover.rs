@@ -402,6 +402,49 @@ mod without_a_queue {
         machine.assert_lawful();
     }
 
+    /// Rows 77 to 80, with the unit's DW and DR (48, 49).
+    #[test]
+    fn each_invalidation_is_written_as_in_the_manual() {
+        let (unit, memory) = unit(old());
+        let parts = needs(&memory);
+        let log = Arc::new(Mutex::new(Vec::new()));
+        let kept = Arc::clone(&log);
+        let bus = Tapped::new(unit, move |_, moment| {
+            if let Moment::Written { offset, value } = moment {
+                kept.lock().expect("no test panics here").push((offset, value));
+            }
+        });
+        let mut machine = Machine::enable(unit, memory, bus, parts).expect("it comes into service");
+        // ECAP.IRO (17:8), in 16 bytes: IVA, and IOTLB after it.
+        let iva = (old().ecap >> 8 & 0x3FF) as usize * 16;
+        let at = iommu::Attachment {
+            serial: 1,
+            stream: StreamId(0x0108),
+            pasid: None,
+            domain: iommu::DomainId(0x42),
+            stages: iommu::Stages::Second,
+            device_tlb: false,
+        };
+        let mut written = |invalidation| {
+            log.lock().expect("no test panics here").clear();
+            machine.invalidate(&[invalidation]);
+            log.lock().expect("no test panics here").clone()
+        };
+
+        assert_eq!(
+            written(Invalidation::All),
+            [(0x28, 0xA000_0000_0000_0000), (iva, 0), (iva + 8, 0x9003_0000_0000_0000)]
+        );
+        assert_eq!(
+            written(Invalidation::Attachment(at)),
+            [(0x28, 0xE000_0000_0108_0042), (iva, 0), (iva + 8, 0xA003_0042_0000_0000)]
+        );
+        // Row 80 without IH.
+        let pages = Invalidation::Pages { attachment: at, iova: Iova(0x1234_0000), pages: 16 };
+        assert_eq!(written(pages), [(iva, 0x1234_0004), (iva + 8, 0xB003_0042_0000_0000)]);
+        machine.assert_lawful();
+    }
+
     #[test]
     fn it_refuses_what_registers_cannot_say() {
         let mut machine = Machine::new(old());

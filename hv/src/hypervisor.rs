@@ -18,8 +18,8 @@ use core::{
 };
 use heapless::{Vec, spsc};
 use iommu::{
-    Capabilities, Commands as _, Completion, Error, FaultRecord, Invalidation, PageResponse, PhysAddr,
-    StreamId, Ticket,
+    Capabilities, Commands as _, Completion, Error, Failure, FaultRecord, Invalidation, PageResponse,
+    PhysAddr, StreamId, Ticket,
 };
 use pcie::Function;
 use spin::Once;
@@ -220,6 +220,8 @@ pub struct Hypervisor {
     pub drains: Drains,
     /// Faults of devices that no guest owns: how many, and the last.
     pub unowned: Locked<(u64, Option<FaultRecord>)>,
+    /// What stopped the unit's commands: how often, and the last.
+    pub failures: Locked<(u64, Option<Failure>)>,
     /// How often the unit said that it lost reports.
     pub lost: Losses,
     /// The most microseconds that an answer came after its deadline.
@@ -320,6 +322,7 @@ impl Hypervisor {
             homes: &HOMES,
             drains: Drains::new(),
             unowned: Locked::new((0, None)),
+            failures: Locked::new((0, None)),
             lost: Losses { faults: AtomicU64::new(0), requests: AtomicU64::new(0) },
             latest_expiry_us: AtomicU64::new(0),
             unsent: Locked::new(Vec::new()),

@@ -5,6 +5,7 @@
 
 mod interrupts;
 mod pressure;
+mod recovery;
 mod trust;
 
 use crate::{
@@ -77,7 +78,8 @@ const SCENES: [(&str, bool, Scene); 10] = [
 ];
 
 /// Scenes that are shown only where the command line names them: each needs a boot, or a machine, that is made for it.
-const FURTHER: [(&str, bool, Scene); 6] = [
+const FURTHER: &[(&str, bool, Scene)] = &[
+    ("recovery", false, recovery::recovery),
     ("storm", false, pressure::storm),
     ("overflow", true, pressure::overflow),
     ("staleness", true, pressure::staleness),
@@ -93,7 +95,7 @@ pub fn run(hv: &Hypervisor) -> bool {
     let is_named = |(name, ..): &(&str, bool, Scene)| wanted.clone().any(|one| one == *name);
     let scenes = SCENES.into_iter().filter(|scene| ordinary || is_named(scene));
     let (mut ended, mut passed, mut skipped) = (0u32, 0u32, 0u32);
-    for (name, needs_requests, scene) in scenes.chain(FURTHER.into_iter().filter(is_named)) {
+    for (name, needs_requests, scene) in scenes.chain(FURTHER.iter().copied().filter(is_named)) {
         if needs_requests && requesters(hv).len() < GUESTS {
             defmt::warn!(
                 "scene skip name={=str} reason=there are no two devices that send page requests",

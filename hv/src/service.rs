@@ -198,6 +198,10 @@ impl Service {
         for _ in 0..FAULTS {
             let Some(failure) = self.hv.commands.with(|commands| commands.recover()) else { return };
             defmt::error!("{}", failure);
+            self.hv.failures.with(|(count, last)| {
+                *count += 1;
+                *last = Some(failure);
+            });
             if let (FailureCause::Unanswered, Some(stream)) = (failure.cause, failure.stream) {
                 self.hv.ledger.quarantine(stream);
                 if let Some((index, _)) = self.hv.owner_of(stream) {

@@ -173,7 +173,7 @@ impl Qemu {
     /// Starts an empty machine with `plugin`; returns what QEMU says against it.
     fn loads(&self, plugin: &Plugin) -> Result<Option<String>, String> {
         let mut command = self.command();
-        plugin.add_to(&mut command);
+        plugin.add_to(&mut command, "");
         // The device is wrong on purpose: devices are made after plugins are loaded, and QEMU then ends by itself.
         command.args(["-machine", "none", "-nodefaults", "-display", "none", "-device", LAST_WORD]);
         let captured = output(&mut command, QUESTION_LIMIT).map_err(|error| error.to_string())?;
@@ -235,9 +235,11 @@ impl Start {
 }
 
 impl Plugin {
-    /// Adds the plugin to a command line of QEMU.
-    pub(crate) fn add_to(&self, command: &mut Command) {
-        command.arg("-plugin").arg(doubled_commas(&self.library));
+    /// Adds the plugin to a command line of QEMU, with `options`, each after a comma.
+    pub(crate) fn add_to(&self, command: &mut Command, options: &str) {
+        let mut plugin = doubled_commas(&self.library);
+        plugin.push(options);
+        command.arg("-plugin").arg(plugin);
         if let Some(api) = self.api {
             command.env(PLUGIN_API, api.to_string());
         }

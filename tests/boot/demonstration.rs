@@ -30,22 +30,23 @@ const SCENES: [&str; 11] = [
 ];
 
 /// The other boots, in their order, and the scenes of each.
-const VARIANTS: [(&str, &str, &[&str]); 4] = [
+const VARIANTS: &[(&str, &str, &[&str])] = &[
     ("x86_64", "second-stage", &["deny", "allow", "event", "isolation", "trust", "interrupts"]),
-    ("aarch64", "second-stage", &["deny", "allow", "event", "repair", "isolation"]),
-    ("x86_64", "pressure", &["storm", "overflow", "staleness", "batch"]),
-    ("aarch64", "pressure", &["storm", "overflow", "staleness", "batch"]),
+    ("x86_64", "legacy", &["deny", "allow", "event", "isolation", "trust"]),
+    ("aarch64", "second-stage", &["deny", "allow", "event", "repair", "isolation", "trust"]),
+    ("x86_64", "pressure", &["recovery", "storm", "overflow", "staleness", "batch"]),
+    ("aarch64", "pressure", &["recovery", "storm", "overflow", "staleness", "batch"]),
 ];
 
 /// Every boot: its machine, its variant and its scenes.
 fn boots() -> impl Iterator<Item = (&'static str, Option<&'static str>, &'static [&'static str])> {
     let ordinary = [(MACHINES[0], None, &SCENES[..]), (MACHINES[1], None, &SCENES[..10])].into_iter();
-    ordinary.chain(VARIANTS.into_iter().map(|(machine, variant, scenes)| (machine, Some(variant), scenes)))
+    ordinary.chain(VARIANTS.iter().map(|&(machine, variant, scenes)| (machine, Some(variant), scenes)))
 }
 
 /// The scenes of aarch64, and their variants, for which a part of ours stands in for one that QEMU lacks: page requests on
 /// SMMUv3.
-const TEST_DOUBLES: [(Option<&str>, &str); 10] = [
+const TEST_DOUBLES: [(Option<&str>, &str); 11] = [
     (None, "repair"),
     (None, "silence"),
     (None, "forgery"),
@@ -53,6 +54,7 @@ const TEST_DOUBLES: [(Option<&str>, &str); 10] = [
     (None, "claims"),
     (None, "departure"),
     (Some("second-stage"), "repair"),
+    (Some("pressure"), "recovery"),
     (Some("pressure"), "overflow"),
     (Some("pressure"), "staleness"),
     (Some("pressure"), "batch"),

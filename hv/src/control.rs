@@ -3,18 +3,18 @@
 
 use crate::{
     guest::Guest,
-    hypervisor::{DEVICES_PER_GUEST, Device, GUESTS, Hypervisor},
+    hypervisor::{Condition, DEVICES_PER_GUEST, Device, GUESTS, Hypervisor},
     memory::{self, Share},
     tables::{DeviceTables, Unmapped},
     wanted,
 };
-use arch::{cpu, unit};
+use arch::{cpu, interrupts, unit};
 use broker::{AttachmentId, DeviceId, Limits, Policy, QueueId, Restraint, Whose};
 use core::sync::atomic::Ordering::Relaxed;
 use heapless::Vec;
 use iommu::{
-    Attachment, Features, Grant, Invalidation, Iova, Leaving, PAGE_SIZE, Pasid, Perms, StreamId, Tables as _,
-    Translation,
+    Attachment, Completion, Features, Grant, Invalidation, Iova, Leaving, PAGE_SIZE, Pasid, Perms, StreamId,
+    Tables as _, Translation,
 };
 
 /// Page requests that one device may have outstanding. All devices together stay below what the unit's queue holds.
@@ -43,6 +43,16 @@ pub enum Error {
     Attached,
     /// The broker says so.
     Broker(broker::Error),
+    /// Firmware goes on using memory through the device.
+    Firmwares {
+        /// Which.
+        stream: StreamId,
+    },
+    /// What the last owner left in the device may still act: it was not reset since.
+    NotReset {
+        /// Which.
+        stream: StreamId,
+    },
     /// The device is not one that may reach all of memory: the command line does not say `trusted=` of it.
     NotTrusted {
         /// Which.
@@ -88,12 +98,18 @@ impl Guest {
         if registers > crate::guest::WINDOW || !registers.is_multiple_of(PAGE_SIZE) {
             return Err(Error::Registers);
         }
+        let stream = device.function.id;
+        if self.hv.boot.firmware_uses(&self.hv.config, stream) {
+            return Err(Error::Firmwares { stream });
+        }
+        if !self.hv.is_clean(number) {
+            return Err(Error::NotReset { stream });
+        }
         let requests = self.asks_for_pages(device);
         let pasids = requests && self.hv.capabilities.pasid_bits > 0;
         let features = Features { device_tlb: requests, page_requests: requests, pasid: pasids };
         // Without page requests the broker has nothing to admit.
         let limits = Limits::with_requests(if requests { ALLOCATION } else { 0 });
-        let stream = device.function.id;
         let id = self.hv.ledger.add_device(stream, &limits).map_err(Error::Broker)?;
         // Whatever fails from here on, the device is the guest's to give back.
         let _ = self.devices.push(Given { number, id, restraint: Restraint::None, blocked: None });
@@ -109,15 +125,20 @@ impl Guest {
             let config = &self.hv.config;
             let enabled =
                 device.function.enable_page_requests(config, ALLOCATION, pasids).map_err(Error::Device)?;
-            defmt::debug!("{} of guest {=usize}: {}", stream, self.index, enabled);
+            let tlb = device.function.device_tlb(config).map_err(Error::Device)?;
+            defmt::debug!("{} of guest {=usize}: {}, {}", stream, self.index, enabled, tlb);
         }
         device.function.enable_bus_master(&self.hv.config);
         Ok(())
     }
 
-    /// Returns whether `device` sends page requests, and the unit serves them.
+    /// Returns whether `device` sends page requests, and the unit serves them, and translates for it.
     pub fn asks_for_pages(&self, device: &Device) -> bool {
-        device.function.has_page_requests() && self.hv.capabilities.page_requests
+        let can = device.function.has_page_requests() && self.hv.capabilities.page_requests;
+        can && match device.function.device_tlb(&self.hv.config) {
+            Ok(tlb) => tlb.page_aligned || !unit::WHOLE_PAGES_ALONE,
+            Err(_) => false,
+        }
     }
 
     /// Attaches a device of the guest; returns the guest's name for the attachment.
@@ -223,6 +244,8 @@ impl Guest {
                 self.home().answer_times.with(|sums| sums.iter_mut().zip(latencies.answer).for_each(add));
             }
             self.hv.ledger.remove_device(id);
+            // Nothing may be invalidated there while it is reset, and by now nothing has to.
+            self.hv.mark(number, if blocked.is_ok() { reset(self.hv, device) } else { Condition::Broken });
             self.hv.give(number, None);
             match blocked {
                 Ok(leaving) if released => self.hv.tables.with(|tables| tables.finish(leaving)),
@@ -271,6 +294,55 @@ impl Guest {
                         self.stuck = true;
                     }
                 }
+            }
+        }
+    }
+}
+
+/// Resets a device that is blocked and asks for nothing, so that nothing of its last owner's acts in the next one's memory.
+///
+/// Takes a tenth of a second, and two at most, so it runs on the core that takes the device away, never on the service core.
+fn reset(hv: &Hypervisor, device: &Device) -> Condition {
+    /// How long the core sleeps between two looks, in microseconds.
+    const STEP_US: u64 = 5_000;
+    let stream = device.function.id;
+    let start_us = cpu::now_us();
+    let mut reset = match pcie::Reset::begin(&hv.config, &device.function, start_us) {
+        Ok(reset) => reset,
+        Err(pcie::Error::Unsupported { .. }) => {
+            let allowed = hv.may_stay_unreset();
+            match allowed {
+                true => defmt::warn!(
+                    "{} has no reset, and is given to the next guest as the last one left it",
+                    stream
+                ),
+                false => defmt::warn!(
+                    "{} has no reset: it is given to no other guest (unreset=allow on the command line lets it be)",
+                    stream
+                ),
+            }
+            return if allowed { Condition::Clean } else { Condition::Unreset };
+        }
+        Err(error) => {
+            defmt::error!("{} cannot be reset, and is given to nobody any more: {}", stream, error);
+            return Condition::Broken;
+        }
+    };
+    loop {
+        match reset.poll(&hv.config, cpu::now_us()) {
+            Ok(Completion::Done) => {
+                defmt::info!("{} was reset in {=u64} us", stream, cpu::now_us().saturating_sub(start_us));
+                return Condition::Clean;
+            }
+            Ok(_) => {
+                let _masked = cpu::mask();
+                interrupts::arm_timer(STEP_US);
+                cpu::wait_for_interrupt();
+                interrupts::disarm_timer();
+            }
+            Err(error) => {
+                defmt::error!("{} was not reset, and is given to nobody any more: {}", stream, error);
+                return Condition::Broken;
             }
         }
     }

@@ -237,14 +237,22 @@ impl<'h> Writer<'h> {
     /// What it writes.
     const PATTERN: u32 = 0x1234_5678;
 
+    fn is_it(device: &Device) -> bool {
+        (device.function.vendor, device.function.device) == (0x1B36, 0x0005)
+    }
+
     fn find(hv: &'h Hypervisor) -> Result<Self, Unexpected> {
         Self::nth(hv, 0)
     }
 
     /// Returns the device of this kind before which there are `n` others.
     fn nth(hv: &'h Hypervisor, n: usize) -> Result<Self, Unexpected> {
-        let is_it = |d: &&Device| (d.function.vendor, d.function.device) == (0x1B36, 0x0005);
-        let device = hv.devices.iter().filter(is_it).nth(n).ok_or("there are too few iommu-testdevs")?;
+        let device = hv
+            .devices
+            .iter()
+            .filter(|device| Self::is_it(device))
+            .nth(n)
+            .ok_or("there are too few iommu-testdevs")?;
         device.function.enable_memory(&hv.config);
         let registers = memory::device(device.registers.clone()).ok_or("iommu-testdev is out of reach")?;
         Ok(Self { device, registers })
@@ -585,10 +593,12 @@ fn departure(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
     let ready = wait_for(hv, PATIENCE_US, || report(hv, 0, 1) == 1);
     let outstanding = hv.homes[0].outstanding(hv.ledger);
     let enables = enables_of(hv, devices[0]);
+    let registers = registers_in_use(hv, devices[0])?;
     let ram = hv.homes[0].ram.load(Relaxed);
     guest::stop(hv, 0);
     let ending = ending_of(hv, 0)?;
     let enables_left = enables_of(hv, devices[0]);
+    let registers_left = registers_in_use(hv, devices[0])?;
     expect(ready, "the guest has no requests outstanding")?;
     expect(ending == Ending::Stopped, "the guest ended by itself")?;
     let (left, _) = tally_of(hv, 0)?;
@@ -601,6 +611,10 @@ fn departure(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
     seen.count("enables_left", enables_left);
     expect(enables >= 3, "a guest's device does not ask for pages")?;
     expect(enables_left == 0, "a device that is nobody's may issue requests, of one kind or another")?;
+    seen.count("registers_in_use", registers);
+    seen.count("registers_left", registers_left);
+    expect(registers > 0, "a guest's device has nothing to do")?;
+    expect(registers_left == 0, "a device keeps what its last owner told it")?;
     let words_left = words_left_in(hv, ram)?;
     seen.count("words_left_in_memory", words_left);
     expect(words_left == 0, "memory is handed out with what the last owner left there")?;
@@ -609,9 +623,30 @@ fn departure(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
     let (tally, _) = tally_of(hv, 0)?;
     seen.count("groups_of_the_next_owner", tally.opened);
     expect(tally.succeeded > 0 && report(hv, 0, 4) == 0, "the next owner's requests were not served")?;
+
+    let without_reset = hv.devices.iter().position(Writer::is_it).ok_or("there is no iommu-testdev")?;
+    perform(hv, 1, [task::WATCH, 1, 0], without_reset)?;
+    guest::start(hv, 1, [task::WATCH, 1, 0], &[without_reset]);
+    let again = ending_of(hv, 1)?;
+    seen.count("given_again_without_reset", (again != Ending::NotStarted).into());
+    let expected = if hv.may_stay_unreset() { Ending::Finished { passed: true } } else { Ending::NotStarted };
+    expect(
+        again == expected,
+        "a device without reset was given to the next guest, or refused although it may be",
+    )?;
     Ok(
-        "every request was answered, the device switched off, its memory came back and is handed out empty; a new guest repairs",
+        "every request was answered, the device switched off and reset, its memory came back and is handed out empty; a new guest repairs; a device without reset is given to nobody else",
     )
+}
+
+/// Counts the registers of a `sva-dev` that differ from what they are after a reset: those of its lanes, and its counters.
+fn registers_in_use(hv: &Hypervisor, number: usize) -> Result<u64, Unexpected> {
+    const COUNTERS: core::ops::Range<usize> = 0x010..0x028;
+    const LANES: core::ops::Range<usize> = 0x100..0x300;
+    let device = hv.devices.get(number).ok_or("there is no such device")?;
+    let registers = memory::device(device.registers.clone()).ok_or("a device is out of reach")?;
+    let words = COUNTERS.step_by(4).chain(LANES.step_by(4));
+    Ok(words.filter(|&at| registers.read32(at) != 0).count() as u64)
 }
 
 /// Counts what a device may do, as its configuration space has it: master the bus, translate (ATS), ask for pages (PRI), name

@@ -27,6 +27,9 @@ pub type SecondStage = pgtable::Stage2<12, 44>;
 /// The format of tables that translate what guests issue: 4 levels of 4 KiB, 44 bits.
 pub type GuestTables = pgtable::Stage2<12, 44>;
 
+/// Whether the unit refuses translation requests for less than a page, so that a device must send none such.
+pub const WHOLE_PAGES_ALONE: bool = false;
+
 /// Why there is no IOMMU in service.
 #[derive(Clone, Copy, Debug, defmt::Format)]
 pub enum Error {

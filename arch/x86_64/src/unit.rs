@@ -29,6 +29,9 @@ pub type SecondStage = pgtable::VtdSecondStage;
 /// The format of tables that translate what guests issue.
 pub type GuestTables = pgtable::SvmNested;
 
+/// Whether the unit refuses translation requests for less than a page, so that a device must send none such.
+pub const WHOLE_PAGES_ALONE: bool = true;
+
 /// Lets the unit interrupt `core`. What it reported before may or may not interrupt: look once afterwards.
 pub fn enable_interrupts(events: &mut Events, core: usize) -> Result<(), iommu::Error> {
     let message = |source| interrupts::message(source, core);

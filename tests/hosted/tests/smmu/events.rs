@@ -3,7 +3,9 @@
 use crate::STREAM_TABLE;
 use hosted::{
     Moment, Random,
-    smmu::{ANSWERS, COMMANDS, EVENTS, Machine, REQUESTS, Stage, StreamTable, Tapped, needs, unit},
+    smmu::{
+        ANSWERS, COMMANDS, EVENTS, Machine, REQUESTS, Stage, StreamTable, Tapped, needs, stream_place, unit,
+    },
 };
 use iommu::{
     Access, Attachment, Bus, Commands, Completion, DomainId, Error, Event, Events, Failure, FailureCause,
@@ -425,15 +427,18 @@ mod stalls {
         machine.assign(NIC, ALL);
         let tree = machine.tree(Stage::One);
         let attachment = machine.attach(DISK, Stage::One, &tree);
-        have_stall(&mut machine, DISK);
         (machine, attachment, tree)
     }
 
-    /// Has the context descriptor of a device say that its faults stall (S, bit 44 of its first word).
+    /// Has the tables of a device say that its faults stall, behind the driver's back.
     fn have_stall(machine: &mut Machine, stream: StreamId) {
+        // S is bit 44 of a context descriptor's first word; S1STALLD bit 27 of an entry's second.
         let context = PhysAddr(machine.stream_word(stream, 0) & 0x00FF_FFFF_FFFF_FFC0);
         let word = machine.memory.device_load(context).expect("inside");
         machine.memory.device_store(context, word | 1 << 44).expect("inside");
+        let entry = stream_place(machine.unit, &machine.memory, stream).expect("it has an entry");
+        let word = machine.memory.device_load(PhysAddr(entry.0 + 8)).expect("inside");
+        machine.memory.device_store(PhysAddr(entry.0 + 8), word & !(1 << 27)).expect("inside");
         machine.invalidate(&[Invalidation::Device { stream, device_tlb: false }]);
     }
 

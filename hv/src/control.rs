@@ -13,8 +13,8 @@ use broker::{AttachmentId, DeviceId, Limits, Policy, QueueId, Restraint, Whose};
 use core::sync::atomic::Ordering::Relaxed;
 use heapless::Vec;
 use iommu::{
-    Attachment, Completion, Features, Grant, Invalidation, Iova, Leaving, PAGE_SIZE, Pasid, Perms, StreamId,
-    Tables as _, Translation,
+    Attachment, Completion, Features, FirstStage, Gpa, Grant, Invalidation, Iova, Leaving, PAGE_SIZE, Pasid,
+    Perms, Stages, StreamId, Tables as _, Translation,
 };
 
 /// Page requests that one device may have outstanding. All devices together stay below what the unit's queue holds.
@@ -53,6 +53,8 @@ pub enum Error {
         /// Which.
         stream: StreamId,
     },
+    /// The guest owns the first stage: nothing is mapped there by call.
+    Bound,
     /// The device is not one that may reach all of memory: the command line does not say `trusted=` of it.
     NotTrusted {
         /// Which.
@@ -162,9 +164,38 @@ impl Guest {
             name: device,
             opaque,
         };
-        let attached = attach(self.hv, &self.share, &policy, pasid);
+        let space = || Space::new(self.hv, &self.share, policy.stream, pasid);
+        let attached = attach(self.hv, &policy, space);
         self.attachments[place] = Some(self.stuck_if_late(attached)?);
         Ok(place as u64 + 1)
+    }
+
+    /// Attaches a device of the guest by a first stage of the guest's own, over a second in which the guest's addresses are
+    /// what they are for its virtual CPU: its memory, and nothing else. Returns the guest's name for the attachment.
+    pub fn bind(&mut self, device: u32, first: FirstStage, opaque: u64) -> Result<u64, Error> {
+        let given = (device as usize).checked_sub(1).and_then(|at| self.devices.get(at));
+        let given = given.ok_or(Error::Attached)?;
+        let device_of = self.hv.devices.get(given.number).ok_or(Error::Attached)?;
+        let place = self.attachments.iter().position(Option::is_none).ok_or(Error::Attached)?;
+        let policy = Policy {
+            stream: device_of.function.id,
+            requests: None.into(),
+            device: given.id,
+            queue: self.queue,
+            name: device,
+            opaque,
+        };
+        let memory = self.ram.grant(Gpa(0), self.ram.bytes()).ok_or(Error::Registers)?;
+        let space = || Space::behind(self.hv, &self.share, policy.stream, first, &memory);
+        let attached = attach(self.hv, &policy, space);
+        self.attachments[place] = Some(self.stuck_if_late(attached)?);
+        Ok(place as u64 + 1)
+    }
+
+    /// Returns the attachments whose first stage the guest owns.
+    pub fn bound(&self) -> impl Iterator<Item = Attachment> {
+        let attachments = self.attachments.iter().flatten().map(|owned| owned.space.attachment);
+        attachments.filter(|attachment| attachment.stages == Stages::Nested)
     }
 
     /// Detaches; on an error the attachment stays blocked, and its tables are never used again.
@@ -196,11 +227,13 @@ impl Guest {
 
     /// Maps `grant` for an attachment.
     pub fn map(&self, owned: &Owned, iova: Iova, grant: &Grant, perms: Perms) -> Result<(), Error> {
+        owned.space.is_the_hypervisors()?;
         owned.space.map(self.hv, &self.share, iova, grant, perms)
     }
 
     /// Unmaps, and returns when nothing reaches the memory any more.
     pub fn unmap(&self, owned: &Owned, iova: Iova, bytes: u64) -> Result<(), Error> {
+        owned.space.is_the_hypervisors()?;
         owned.space.unmap(self.hv, &self.share, iova, bytes)?;
         self.hv.ledger.unmapped(owned.device, owned.space.attachment.pasid, iova, bytes / PAGE_SIZE);
         self.home().unmapped.fetch_add(1, Relaxed);
@@ -364,7 +397,33 @@ impl Space {
     ) -> Result<Self, Error> {
         let tree =
             share.with(hv.pool, |frames| DeviceTables::new(frames, hv.stage)).map_err(Error::Tables)?;
-        match hv.tables.with(|tables| tables.attach(stream, pasid, tree.translation())) {
+        let translation = tree.translation();
+        Self::attach(hv, share, stream, pasid, tree, translation)
+    }
+
+    /// Lets accesses of `stream` without PASID through the tables that a guest has, and then through its `memory`.
+    fn behind(
+        hv: &Hypervisor,
+        share: &Share,
+        stream: StreamId,
+        first: FirstStage,
+        memory: &Grant,
+    ) -> Result<Self, Error> {
+        let tree =
+            share.with(hv.pool, |frames| DeviceTables::of_guest(frames, memory)).map_err(Error::Tables)?;
+        let translation = tree.behind(first);
+        Self::attach(hv, share, stream, None, tree, translation)
+    }
+
+    fn attach(
+        hv: &Hypervisor,
+        share: &Share,
+        stream: StreamId,
+        pasid: Option<Pasid>,
+        tree: DeviceTables,
+        translation: Translation,
+    ) -> Result<Self, Error> {
+        match hv.tables.with(|tables| tables.attach(stream, pasid, translation)) {
             Ok((attachment, invalidations)) => {
                 // On an error the unit may know of the tables, so their frames are not used again.
                 hv.invalidate(&invalidations).map_err(Error::Unit)?;
@@ -375,6 +434,11 @@ impl Space {
                 Err(Error::Unit(error))
             }
         }
+    }
+
+    /// Checks that what is mapped in it is mapped by call.
+    fn is_the_hypervisors(&self) -> Result<(), Error> {
+        if self.attachment.stages == Stages::Nested { Err(Error::Bound) } else { Ok(()) }
     }
 
     /// Maps `grant` at `iova`.
@@ -533,14 +597,18 @@ pub fn tell_invalidated(entry: usize, invalidation: &Invalidation) {
     );
 }
 
-/// Attaches a device, or a PASID of it, to empty tables of its own.
-fn attach(hv: &Hypervisor, share: &Share, policy: &Policy, pasid: Option<Pasid>) -> Result<Owned, Error> {
+/// Attaches a device, or a PASID of it, by what `space` makes for it.
+fn attach(
+    hv: &Hypervisor,
+    policy: &Policy,
+    space: impl FnOnce() -> Result<Space, Error>,
+) -> Result<Owned, Error> {
     // The broker first: a request that comes as soon as the unit lets it must find its owner.
     let id = hv.ledger.attach(policy).map_err(|error| match error {
         broker::Error::NoRoomForAttachment => Error::Attached,
         error => Error::Broker(error),
     })?;
-    let space = Space::new(hv, share, policy.stream, pasid).inspect_err(|_| {
+    let space = space().inspect_err(|_| {
         hv.ledger.leave(id);
         hv.ledger.detach(id);
     })?;

@@ -307,7 +307,7 @@ impl Hypervisor {
             // Devices past the table are left alone: blocked.
             let _ = devices.push(Device { function, registers });
         }
-        let stage = Stage::of(&capabilities);
+        let stage = Stage::of(&capabilities, boot.command_line());
         HYPERVISOR.call_once(|| Self {
             boot,
             pool: &POOL,

@@ -68,7 +68,7 @@ pub fn live(boot: &Boot, config: &Ecam) -> Result<(), Failure> {
         return Ok(());
     }
     let found = unit::find(boot).map_err(Failure::Unit)?;
-    let stage = Stage::of(&found.capabilities());
+    let stage = Stage::of(&found.capabilities(), boot.command_line());
     let unit = found.enable(|frames| memory::cut(&POOL, frames)).map_err(Failure::Unit)?;
     let unit::Unit { mut commands, mut tables, .. } = unit;
     let page = GuestRam::new(&POOL, 1).ok_or(Failure::NoMemory)?;

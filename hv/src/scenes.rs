@@ -4,6 +4,7 @@
 //! not hold. Frames are counted around each scene: one that leaves a frame taken has failed.
 
 mod interrupts;
+mod nested;
 mod pressure;
 mod recovery;
 mod restart;
@@ -41,6 +42,7 @@ mod task {
     pub const CLAIMS: u64 = 12;
     pub const FLOOD: u64 = 13;
     pub const BATCH: u64 = 14;
+    pub const NESTED: u64 = 15;
 }
 
 /// How long a scene waits for a guest, in microseconds of the machine's time.
@@ -88,6 +90,7 @@ static SCENES: [SceneOf; 10] = [
 static FURTHER: &[SceneOf] = &[
     ("recovery", false, recovery::recovery),
     ("restart", true, restart::restart),
+    ("nested", true, nested::nested),
     ("storm", false, pressure::storm),
     ("overflow", true, pressure::overflow),
     ("staleness", true, pressure::staleness),

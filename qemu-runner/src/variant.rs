@@ -240,6 +240,17 @@ pub(crate) static VARIANTS: &[Variant] = &[
         ..AARCH64
     },
     Variant {
+        name: Some("nested"),
+        told: "stage=2",
+        tables: Tables::Second,
+        scenes: &[
+            Scene::plain("allow").witnessed("smmu_ptw_level stage=2"),
+            Scene::doubled("repair"),
+            Scene::requests("nested").witnessed("smmu_ptw_level stage=3 level=0 iova=0x55000000"),
+        ],
+        ..AARCH64
+    },
+    Variant {
         name: Some("restart"),
         told: "restart=warm",
         restarts: true,

@@ -36,6 +36,7 @@ const VARIANTS: &[(&str, &str, &[&str])] = &[
     ("aarch64", "second-stage", &["deny", "allow", "event", "repair", "isolation", "trust"]),
     ("x86_64", "pressure", &["recovery", "storm", "overflow", "staleness", "batch"]),
     ("aarch64", "pressure", &["recovery", "storm", "overflow", "staleness", "batch"]),
+    ("aarch64", "nested", &["allow", "repair", "nested"]),
     ("x86_64", "restart", &["restart", "repair"]),
     ("aarch64", "restart", &["restart", "repair"]),
 ];
@@ -60,6 +61,7 @@ const TEST_DOUBLES: &[(Option<&str>, &str)] = &[
     (Some("pressure"), "overflow"),
     (Some("pressure"), "staleness"),
     (Some("pressure"), "batch"),
+    (Some("nested"), "repair"),
     (Some("restart"), "repair"),
 ];
 

@@ -12,7 +12,9 @@ use arch::{
 };
 use broker::{Cookie, Settled};
 use channel::{
-    call::{ARRAY, Call, Code, DEADLINE_MAX_US, DEADLINE_US, NONE, REPORTS, Status, VERSION, WRITABLE},
+    call::{
+        ARRAY, Call, Code, DEADLINE_MAX_US, DEADLINE_US, NONE, REPORTS, REQUESTS, Status, VERSION, WRITABLE,
+    },
     counters::{COUNTERS_WORDS, Counter, TO_CHANNEL_WORD},
     host::Host,
     invalidate::{self, ENTRY_WORDS, Handled, Layout, Range, Refusal, Request},
@@ -153,7 +155,8 @@ impl Guest {
         let device = self.hv.devices.get(given.number).ok_or(Refused(Status::NotYours))?;
         let bytes = device.registers.end.0 - device.registers.start.0;
         let identity = u64::from(device.function.vendor) | u64::from(device.function.device) << 16;
-        Ok([REGISTERS.0 + at * WINDOW, bytes, identity])
+        let requests = if self.asks_for_pages(device) { REQUESTS } else { 0 };
+        Ok([REGISTERS.0 + at * WINDOW, bytes, identity | requests])
     }
 
     fn call_attach(

@@ -1,11 +1,11 @@
 //! What all cores share.
 
-use crate::memory::Pool;
+use crate::{memory::Pool, tables::Stage};
 use arch::{
     cpu::{self, Locked},
     interrupts::{self, Source},
     machine::{Boot, Ecam},
-    unit::{self, Commands, Tables},
+    unit::{self, Commands, Remapping, Tables},
 };
 use broker::{BUCKETS, EventReceiver, EventSender, Inbox as Groups, Lost, Missed, POISONED, QueueId, Tally};
 use channel::call::REPORTS;
@@ -18,8 +18,8 @@ use core::{
 };
 use heapless::{Vec, spsc};
 use iommu::{
-    Capabilities, Commands as _, Completion, Error, FaultRecord, Invalidation, PageResponse, PhysAddr,
-    StreamId, Ticket,
+    Capabilities, Commands as _, Completion, Error, Failure, FaultRecord, Invalidation, PageResponse,
+    PhysAddr, StreamId, Ticket,
 };
 use pcie::Function;
 use spin::Once;
@@ -31,10 +31,15 @@ pub const GUESTS: usize = 2;
 /// Devices of a guest, at most.
 pub const DEVICES_PER_GUEST: usize = 2;
 /// Groups that a guest may have outstanding.
-pub const SLOTS: usize = 32;
+pub const SLOTS: usize = if cfg!(feature = "measure") { 256 } else { 32 };
 /// Places for devices in the ledger, and for attachments: more than there can be, so that a place is found quickly.
-const LEDGER_DEVICES: usize = 16;
-const LEDGER_ATTACHMENTS: usize = 32;
+///
+/// What is measured beside thousands of attached streams has those in the ledger alone.
+const LEDGER_DEVICES: usize = if cfg!(feature = "measure") { 8192 } else { 16 };
+const LEDGER_ATTACHMENTS: usize = if cfg!(feature = "measure") { 8192 } else { 32 };
+/// Page requests that the devices in the ledger may have outstanding, all together. Of those that are nowhere else, there
+/// are too many for the unit's queue.
+const QUEUED: u32 = if cfg!(feature = "measure") { u32::MAX } else { unit::OUTSTANDING as u32 };
 /// Groups that the service core knows of.
 const GROUPS: usize = GUESTS * (SLOTS + POISONED);
 
@@ -56,8 +61,10 @@ const UNSENT: usize = SLOTS * GUESTS + 64;
 const COMPLETION_LIMIT_US: u64 = 100_000;
 
 /// Returns the core that is the home of guest `index`.
+///
+/// What is measured is measured on one core, which is all there is.
 pub const fn home_of(index: usize) -> usize {
-    SERVICE_CORE + 1 + index
+    if cfg!(feature = "measure") { SERVICE_CORE } else { SERVICE_CORE + 1 + index }
 }
 
 /// A device that can be given away, or driven by the demonstration.
@@ -202,10 +209,16 @@ pub struct Hypervisor {
     pub config: Ecam,
     /// What the unit can do.
     pub capabilities: Capabilities,
+    /// By which of its stages devices are translated.
+    pub stage: Stage,
     /// The command side of the unit.
     pub commands: Locked<Commands>,
     /// The table side of the unit. Its changes are published one by one; waiting for their invalidation comes after.
     pub tables: Locked<Tables>,
+    /// Which device may interrupt which core, where the unit says so. Changed as the tables are.
+    pub remapping: Option<Locked<Remapping>>,
+    /// How often a device interrupted each core.
+    pub device_interrupts: [AtomicU64; 1 + GUESTS],
     /// Which device's requests go where, and the groups that each guest has outstanding.
     pub ledger: &'static Ledger,
     /// The home cores.
@@ -214,6 +227,10 @@ pub struct Hypervisor {
     pub drains: Drains,
     /// Faults of devices that no guest owns: how many, and the last.
     pub unowned: Locked<(u64, Option<FaultRecord>)>,
+    /// What stopped the unit's commands: how often, and the last.
+    pub failures: Locked<(u64, Option<Failure>)>,
+    /// How often the unit said that it lost reports.
+    pub lost: Losses,
     /// The most microseconds that an answer came after its deadline.
     pub latest_expiry_us: AtomicU64,
     /// Answers that the unit did not take yet; the service core tries again.
@@ -230,12 +247,22 @@ pub struct Hypervisor {
     pub image: &'static [u8],
 }
 
+/// The parts of a unit that are told something, rather than telling it.
+pub struct Told {
+    /// Its commands.
+    pub commands: Commands,
+    /// Its tables.
+    pub tables: Tables,
+    /// Its interrupt remapping, if it has that.
+    pub remapping: Option<Remapping>,
+}
+
 static HYPERVISOR: Once<Hypervisor> = Once::new();
 // What can be made at compile time lies beside it, and never passes over a stack.
 /// Frames of RAM; none until bring-up has found some.
 pub static POOL: Locked<Pool> = Locked::new(Pool::empty());
 /// The page requests of all guests; no queues and no devices until there are guests.
-pub static LEDGER: Ledger = Ledger::new(unit::OUTSTANDING as u32);
+pub static LEDGER: Ledger = Ledger::new(QUEUED);
 static HOMES: [Home; GUESTS] = [const { Home::new() }; GUESTS];
 static NOTICES_LOST: [Lost; GUESTS] = [const { Lost::new() }; GUESTS];
 
@@ -251,10 +278,10 @@ impl Hypervisor {
         config: Ecam,
         unit: Range<PhysAddr>,
         capabilities: Capabilities,
-        commands: Commands,
-        tables: Tables,
+        told: Told,
         image: &'static [u8],
     ) -> &'static Self {
+        let Told { commands, tables, remapping } = told;
         let mut devices: Vec<Device, DEVICES> = Vec::new();
         for function in Function::on_bus_0(&config) {
             let Some(registers) = function.memory_bar(&config, 0) else { continue };
@@ -273,17 +300,23 @@ impl Hypervisor {
             // Devices past the table are left alone: blocked.
             let _ = devices.push(Device { function, registers });
         }
+        let stage = Stage::of(&capabilities);
         HYPERVISOR.call_once(|| Self {
             boot,
             pool: &POOL,
             config,
             capabilities,
+            stage,
             commands: Locked::new(commands),
             tables: Locked::new(tables),
+            remapping: remapping.map(Locked::new),
+            device_interrupts: [const { AtomicU64::new(0) }; 1 + GUESTS],
             ledger: &LEDGER,
             homes: &HOMES,
             drains: Drains::new(),
             unowned: Locked::new((0, None)),
+            failures: Locked::new((0, None)),
+            lost: Losses { faults: AtomicU64::new(0), requests: AtomicU64::new(0) },
             latest_expiry_us: AtomicU64::new(0),
             unsent: Locked::new(Vec::new()),
             control_waits: AtomicBool::new(false),
@@ -416,6 +449,14 @@ impl Hypervisor {
             cpu::relax();
         }
     }
+}
+
+/// How often the unit said that it lost an unknown number of reports.
+pub struct Losses {
+    /// Of faults.
+    pub faults: AtomicU64,
+    /// Of page requests.
+    pub requests: AtomicU64,
 }
 
 /// Passes of the service routine that someone waits for.

@@ -14,7 +14,7 @@ use core::{
         Ordering::{Acquire, Release, SeqCst},
     },
 };
-use iommu::{Bus, DmaBuf, Gpa, Grant, PAGE_SIZE, PhysAddr, Root};
+use iommu::{Bus, DmaBuf, Gpa, Grant, PAGE_SIZE, PhysAddr, Root, Trust};
 use pgtable::{Format, Table as _, Tree, Words as _};
 
 /// Frames that the pool manages, at most: 256 MiB.
@@ -236,6 +236,13 @@ impl pgtable::Frames for Shared<'_> {
 pub fn root<F: Format>(tree: &Tree<F>) -> Root {
     // SAFETY: the life of a tree, above; its tables are frames of the pool until it is taken down.
     unsafe { Root::new(tree.root(), tree.levels()) }
+}
+
+/// Vouches for a device that the command line names as trusted.
+pub fn trust() -> Trust {
+    // SAFETY: who wrote the command line says that the device, and whoever drives it, may reach all of memory. The
+    // hypervisor drives it itself, and gives it to no guest.
+    unsafe { Trust::new() }
 }
 
 /// Grants registers of a device that a guest owns.

@@ -3,18 +3,25 @@
 //! A scene arranges, lets devices and guests act, and checks what came of it. It fails by saying which expectation did
 //! not hold. Frames are counted around each scene: one that leaves a frame taken has failed.
 
+mod interrupts;
+mod pressure;
+mod recovery;
+mod trust;
+
 use crate::{
     control,
     guest::{self},
     hypervisor::{Device, Ending, GUESTS, Hypervisor},
     memory::{self, GuestRam, Share},
     service,
+    tables::Stage,
+    wanted,
 };
 use arch::cpu;
 use broker::{Missed, Restraint, Tally};
 use core::sync::atomic::Ordering::{Relaxed, SeqCst};
 use heapless::Vec;
-use iommu::{Bus, Features, Gpa, Iova, PAGE_SIZE, Perms};
+use iommu::{Access, Bus, FaultReason, Features, Gpa, Iova, PAGE_SIZE, Perms};
 use pcie::ConfigSpace as _;
 
 /// The tasks of the guest program.
@@ -31,6 +38,8 @@ mod task {
     pub const RESTRAINT: u64 = 10;
     pub const NEIGHBOUR: u64 = 11;
     pub const CLAIMS: u64 = 12;
+    pub const FLOOD: u64 = 13;
+    pub const BATCH: u64 = 14;
 }
 
 /// How long a scene waits for a guest, in microseconds of the machine's time.
@@ -54,7 +63,7 @@ type Unexpected = &'static str;
 
 type Scene = fn(&Hypervisor, &Seen) -> Result<&'static str, Unexpected>;
 
-/// Each scene: its name, whether it needs devices that send page requests, and itself.
+/// Each ordinary scene: its name, whether it needs devices that send page requests, and itself.
 const SCENES: [(&str, bool, Scene); 10] = [
     ("deny", false, deny),
     ("allow", false, allow),
@@ -68,12 +77,25 @@ const SCENES: [(&str, bool, Scene); 10] = [
     ("isolation", true, isolation),
 ];
 
+/// Scenes that are shown only where the command line names them: each needs a boot, or a machine, that is made for it.
+const FURTHER: &[(&str, bool, Scene)] = &[
+    ("recovery", false, recovery::recovery),
+    ("storm", false, pressure::storm),
+    ("overflow", true, pressure::overflow),
+    ("staleness", true, pressure::staleness),
+    ("batch", true, pressure::batch),
+    ("trust", false, trust::trust),
+    ("interrupts", true, interrupts::interrupts),
+];
+
 /// Shows the scenes that were asked for; returns whether all of them passed.
 pub fn run(hv: &Hypervisor) -> bool {
-    let wanted = hv.boot.command_line();
-    let is_wanted = |name: &str| wanted.trim().is_empty() || wanted.split_whitespace().any(|one| one == name);
+    let wanted = wanted::scenes(hv.boot.command_line());
+    let ordinary = wanted.clone().next().is_none();
+    let is_named = |(name, ..): &(&str, bool, Scene)| wanted.clone().any(|one| one == *name);
+    let scenes = SCENES.into_iter().filter(|scene| ordinary || is_named(scene));
     let (mut ended, mut passed, mut skipped) = (0u32, 0u32, 0u32);
-    for (name, needs_requests, scene) in SCENES.into_iter().filter(|(name, ..)| is_wanted(name)) {
+    for (name, needs_requests, scene) in scenes.chain(FURTHER.iter().copied().filter(is_named)) {
         if needs_requests && requesters(hv).len() < GUESTS {
             defmt::warn!(
                 "scene skip name={=str} reason=there are no two devices that send page requests",
@@ -202,8 +224,13 @@ impl<'h> Writer<'h> {
     const PATTERN: u32 = 0x1234_5678;
 
     fn find(hv: &'h Hypervisor) -> Result<Self, Unexpected> {
+        Self::nth(hv, 0)
+    }
+
+    /// Returns the device of this kind before which there are `n` others.
+    fn nth(hv: &'h Hypervisor, n: usize) -> Result<Self, Unexpected> {
         let is_it = |d: &&Device| (d.function.vendor, d.function.device) == (0x1B36, 0x0005);
-        let device = hv.devices.iter().find(is_it).ok_or("there is no iommu-testdev")?;
+        let device = hv.devices.iter().filter(is_it).nth(n).ok_or("there are too few iommu-testdevs")?;
         device.function.enable_memory(&hv.config);
         let registers = memory::device(device.registers.clone()).ok_or("iommu-testdev is out of reach")?;
         Ok(Self { device, registers })
@@ -278,15 +305,15 @@ fn deny(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
     seen.count("address", fault.iova.0);
     seen.count("code", fault.code.into());
     expect(fault.stream == writer.device.function.id, "the fault names another device")?;
-    expect(fault.reason == iommu::FaultReason::NotAttached, "the fault names another reason")?;
-    if fault.access == iommu::Access::Unknown {
+    expect(fault.reason == FaultReason::NotAttached, "the fault names another reason")?;
+    if fault.access == Access::Unknown {
         // SMMUv3 reports a device without a stream table entry by its identity alone.
         return Ok(
             "DMA before any attachment was refused; the fault came by interrupt with device and reason",
         );
     }
     expect(fault.iova.0 == address, "the fault names another address")?;
-    expect(fault.access == iommu::Access::Write, "the fault names another access")?;
+    expect(fault.access == Access::Write, "the fault names another access")?;
     Ok("DMA before any attachment was refused; the fault came by interrupt with device, address and reason")
 }
 
@@ -324,17 +351,29 @@ fn allow(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
     expect(beside == Some(Canary::word(at + 8)), "memory changed after it was unmapped")?;
     expect(reported, "no fault was reported")?;
     let reason = hv.unowned.with(|(_, last)| last.map(|fault| fault.reason));
-    expect(reason == Some(iommu::FaultReason::NotMapped), "the fault names another reason")?;
+    expect(reason.is_some_and(|reason| is_of_unmapped(hv, reason)), "the fault names another reason")?;
     seen.count("written", arrived.into());
     seen.count("unmaps", 1);
     Ok("the word arrived in the right frame; after unmap and invalidation the same DMA was refused")
+}
+
+/// Whether `reason` is what the unit says of an address at which nothing is mapped.
+///
+/// A second-stage entry of VT-d is not present when it permits nothing, and that is what the unit reports.
+fn is_of_unmapped(hv: &Hypervisor, reason: FaultReason) -> bool {
+    match reason {
+        FaultReason::NotMapped => true,
+        FaultReason::NotPermitted => hv.stage == Stage::Second,
+        _ => false,
+    }
 }
 
 /// A fault that nobody can repair reaches the guest that owns the device, and no other.
 fn event(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
     let devices = requesters(hv);
     guest::start(hv, 1, [task::WATCH, 100, 0], &[devices[1]]);
-    let told = perform(hv, 0, [task::EVENT, 0, 0], devices[0]);
+    let second_stage = u64::from(hv.stage == Stage::Second);
+    let told = perform(hv, 0, [task::EVENT, second_stage, 0], devices[0]);
     let watched = passes(hv, 1);
     told.and(watched)?;
     seen.count("events", report(hv, 0, 0));

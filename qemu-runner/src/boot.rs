@@ -19,6 +19,7 @@ use crate::{
     machine::Machine,
     process::Running,
     qemu::{Plugin, Qemu},
+    variant::{PLUGIN_DEVICES, Variant},
 };
 
 /// How long QEMU may take to end once its serial port is closed.
@@ -26,16 +27,27 @@ const END_LIMIT: Duration = Duration::from_secs(5);
 
 /// What is booted, and how.
 pub(crate) struct Boot<'b> {
-    pub(crate) machine: Machine,
+    pub(crate) variant: &'b Variant,
     pub(crate) qemu: &'b Qemu,
     /// The device that issues page requests, where QEMU can have it.
     pub(crate) plugin: Option<&'b Plugin>,
     pub(crate) images: &'b Images,
-    /// Scenes to show, for the hypervisor's command line; all if empty.
+    /// Scenes to show, for the hypervisor's command line.
     pub(crate) scenes: &'b [&'b str],
+    /// What is traced, and how many cores there are.
+    pub(crate) purpose: Purpose,
     pub(crate) limit: Duration,
     /// Where the files of this boot go.
     pub(crate) directory: &'b Path,
+}
+
+/// What a boot is for.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Purpose {
+    /// To show scenes, with a core for each guest. What the IOMMU does is traced.
+    Demonstrate,
+    /// To measure, on one core. Every access to the IOMMU's registers is traced.
+    Measure,
 }
 
 /// How a boot ended.
@@ -118,11 +130,12 @@ pub(crate) struct Outcome {
 }
 
 /// Names of a boot's files in its directory.
+/// What QEMU traced, and what it complained of.
 pub(crate) const TRACE: &str = "trace.txt";
+pub(crate) const STDERR: &str = "stderr.txt";
 const IMAGE: &str = "hypervisor.bin";
 const SERIAL: &str = "serial.bin";
 const LOG: &str = "log.txt";
-const STDERR: &str = "stderr.txt";
 
 impl Boot<'_> {
     /// Boots, hands each line of the log to `watch` as it comes, and returns when QEMU is gone.
@@ -169,7 +182,7 @@ impl Boot<'_> {
             Some(status) => {
                 let path = self.directory.join(STDERR);
                 let said = fs::read(&path).map_err(Error::io("reading", &path))?;
-                Ending::of(self.machine, status, &String::from_utf8_lossy(&said))
+                Ending::of(self.variant.machine, status, &String::from_utf8_lossy(&said))
             }
             None => Ending::Deadline(self.limit),
         };
@@ -179,7 +192,7 @@ impl Boot<'_> {
     /// QEMU's command line, for the image `kernel`.
     fn command(&self, kernel: &Path) -> Command {
         let mut command = self.qemu.command();
-        match self.machine {
+        match self.variant.machine {
             Machine::X86_64 => self.add_x86_64(&mut command),
             Machine::Aarch64 => self.add_aarch64(&mut command),
         }
@@ -190,14 +203,14 @@ impl Boot<'_> {
         command.args(["-icount", "shift=0,sleep=off"]);
         command.arg("-kernel").arg(kernel);
         command.arg("-initrd").arg(&self.images.guest);
-        command.arg("-append").arg(self.scenes.join(" "));
+        command.arg("-append").arg([&[self.variant.told], self.scenes].concat().join(" "));
         command.arg("-D").arg(self.directory.join(TRACE));
         command
     }
 
     /// Returns the file that QEMU boots: the hypervisor's ELF file `elf` itself, or the image that is in it.
     fn kernel(&self, elf: &[u8]) -> Result<PathBuf, Error> {
-        match self.machine {
+        match self.variant.machine {
             Machine::X86_64 => Ok(self.images.hypervisor.clone()),
             Machine::Aarch64 => {
                 let hypervisor = self.images.hypervisor.display();
@@ -212,40 +225,59 @@ impl Boot<'_> {
     }
 
     fn add_x86_64(&self, command: &mut Command) {
-        command.args(["-machine", "q35,accel=tcg", "-cpu", "max", "-smp", "3", "-m", "256M"]);
-        command.args(["-device", "isa-debug-exit,iobase=0xf4,iosize=4", "-trace", "vtd_*"]);
-        // The IOMMU comes before every device that it is to translate for: iommu-testdev looks for it once, when it
-        // is made, and goes past one that comes later.
-        let page_requests = if self.plugin.is_some() { ",svm=on" } else { "" };
-        command.args(["-device", &format!("{VTD}{page_requests}")]);
+        command.args(["-machine", "q35,accel=tcg", "-cpu", "max", "-m", "256M"]);
+        command.args(["-device", "isa-debug-exit,iobase=0xf4,iosize=4"]);
+        self.add_purpose(command, "vtd_*");
         self.add_devices(command);
     }
 
     fn add_aarch64(&self, command: &mut Command) {
-        // The IOMMU is part of the machine, and with ACPI off the device tree tells of all there is.
-        command.args(["-machine", "virt,virtualization=on,gic-version=3,iommu=smmuv3,acpi=off,accel=tcg"]);
-        command.args(["-cpu", "max", "-smp", "3", "-m", "256M"]);
-        command.args(["-semihosting-config", "enable=on,target=native", "-trace", "smmu*"]);
+        // With ACPI off the device tree tells of all there is.
+        let unit = if self.variant.unit.is_none() { ",iommu=smmuv3" } else { "" };
+        let machine = format!("virt,virtualization=on,gic-version=3,acpi=off,accel=tcg{unit}");
+        command.args(["-machine", &machine, "-cpu", "max", "-m", "256M"]);
+        command.args(["-semihosting-config", "enable=on,target=native"]);
+        self.add_purpose(command, "smmu*");
         self.add_devices(command);
     }
 
-    /// Adds the devices that the scenes use, where the hypervisor looks for them.
+    /// Adds the cores, and what is traced; `unit` is what QEMU's IOMMU does.
+    fn add_purpose(&self, command: &mut Command, unit: &str) {
+        match self.purpose {
+            Purpose::Demonstrate => command.args(["-smp", "3", "-trace", unit]),
+            Purpose::Measure => {
+                let registers = match self.variant.machine {
+                    Machine::X86_64 => "vtd_reg_*",
+                    // What the plugin has in front of the SMMU's registers does not reach the SMMU.
+                    Machine::Aarch64 => "memory_region_ops_*",
+                };
+                // Firmware looks at the clock on the wall, which must not count.
+                command.args(["-smp", "1", "-trace", registers, "-rtc", "base=2000-01-01,clock=vm"])
+            }
+        };
+    }
+
+    /// Adds the IOMMU, unless it is part of the machine, and the devices that the scenes use, where the hypervisor looks for
+    /// them.
     fn add_devices(&self, command: &mut Command) {
+        // The IOMMU comes before every device that it is to translate for: iommu-testdev looks for it once, when it
+        // is made, and goes past one that comes later.
+        if let Some(unit) = self.variant.unit {
+            let requests = if self.plugin.is_some() { self.variant.unit_with_requests } else { "" };
+            command.args(["-device", &format!("{unit}{requests}")]);
+        }
         command.args(["-device", "iommu-testdev,addr=3"]);
         if let Some(plugin) = self.plugin {
-            plugin.add_to(command);
-            for stream in WITH_DEVICE_TLB {
+            plugin.add_to(command, self.variant.plugin);
+            for stream in PLUGIN_DEVICES {
                 command.args(["-device", &format!("sva-dev,addr={}", stream >> 3)]);
             }
         }
+        for device in self.variant.devices {
+            command.args(["-device", device]);
+        }
     }
 }
-
-/// Requester IDs of the plugin's devices, the only ones with a device TLB: bus 0, slots 4 and 5.
-pub(crate) const WITH_DEVICE_TLB: [u64; 2] = [4 << 3, 5 << 3];
-
-/// QEMU's VT-d with first-stage tables.
-const VTD: &str = "intel-iommu,scalable-mode=on,fsts=on,device-iotlb=on,pasid-bits=20";
 
 /// A file of a boot that is written as the boot goes on.
 struct Kept<'d> {

@@ -2,32 +2,30 @@
 
 use std::{
     collections::VecDeque,
-    fs::File,
+    fs::{self, File},
     io::{self, BufReader, Write},
     path::{Path, PathBuf},
 };
 
 use crate::{
-    boot::{Boot, Ending, TRACE, WITH_DEVICE_TLB},
+    boot::{Boot, Ending, Purpose, STDERR, TRACE},
     build::{Images, build_plugin},
     error::Error,
     log::{Level, Line},
-    machine::{Machine, Scene},
+    machine::Machine,
     options::Options,
     process::say,
     qemu::{Plugin, Qemu},
     report::{Evidence, Report},
     scenes::{Message, Transcript},
     toolchain::{BARE_TARGETS, Toolchain},
-    trace::Trace,
+    trace::{Told, Trace},
+    variant::{Scene, VARIANTS, Variant},
     workspace::{BootDirectory, Workspace},
 };
 
 /// How many lines of the log are shown again when a scene or a boot ends badly.
 const TAIL: usize = 20;
-
-/// Whether a hypervisor that tells of no detachment has failed.
-const DETACHMENTS_MUST_BE_TOLD: bool = true;
 
 /// Machines that are ready to boot.
 #[derive(Debug)]
@@ -82,37 +80,48 @@ impl Demonstration {
         self.workspace.kept.join("report.json")
     }
 
-    /// Boots every machine once, shows on `out` what happens, and judges it.
+    /// Boots every machine in every variant once, shows on `out` what happens, and judges it.
     pub fn run(&self, out: &mut dyn Write) -> Result<Report, Error> {
         let mut report = Report::default();
-        for stage in &self.stages {
-            self.boot(stage, out, &mut report)?;
+        for variant in VARIANTS.iter().filter(|variant| self.options.wants_variant(variant)) {
+            let stage = self.stages.iter().find(|stage| stage.machine == variant.machine);
+            let wanted: Vec<Scene> =
+                variant.scenes.iter().copied().filter(|scene| self.options.wants(scene.name)).collect();
+            if let (Some(stage), false) = (stage, wanted.is_empty()) {
+                self.boot(stage, variant, &wanted, out, &mut report)?;
+            }
         }
         Ok(report)
     }
 
-    fn boot(&self, stage: &Stage, out: &mut dyn Write, report: &mut Report) -> Result<(), Error> {
-        let Stage { machine, qemu, plugin, images } = stage;
-        let wanted: Vec<Scene> =
-            machine.scenes().iter().copied().filter(|scene| self.options.wants(scene.name)).collect();
+    /// Boots `variant` to show the scenes that are `wanted` of it.
+    fn boot(
+        &self,
+        stage: &Stage,
+        variant: &Variant,
+        wanted: &[Scene],
+        out: &mut dyn Write,
+        report: &mut Report,
+    ) -> Result<(), Error> {
+        let Stage { machine: _, qemu, plugin, images } = stage;
         let possible: Vec<&str> = wanted
             .iter()
             .filter(|scene| plugin.is_ok() || !scene.page_requests)
             .map(|scene| scene.name)
             .collect();
-        let directory = BootDirectory::create(&self.workspace.kept, machine.name(), self.options.keep)?;
+        let directory = BootDirectory::create(&self.workspace.kept, &variant.label(), self.options.keep)?;
         let boot = Boot {
-            machine: *machine,
+            variant,
             qemu,
             plugin: plugin.as_ref().ok(),
             images,
             scenes: &possible,
+            purpose: Purpose::Demonstrate,
             limit: self.options.limit,
             directory: directory.path(),
         };
 
-        writeln!(out, "{} in QEMU {} ({})", machine.name(), qemu.version, qemu.origin)
-            .map_err(Error::output)?;
+        writeln!(out, "{variant} in QEMU {} ({})", qemu.version, qemu.origin).map_err(Error::output)?;
         let mut transcript = Transcript::default();
         let mut tail = Tail::default();
         let least = if self.options.verbose { Level::Trace } else { Level::Info };
@@ -131,7 +140,7 @@ impl Demonstration {
         // After a scene that failed, its own end of the log says more than that of the whole.
         let told = outcome.ending == Ending::Failed && tail.shown;
         if outcome.ending != Ending::Passed && !told {
-            tail.show(out, machine.name()).map_err(Error::output)?;
+            tail.show(out, &variant.to_string()).map_err(Error::output)?;
         }
         if self.options.keep {
             writeln!(out, "\nThe files of this boot are in {}", directory.path().display())
@@ -139,17 +148,21 @@ impl Demonstration {
         }
         let trace = directory.path().join(TRACE);
         let trace = File::open(&trace).map_err(Error::io("reading", &trace))?;
-        let trace = Trace::judge(
-            *machine,
-            BufReader::new(trace),
-            &transcript.removals,
-            &WITH_DEVICE_TLB,
-            DETACHMENTS_MUST_BE_TOLD,
-        )?;
+        let told = Told {
+            machine: variant.machine,
+            tables: variant.tables,
+            removals: &transcript.removals,
+            with_device_tlb: variant.with_device_tlb,
+            trusted: variant.trusted,
+            detachments: true,
+        };
+        let trace = Trace::judge(BufReader::new(trace), &told)?;
+        let witnesses: Vec<&str> = wanted.iter().map(|scene| scene.witness).collect();
         report.judge(Evidence {
-            machine: *machine,
+            said: said_by_qemu(directory.path(), &witnesses)?,
+            variant,
             qemu_version: &qemu.version,
-            wanted: &wanted,
+            wanted,
             no_page_requests: plugin.as_ref().err().map(String::as_str),
             skips_fail: self.options.skips_fail,
             transcript: &transcript,
@@ -159,6 +172,18 @@ impl Demonstration {
         });
         Ok(())
     }
+}
+
+/// Returns those of `texts` that QEMU said during the boot whose files are in `directory`.
+fn said_by_qemu<'t>(directory: &Path, texts: &[&'t str]) -> Result<Vec<&'t str>, Error> {
+    let mut said = Vec::new();
+    for file in [TRACE, STDERR] {
+        let path = directory.join(file);
+        let bytes = fs::read(&path).map_err(Error::io("reading", &path))?;
+        let text = String::from_utf8_lossy(&bytes);
+        said.extend(texts.iter().filter(|wanted| !wanted.is_empty() && text.contains(**wanted)));
+    }
+    Ok(said)
 }
 
 /// Returns the machine that the image at `elf` is for, unless the options name another.

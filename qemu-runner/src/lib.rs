@@ -12,7 +12,7 @@
 //! ```
 //!
 //! The path of a boot: [`Request`] is what the command line asks for; `toolchain` and `qemu` provide what is missing,
-//! through `apt` where the machine has one; `build` makes the images; `boot` runs QEMU; `log` decodes the serial port;
+//! through `apt` where the machine has one; `build` makes the images; `variant` has every boot, and `boot` runs QEMU; `log` decodes the serial port;
 //! `scenes` reads the protocol in the log, and `trace` what QEMU itself saw; [`Report`] is the verdict.
 //!
 //! Other programs, their output and the machine's files are not trusted: what cannot be used is an [`Error`] or a
@@ -26,18 +26,25 @@ mod error;
 mod flat;
 mod log;
 mod machine;
+mod measurement;
 mod options;
+mod peers;
 mod process;
 mod qemu;
 mod report;
+mod rows;
 mod scenes;
+mod sizes;
 mod toolchain;
 mod trace;
+mod variant;
 mod workspace;
 
 pub use demonstration::{Demonstration, toolchain_arguments};
 pub use error::Error;
 pub use machine::Machine;
+pub use measurement::Measurement;
 pub use options::{HELP, Options, Request};
 pub use report::{Report, SceneReport};
+pub use rows::{BYTES, Comparison, INSTRUCTIONS, MMIO, Row, Rows, rows_path};
 pub use trace::Trace;

@@ -1,4 +1,4 @@
-//! The machines that the hypervisor runs on, and the scenes that each shows.
+//! The machines that the hypervisor runs on.
 
 use std::{fs::File, io::Read, path::Path};
 
@@ -12,49 +12,6 @@ pub enum Machine {
     /// QEMU's `virt` with its own SMMUv3, to which the plugin `sva-device` adds a PRI queue.
     Aarch64,
 }
-
-/// What is known about a scene before it is run.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(crate) struct Scene {
-    pub(crate) name: &'static str,
-    /// Whether it needs a device that can issue page requests, which QEMU lacks and the plugin `sva-device` adds.
-    pub(crate) page_requests: bool,
-    /// Whether something that the scene is evidence about is our own model in place of QEMU's.
-    pub(crate) test_double: bool,
-}
-
-/// The scenes of [`Machine::X86_64`], in the order in which they are shown.
-///
-/// The plugin adds an endpoint only: translation, page request queue, interrupt and response are those of QEMU's VT-d.
-const X86_64_SCENES: [Scene; 10] = [
-    Scene { name: "deny", page_requests: false, test_double: false },
-    Scene { name: "allow", page_requests: false, test_double: false },
-    Scene { name: "event", page_requests: true, test_double: false },
-    Scene { name: "repair", page_requests: true, test_double: false },
-    Scene { name: "silence", page_requests: true, test_double: false },
-    Scene { name: "forgery", page_requests: true, test_double: false },
-    Scene { name: "restraint", page_requests: true, test_double: false },
-    Scene { name: "claims", page_requests: true, test_double: false },
-    Scene { name: "departure", page_requests: true, test_double: false },
-    Scene { name: "isolation", page_requests: true, test_double: false },
-];
-
-/// The scenes of [`Machine::Aarch64`], in the order in which they are shown.
-///
-/// Translation and event queue are those of QEMU's SMMUv3, which has no page requests: where a scene rests on those, the
-/// plugin's PRI queue stands in.
-const AARCH64_SCENES: [Scene; 10] = [
-    Scene { name: "deny", page_requests: false, test_double: false },
-    Scene { name: "allow", page_requests: false, test_double: false },
-    Scene { name: "event", page_requests: true, test_double: false },
-    Scene { name: "repair", page_requests: true, test_double: true },
-    Scene { name: "silence", page_requests: true, test_double: true },
-    Scene { name: "forgery", page_requests: true, test_double: true },
-    Scene { name: "restraint", page_requests: true, test_double: true },
-    Scene { name: "claims", page_requests: true, test_double: true },
-    Scene { name: "departure", page_requests: true, test_double: true },
-    Scene { name: "isolation", page_requests: true, test_double: false },
-];
 
 impl Machine {
     /// Every machine, in the order in which they are booted.
@@ -112,14 +69,6 @@ impl Machine {
             Self::Aarch64 => "qemu-system-arm",
         }
     }
-
-    /// The scenes that a complete demonstration shows, in order.
-    pub(crate) fn scenes(self) -> &'static [Scene] {
-        match self {
-            Self::X86_64 => &X86_64_SCENES,
-            Self::Aarch64 => &AARCH64_SCENES,
-        }
-    }
 }
 
 /// How much of an ELF file it takes to know its machine, in bytes: up to and with `e_machine`.
@@ -148,26 +97,6 @@ mod tests {
             assert_eq!(Machine::named(machine.name()).unwrap(), machine);
         }
         assert!(Machine::named("pdp11").unwrap_err().to_string().contains("no machine pdp11"));
-    }
-
-    #[test]
-    fn both_machines_show_the_same_scenes_in_the_same_order() {
-        let names = |machine: Machine| machine.scenes().iter().map(|scene| (scene.name, scene.page_requests));
-
-        assert!(names(Machine::X86_64).eq(names(Machine::Aarch64)));
-    }
-
-    #[test]
-    fn only_what_rests_on_our_own_page_request_queue_is_a_test_double() {
-        let doubles = |machine: Machine| -> Vec<&str> {
-            machine.scenes().iter().filter(|scene| scene.test_double).map(|scene| scene.name).collect()
-        };
-
-        assert_eq!(doubles(Machine::X86_64), [""; 0]);
-        assert_eq!(
-            doubles(Machine::Aarch64),
-            ["repair", "silence", "forgery", "restraint", "claims", "departure"]
-        );
     }
 
     #[test]

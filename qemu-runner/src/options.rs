@@ -4,26 +4,39 @@ use std::{env, ffi::OsString, path::PathBuf, time::Duration};
 
 use lexopt::prelude::*;
 
-use crate::{error::Error, machine::Machine};
+use crate::{
+    error::Error,
+    machine::Machine,
+    variant::{VARIANTS, Variant},
+};
 
 /// What `--help` prints.
 pub const HELP: &str = "\
 Boots Portcullis in QEMU, shows its scenes, and judges them.
 
-  cargo run                        build everything, boot every machine, show every scene
+  cargo run                        build everything, boot every machine in every variant, show every scene
   cargo run -- [OPTIONS]
   cargo run -- boot ELF [OPTIONS]  boot this hypervisor image (what `cargo run -p hv --target ...` does)
+  cargo run -- measure [--record]  count what things cost, and compare with what was kept
   cargo run -- toolchain           make the bare-metal targets usable, and print what cargo needs for that
 
 Options:
   --machine NAME     boot this machine only (x86_64, aarch64)
+  --variant NAME     boot this variant only; may be given several times
+                     (ordinary: the machine as it comes;
+                     second-stage: devices are translated by second-stage tables;
+                     legacy: the same in VT-d's legacy mode;
+                     pressure: queues overflow, devices remember)
   --scene NAME       show this scene only; may be given several times
                      (deny allow event repair silence forgery restraint
-                     claims departure isolation)
+                     claims departure isolation; on x86_64: interrupts;
+                     of pressure: recovery storm overflow staleness batch;
+                     of second-stage and legacy: trust)
   --keep             keep each boot's files (serial.bin, log.txt, trace.txt, stderr.txt) and say where
   --offline          download nothing
   --timeout SECONDS  limit for each boot (60)
   --repeat N         boot N times in a row and count
+  --record           keep the figures that are measured (tests/bench/measured.json)
   --verbose          show all the hypervisor's log, not only what matters
   --help             this text
 
@@ -45,6 +58,8 @@ Environment:
 pub struct Options {
     /// Machines to boot, in order.
     pub machines: Vec<Machine>,
+    /// Variants to boot; all if empty.
+    pub variants: Vec<String>,
     /// Scenes to show; all if empty.
     pub scenes: Vec<String>,
     /// Whether each boot's files are kept.
@@ -55,6 +70,8 @@ pub struct Options {
     pub limit: Duration,
     /// How many times in a row to boot.
     pub repeat: u32,
+    /// Whether the figures that are measured are kept for the next comparison.
+    pub record: bool,
     /// Whether all of the log is shown, and not only level info and above.
     pub verbose: bool,
     /// Whether a scene that is skipped counts as failed.
@@ -69,11 +86,13 @@ impl Options {
     pub fn from_environment() -> Self {
         Self {
             machines: Machine::ALL.to_vec(),
+            variants: Vec::new(),
             scenes: Vec::new(),
             keep: false,
             offline: is_on("CARGO_NET_OFFLINE"),
             limit: Duration::from_secs(60),
             repeat: 1,
+            record: false,
             verbose: false,
             skips_fail: is_on("CI"),
         }
@@ -82,6 +101,12 @@ impl Options {
     /// Whether the scene called `name` was asked for.
     pub(crate) fn wants(&self, name: &str) -> bool {
         self.scenes.is_empty() || self.scenes.iter().any(|scene| scene == name)
+    }
+
+    /// Whether `variant` was asked for, and its machine.
+    pub(crate) fn wants_variant(&self, variant: &Variant) -> bool {
+        let named = self.variants.is_empty() || self.variants.iter().any(|name| name == variant.name());
+        named && self.machines.contains(&variant.machine)
     }
 }
 
@@ -99,6 +124,8 @@ pub enum Request {
     Demonstrate(Options),
     /// Show the demonstration with a hypervisor image that is built already.
     Boot(PathBuf, Options),
+    /// Measure what things cost.
+    Measure(Options),
     /// Provide the bare-metal targets and print cargo's arguments for them.
     Toolchain(Options),
 }
@@ -139,6 +166,7 @@ fn read(parser: &mut lexopt::Parser, mut options: Options) -> Result<Request, Re
         match argument {
             Short('h') | Long("help") => return Ok(Request::Help),
             Long("machine") => machines.push(Machine::named(&parser.value()?.string()?)?),
+            Long("variant") => options.variants.push(parser.value()?.string()?),
             Long("scene") => options.scenes.push(parser.value()?.string()?),
             Long("keep") => options.keep = true,
             Long("offline") => options.offline = true,
@@ -147,6 +175,7 @@ fn read(parser: &mut lexopt::Parser, mut options: Options) -> Result<Request, Re
                     Duration::from_secs(at_least_one("--timeout", parser.value()?.parse()?)?.into())
             }
             Long("repeat") => options.repeat = at_least_one("--repeat", parser.value()?.parse()?)?,
+            Long("record") => options.record = true,
             Long("verbose") => options.verbose = true,
             Value(word) => words.push(word),
             _ => return Err(argument.unexpected().into()),
@@ -155,15 +184,22 @@ fn read(parser: &mut lexopt::Parser, mut options: Options) -> Result<Request, Re
     if !machines.is_empty() {
         options.machines = machines;
     }
+    for name in &options.variants {
+        let known = |variant: &&Variant| options.machines.contains(&variant.machine);
+        if !VARIANTS.iter().filter(known).any(|variant| variant.name() == name) {
+            return Err(Error::Usage(format!("there is no variant {name}")).into());
+        }
+    }
     for name in &options.scenes {
-        let known = |machine: &Machine| machine.scenes().iter().any(|scene| scene.name == name);
-        if !options.machines.iter().any(known) {
+        let known = |variant: &&Variant| options.wants_variant(variant);
+        if !VARIANTS.iter().filter(known).any(|variant| variant.scene(name).is_some()) {
             return Err(Error::Usage(format!("there is no scene {name}")).into());
         }
     }
     let mut words = words.into_iter();
     let request = match (words.next(), words.next()) {
         (None, _) => Request::Demonstrate(options),
+        (Some(word), None) if word == "measure" => Request::Measure(options),
         (Some(word), None) if word == "toolchain" => Request::Toolchain(options),
         (Some(word), Some(elf)) if word == "boot" => Request::Boot(elf.into(), options),
         (Some(word), None) if word == "boot" => {
@@ -213,10 +249,23 @@ mod tests {
     }
 
     #[test]
+    fn measuring_is_a_word_of_its_own() {
+        let Request::Measure(options) = request(&["measure", "--record", "--machine=aarch64"]).unwrap()
+        else {
+            panic!("not a measurement")
+        };
+
+        assert!(options.record);
+        assert_eq!(options.machines, [Machine::Aarch64]);
+    }
+
+    #[test]
     fn what_does_not_exist_is_refused_by_name() {
         for (words, name) in [
             (&["--scene", "opera"][..], "opera"),
             (&["--machine", "pdp11"], "pdp11"),
+            (&["--variant", "opera"], "opera"),
+            (&["--variant", "second-stage", "--scene", "silence"], "silence"),
             (&["--fast"], "--fast"),
             (&["--repeat", "0"], "--repeat"),
             (&["--timeout", "soon"], "soon"),
@@ -231,13 +280,39 @@ mod tests {
     }
 
     #[test]
-    fn the_help_names_every_machine_scene_and_variable() {
+    fn the_help_names_every_machine_variant_scene_and_variable() {
         for machine in Machine::ALL {
-            let scenes = machine.scenes().iter().map(|scene| scene.name);
-            for name in scenes.chain([machine.name(), machine.qemu_variable()]) {
+            for name in [machine.name(), machine.qemu_variable()] {
                 assert!(HELP.contains(name), "{name}");
             }
         }
+        for variant in VARIANTS {
+            for name in variant.scenes.iter().map(|scene| scene.name).chain([variant.name()]) {
+                assert!(HELP.contains(name), "{name}");
+            }
+        }
+    }
+
+    #[test]
+    fn every_variant_is_booted_unless_one_is_named() {
+        let wanted = |words: &[&str]| match request(words).unwrap() {
+            Request::Demonstrate(options) => VARIANTS
+                .iter()
+                .filter(|variant| options.wants_variant(variant))
+                .map(Variant::to_string)
+                .collect(),
+            other => panic!("{other:?} is not a demonstration"),
+        };
+
+        let (all, ordinary, one): (Vec<_>, Vec<_>, Vec<_>) = (
+            wanted(&[]),
+            wanted(&["--variant", "ordinary"]),
+            wanted(&["--machine", "aarch64", "--variant", "second-stage"]),
+        );
+
+        assert_eq!(all.len(), VARIANTS.len());
+        assert_eq!(ordinary, ["x86_64", "aarch64"]);
+        assert_eq!(one, ["aarch64 second-stage"]);
     }
 
     #[test]

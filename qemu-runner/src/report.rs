@@ -6,9 +6,9 @@ use serde::Serialize;
 
 use crate::{
     error::Error,
-    machine::{Machine, Scene},
     scenes::{Progress, Record, Transcript},
     trace::Trace,
+    variant::{Scene, Variant},
 };
 
 /// The verdict on a demonstration.
@@ -18,8 +18,9 @@ pub struct Report {
     pub qemu: BTreeMap<&'static str, String>,
     /// The scenes, in the order in which they were to be shown.
     pub scenes: Vec<SceneReport>,
-    /// What QEMU's own trace shows, by machine.
-    pub trace: BTreeMap<&'static str, Trace>,
+    /// What QEMU's own trace shows, by boot: the machine, and after a space the variant where it is not the machine as it
+    /// comes.
+    pub trace: BTreeMap<String, Trace>,
     /// What failed outside any scene, in words.
     pub problems: Vec<String>,
 }
@@ -31,8 +32,8 @@ pub struct SceneReport {
     pub machine: &'static str,
     /// Name of the scene.
     pub name: String,
-    /// What sets this run of the scene apart from others of the same name, if anything.
-    pub variant: Option<String>,
+    /// The variant of the machine, where it is not the machine as it comes.
+    pub variant: Option<&'static str>,
     /// Whether it ran, and showed what it should.
     pub passed: bool,
     /// Why it was not shown, if it was not.
@@ -53,11 +54,16 @@ impl SceneReport {
             (false, None) => "FAILED",
         }
     }
+
+    /// The boot that showed it.
+    fn boot(&self) -> String {
+        self.variant.map_or(self.machine.into(), |variant| format!("{} {variant}", self.machine))
+    }
 }
 
 /// A boot to be judged: what was expected of it, and what became of it.
 pub(crate) struct Evidence<'e> {
-    pub(crate) machine: Machine,
+    pub(crate) variant: &'e Variant,
     pub(crate) qemu_version: &'e str,
     /// The scenes that were asked for.
     pub(crate) wanted: &'e [Scene],
@@ -71,6 +77,8 @@ pub(crate) struct Evidence<'e> {
     /// Damaged frames on the serial port.
     pub(crate) lost: u64,
     pub(crate) trace: Trace,
+    /// What QEMU said of all that the scenes want it to say.
+    pub(crate) said: Vec<&'e str>,
 }
 
 impl Report {
@@ -81,8 +89,8 @@ impl Report {
 
     /// Judges one boot and adds what follows.
     pub(crate) fn judge(&mut self, evidence: Evidence<'_>) {
-        let machine = evidence.machine.name();
-        self.qemu.insert(machine, evidence.qemu_version.to_owned());
+        let boot = evidence.variant.to_string();
+        self.qemu.insert(evidence.variant.machine.name(), evidence.qemu_version.to_owned());
         let scenes: Vec<SceneReport> =
             evidence.wanted.iter().map(|scene| judge_scene(scene, &evidence)).collect();
 
@@ -139,8 +147,8 @@ impl Report {
         }
 
         self.scenes.extend(scenes);
-        self.trace.insert(machine, evidence.trace);
-        self.problems.extend(problems.into_iter().map(|problem| format!("{machine}: {problem}")));
+        self.problems.extend(problems.into_iter().map(|problem| format!("{boot}: {problem}")));
+        self.trace.insert(boot, evidence.trace);
     }
 
     /// Writes `report.json` to `path`, whole or not at all.
@@ -160,18 +168,19 @@ impl Report {
         let mut text = String::new();
         let width =
             self.scenes.iter().map(|scene| scene.name.len()).max().unwrap_or_default().max("scene".len());
-        let mut row = |scene: &str, machine: &str, verdict: &str, double: &str, seen: &str| {
-            let line = format!("{scene:<width$}  {machine:<8} {verdict:<8} {double:<12} {seen}");
+        let boots = self.scenes.iter().map(|scene| scene.boot().len()).max().unwrap_or_default().max(8);
+        let mut row = |scene: &str, boot: &str, verdict: &str, double: &str, seen: &str| {
+            let line = format!("{scene:<width$}  {boot:<boots$} {verdict:<8} {double:<12} {seen}");
             let _ = writeln!(text, "{}", line.trim_end());
         };
-        row("scene", "machine", "verdict", "test double", "seen");
+        row("scene", "boot", "verdict", "test double", "seen");
         for scene in &self.scenes {
             let double = if scene.test_double { "yes" } else { "no" };
             let seen = scene.skipped.as_deref().unwrap_or(&scene.seen);
-            row(&scene.name, scene.machine, scene.verdict(), double, seen);
+            row(&scene.name, &scene.boot(), scene.verdict(), double, seen);
         }
         text.push('\n');
-        for (machine, trace) in &self.trace {
+        for (boot, trace) in &self.trace {
             let detachments = match trace.detachments {
                 0 => "0 detachments told".into(),
                 told => format!("{} of {told} detachments complete", trace.detached),
@@ -182,7 +191,7 @@ impl Report {
             };
             let _ = writeln!(
                 text,
-                "QEMU's trace ({machine}): {} bypassed translations; {} of {} unmaps invalidated; {detachments}{entries}.",
+                "QEMU's trace ({boot}): {} bypassed translations; {} of {} unmaps invalidated; {detachments}{entries}.",
                 trace.bypassed, trace.invalidated, trace.unmaps
             );
             for finding in &trace.findings {
@@ -221,7 +230,11 @@ fn judge_scene(scene: &Scene, evidence: &Evidence<'_>) -> SceneReport {
         Some(guest) if !passed => format!("; the last that a guest said: {guest}"),
         _ => String::new(),
     };
+    let witnessed = scene.witness.is_empty() || evidence.said.contains(&scene.witness);
     let (passed, skipped, seen) = match (record.map(|record| &record.progress), evidence.no_page_requests) {
+        (Some(Progress::Ended { passed: true, .. }), _) if !witnessed => {
+            (false, None, format!("the hypervisor saw it, and QEMU did not say: {}", scene.witness))
+        }
         (Some(Progress::Ended { passed, seen }), _) => (*passed, None, seen.clone() + &said(*passed)),
         (Some(Progress::Skipped { reason }), _) => (false, Some(reason.clone()), String::new()),
         (Some(Progress::Began), _) => {
@@ -232,9 +245,9 @@ fn judge_scene(scene: &Scene, evidence: &Evidence<'_>) -> SceneReport {
         (None, _) => (false, None, "it never began".into()),
     };
     SceneReport {
-        machine: evidence.machine.name(),
+        machine: evidence.variant.machine.name(),
         name: scene.name.to_owned(),
-        variant: None,
+        variant: evidence.variant.name,
         passed,
         skipped,
         test_double: scene.test_double,
@@ -248,7 +261,9 @@ mod tests {
     use super::*;
     use crate::{
         log::{Level, Line},
+        machine::Machine,
         scenes::Message,
+        variant::VARIANTS,
     };
 
     /// What a hypervisor logs that shows `names` and passes them all.
@@ -274,15 +289,16 @@ mod tests {
 
     fn evidence(transcript: &Transcript) -> Evidence<'_> {
         Evidence {
-            machine: Machine::X86_64,
+            variant: &VARIANTS[0],
             qemu_version: "11.1.3",
-            wanted: Machine::X86_64.scenes(),
+            wanted: VARIANTS[0].scenes,
             no_page_requests: None,
             skips_fail: false,
             transcript,
             ending: None,
             lost: 0,
             trace: Trace { enabled: true, ..Trace::default() },
+            said: VARIANTS[0].scenes.iter().map(|scene| scene.witness).collect(),
         }
     }
 
@@ -293,7 +309,7 @@ mod tests {
     }
 
     fn names() -> Vec<&'static str> {
-        Machine::X86_64.scenes().iter().map(|scene| scene.name).collect()
+        VARIANTS[0].scenes.iter().map(|scene| scene.name).collect()
     }
 
     #[test]
@@ -303,31 +319,32 @@ mod tests {
         let report = judged(evidence(&transcript));
 
         assert!(report.passed(), "{report:?}");
-        assert_eq!(report.closing_line(), "All 10 scenes passed.");
-        assert!(report.summary().contains("repair     x86_64   passed   no           what repair shows\n"));
+        assert_eq!(report.closing_line(), "All 11 scenes passed.");
+        assert!(report.summary().contains("repair      x86_64   passed   no           what repair shows\n"));
     }
 
     #[test]
     fn both_machines_stand_side_by_side_each_with_its_test_doubles_and_its_trace() {
-        let transcript = transcript(&all_passed(&names()));
         let mut report = Report::default();
-        for machine in Machine::ALL {
-            report.judge(Evidence { machine, wanted: machine.scenes(), ..evidence(&transcript) });
+        for variant in &VARIANTS[..2] {
+            let names: Vec<_> = variant.scenes.iter().map(|scene| scene.name).collect();
+            let transcript = transcript(&all_passed(&names));
+            report.judge(Evidence { variant, wanted: variant.scenes, ..evidence(&transcript) });
         }
 
         let summary = report.summary();
 
-        assert_eq!(report.closing_line(), "All 20 scenes passed.");
+        assert_eq!(report.closing_line(), "All 21 scenes passed.");
         assert!(
-            summary.contains("repair     x86_64   passed   no           what repair shows\n"),
+            summary.contains("repair      x86_64   passed   no           what repair shows\n"),
             "{summary}"
         );
         assert!(
-            summary.contains("repair     aarch64  passed   yes          what repair shows\n"),
+            summary.contains("repair      aarch64  passed   yes          what repair shows\n"),
             "{summary}"
         );
         assert!(
-            summary.contains("event      aarch64  passed   no           what event shows\n"),
+            summary.contains("event       aarch64  passed   no           what event shows\n"),
             "{summary}"
         );
         for machine in Machine::ALL {
@@ -338,7 +355,7 @@ mod tests {
     #[test]
     fn the_report_has_the_promised_shape() {
         let transcript = transcript(&all_passed(&["deny"]));
-        let wanted = &Machine::X86_64.scenes()[..1];
+        let wanted = &VARIANTS[0].scenes[..1];
 
         let report = judged(Evidence { wanted, ..evidence(&transcript) });
         let mut json = serde_json::to_value(&report).unwrap();
@@ -355,6 +372,18 @@ mod tests {
                 "problems": [],
             })
         );
+    }
+
+    #[test]
+    fn a_scene_that_qemu_is_to_witness_fails_where_it_does_not() {
+        let transcript = transcript(&all_passed(&["storm"]));
+        let wanted = &[Scene { name: "storm", witness: "PFO", ..VARIANTS[0].scenes[0] }];
+
+        let silent = judged(Evidence { wanted, ..evidence(&transcript) });
+        let said = judged(Evidence { wanted, said: vec!["PFO"], ..evidence(&transcript) });
+
+        assert!(said.passed(), "{said:?}");
+        assert!(!silent.passed() && silent.scenes[0].seen.contains("PFO"), "{silent:?}");
     }
 
     #[test]
@@ -432,7 +461,7 @@ mod tests {
             .into_iter()
             .map(|line| {
                 line.replace("passed=true seen=what repair", "passed=false seen=what repair")
-                    .replace("passed=10", "passed=9")
+                    .replace("passed=11", "passed=10")
             })
             .collect();
         let transcript = transcript(&lines);
@@ -440,7 +469,7 @@ mod tests {
         let report = judged(evidence(&transcript));
 
         assert!(!report.passed() && report.problems.is_empty());
-        assert!(report.summary().contains("FAILED: 9 of 10 scenes passed"));
+        assert!(report.summary().contains("FAILED: 10 of 11 scenes passed"));
     }
 
     #[test]
@@ -456,10 +485,10 @@ mod tests {
 
         assert!(at_home.passed() && !in_ci.passed());
         assert!(at_home.summary().ends_with(
-            "INCOMPLETE: 2 of 10 scenes passed, and 8 were SKIPPED: QEMU cannot show them here.\n"
+            "INCOMPLETE: 2 of 11 scenes passed, and 9 were SKIPPED: QEMU cannot show them here.\n"
         ));
         assert_eq!(at_home.scenes[2].skipped.as_deref(), Some("QEMU 10.2 has none"));
-        assert_eq!(in_ci.problems.len(), 8);
+        assert_eq!(in_ci.problems.len(), 9);
     }
 
     #[test]
@@ -478,7 +507,7 @@ mod tests {
     fn a_hypervisor_that_miscounts_or_stays_silent_is_not_believed() {
         let lines = all_passed(&names());
         let miscounted: Vec<String> =
-            lines.iter().map(|line| line.replace("scenes=10 passed=10", "scenes=10 passed=9")).collect();
+            lines.iter().map(|line| line.replace("scenes=11 passed=11", "scenes=11 passed=10")).collect();
 
         for lines in [&lines[..lines.len() - 1], &miscounted[..]] {
             let transcript = transcript(lines);
@@ -491,7 +520,7 @@ mod tests {
     fn scenes_nobody_asked_for_lost_lines_and_a_contradicting_trace_are_problems() {
         let transcript = transcript(&all_passed(&names()));
 
-        let unasked = judged(Evidence { wanted: &Machine::X86_64.scenes()[1..], ..evidence(&transcript) });
+        let unasked = judged(Evidence { wanted: &VARIANTS[0].scenes[1..], ..evidence(&transcript) });
         let lost = judged(Evidence { lost: 2, ..evidence(&transcript) });
         let bypassed = judged(Evidence {
             trace: Trace { enabled: true, bypassed: 1, ..Trace::default() },

@@ -15,7 +15,7 @@ use std::{collections::HashMap, fmt, io::BufRead, mem};
 
 use serde::Serialize;
 
-use crate::{error::Error, machine::Machine};
+use crate::{error::Error, machine::Machine, variant::Tables};
 
 /// Size of the pages that a mapping consists of, in bytes.
 const PAGE: u64 = 4096;
@@ -42,6 +42,8 @@ pub(crate) enum Part {
     Pages { iova: u64, pages: u64 },
     /// All of it: the address space was detached.
     All,
+    /// Whatever the device has: all of it was blocked. PASID and domain say nothing.
+    Device,
     /// Nothing: the pages stay, and what was remembered of them is forgotten, because a guest asked. It is entry `number` of
     /// its array, whose entries are submitted together.
     Entry { number: u64, iova: u64, pages: u64 },
@@ -66,7 +68,7 @@ impl Removal {
             Part::Pages { iova, pages } | Part::Entry { iova, pages, .. } => {
                 Some((iova, end(iova, pages, PAGE)?))
             }
-            Part::All => Some(EVERYWHERE),
+            Part::All | Part::Device => Some(EVERYWHERE),
         }
     }
 
@@ -75,6 +77,7 @@ impl Removal {
         let steps: &[Step] = match self.part {
             Part::Pages { .. } | Part::Entry { .. } => &[Step::Translations, Step::DeviceTlb],
             Part::All => &[Step::Configuration, Step::Translations, Step::DeviceTlb, Step::Drain],
+            Part::Device => &[Step::Configuration, Step::Translations],
         };
         let needed = |step: &Step| match step {
             Step::Configuration | Step::Translations => true,
@@ -91,6 +94,7 @@ impl fmt::Display for Removal {
         match self.part {
             Part::Pages { iova, pages } => write!(f, "the unmap of {pages} pages at {iova:#x}")?,
             Part::All => f.write_str("the detachment")?,
+            Part::Device => return write!(f, "the blocking of stream {:#x}", self.stream),
             Part::Entry { iova, pages, .. } => write!(f, "a guest's entry of {pages} pages at {iova:#x}")?,
         }
         write!(f, " (stream {:#x}, pasid {:#x}, domain {:#x})", self.stream, self.pasid, self.domain)
@@ -143,6 +147,9 @@ impl Taken {
     /// Whether it is about the address space of `removal`.
     fn concerns(&self, removal: &Removal) -> bool {
         let same = |told: Option<u64>, meant| told.is_none_or(|told| told == meant);
+        if removal.part == Part::Device {
+            return same(self.stream, removal.stream);
+        }
         same(self.stream, removal.stream)
             && same(self.domain, removal.domain)
             && same(self.pasid, removal.pasid)
@@ -154,8 +161,8 @@ impl Taken {
 enum Sight {
     /// Translation was switched on or off.
     Translation(bool),
-    /// A device got past translation.
-    Bypass,
+    /// A device got past translation: the one with this stream, if the trace tells.
+    Bypass(Option<u64>),
     /// A step was taken from the queue.
     Taken(Taken),
     /// All that was taken from the queue before is complete. If `drained`, that is a [`Step::Drain`].
@@ -166,6 +173,22 @@ enum Sight {
 
 /// The steps that were submitted together and completed.
 type Batch = Vec<Taken>;
+
+/// What the hypervisor says of one boot, to be compared with the trace of it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Told<'t> {
+    pub(crate) machine: Machine,
+    /// Which tables translate devices.
+    pub(crate) tables: Tables,
+    /// What it removed, in order.
+    pub(crate) removals: &'t [Removal],
+    /// The streams of the devices that keep translations of their own.
+    pub(crate) with_device_tlb: &'t [u64],
+    /// The streams of the devices that may get past translation.
+    pub(crate) trusted: &'t [u64],
+    /// Whether it tells of detachments. Where there were unmaps there are detachments in the end.
+    pub(crate) detachments: bool,
+}
 
 /// What QEMU's trace of one boot shows.
 #[derive(Clone, Debug, Default, Eq, PartialEq, Serialize)]
@@ -207,32 +230,28 @@ impl Trace {
         }
     }
 
-    /// Compares the trace of `machine` that `lines` carries with the `removals` that the hypervisor logged, in order.
+    /// Compares the trace that `lines` carries with what the hypervisor told.
     ///
-    /// `with_device_tlb` are the streams of the devices that keep translations of their own. A step counts when the
-    /// hypervisor has waited for it: when a completion follows in its batch. Each batch accounts for one removal at most,
-    /// so that a step which was forgotten is not excused by a twin; the entries of one array share theirs. Where there were unmaps there are detachments in the end;
-    /// that none is told is a finding only if they must be.
-    pub(crate) fn judge(
-        machine: Machine,
-        lines: impl BufRead,
-        removals: &[Removal],
-        with_device_tlb: &[u64],
-        detachments_must_be_told: bool,
-    ) -> Result<Self, Error> {
+    /// A step counts when the hypervisor has waited for it: when a completion follows in its batch. Each batch accounts for
+    /// one removal at most, so that a step which was forgotten is not excused by a twin; the entries of one array share
+    /// theirs.
+    pub(crate) fn judge(lines: impl BufRead, all: &Told<'_>) -> Result<Self, Error> {
         let mut trace = Self::default();
-        let mut batches = trace.read(machine, lines)?;
+        let mut batches = trace.read(all, lines)?;
         if !trace.enabled {
             trace.find("translation was never switched on".into());
         }
-        let told = removals.iter().any(|removal| removal.part == Part::All);
-        if detachments_must_be_told && !told && !removals.is_empty() {
+        let told = all.removals.iter().any(|removal| removal.part == Part::All);
+        if all.detachments && !told && !all.removals.is_empty() {
             trace.find("the hypervisor removed mappings and told of no detachment".into());
         }
         // Where the search for an address space's next batch begins, and whether that one is of entries before.
         let mut next = HashMap::<(u64, u64), (usize, bool)>::new();
-        for removal in removals {
-            let steps = removal.steps(machine, with_device_tlb.contains(&removal.stream));
+        // Only in legacy mode do the tables of an address space hang on the entry of its device, so that blocking the device
+        // looks like a detachment.
+        let looks_like_one = |part| part != Part::Device || all.tables == Tables::Legacy;
+        for removal in all.removals.iter().filter(|removal| looks_like_one(removal.part)) {
+            let steps = removal.steps(all.machine, all.with_device_tlb.contains(&removal.stream));
             let (from, of_entries) = next.entry((removal.stream, removal.pasid)).or_default();
             let is_entry = matches!(removal.part, Part::Entry { .. });
             let goes_on = matches!(removal.part, Part::Entry { number: 1.., .. });
@@ -253,13 +272,16 @@ impl Trace {
                     *from += 1;
                 }
             }
-            let (all, complete) = match removal.part {
-                Part::Pages { .. } => (&mut trace.unmaps, &mut trace.invalidated),
-                Part::All => (&mut trace.detachments, &mut trace.detached),
-                Part::Entry { .. } => (&mut trace.entries, &mut trace.forgotten),
+            let counts = match removal.part {
+                Part::Pages { .. } => Some((&mut trace.unmaps, &mut trace.invalidated)),
+                Part::All => Some((&mut trace.detachments, &mut trace.detached)),
+                Part::Entry { .. } => Some((&mut trace.entries, &mut trace.forgotten)),
+                Part::Device => None,
             };
-            *all += 1;
-            *complete += u64::from(found.is_ok());
+            if let Some((all, complete)) = counts {
+                *all += 1;
+                *complete += u64::from(found.is_ok());
+            }
             if let Err(lacking) = found {
                 // One that lacks a step only is over all the same: it does not stand in the way of what follows.
                 let over = |batch: &&mut Batch| removal.part == Part::All && is_detachment(batch, removal);
@@ -271,10 +293,10 @@ impl Trace {
     }
 
     /// Reads the batches that completed while translation was on, in order, and notes what else there is to see.
-    fn read(&mut self, machine: Machine, lines: impl BufRead) -> Result<Vec<Batch>, Error> {
-        let read = match machine {
-            Machine::X86_64 => vtd::read,
-            Machine::Aarch64 => smmu::read,
+    fn read(&mut self, all: &Told<'_>, lines: impl BufRead) -> Result<Vec<Batch>, Error> {
+        let read = |event: &str, text: &str| match all.machine {
+            Machine::X86_64 => vtd::read(all.tables, event, text),
+            Machine::Aarch64 => smmu::read(event, text),
         };
         let (mut taken, mut batch, mut batches) = (Vec::new(), Batch::new(), Vec::new());
         for line in lines.split(b'\n') {
@@ -288,7 +310,8 @@ impl Trace {
                     }
                     self.enabled |= on;
                 }
-                Some(Sight::Bypass) if self.enabled => {
+                Some(Sight::Bypass(Some(stream))) if all.trusted.contains(&stream) => {}
+                Some(Sight::Bypass(_)) if self.enabled => {
                     self.bypassed += 1;
                     self.find(format!("translation was bypassed: {}", line.trim_end()));
                 }
@@ -301,7 +324,7 @@ impl Trace {
                     taken.clear();
                     batches.push(mem::take(&mut batch));
                 }
-                Some(Sight::Bypass | Sight::Taken(_)) | None => {}
+                Some(Sight::Bypass(_) | Sight::Taken(_)) | None => {}
             }
         }
         batches.push(batch);
@@ -446,9 +469,19 @@ mod tests {
     impl Words {
         /// Judges `lines` as they are. The device has a device TLB, or not.
         fn judge_with(&self, lines: &[&str], removals: &[Removal], device_tlb: bool) -> Trace {
-            let text = lines.join("\n");
             let with_device_tlb: &[u64] = if device_tlb { &[0x18] } else { &[] };
-            Trace::judge(self.machine, text.as_bytes(), removals, with_device_tlb, false).unwrap()
+            self.judge_told(lines, &Told { with_device_tlb, ..self.told(removals) })
+        }
+
+        /// What a hypervisor tells that removes `removals` of a device without a device TLB.
+        fn told<'t>(&self, removals: &'t [Removal]) -> Told<'t> {
+            let machine = self.machine;
+            let tables = Tables::First;
+            Told { machine, tables, removals, with_device_tlb: &[], trusted: &[], detachments: false }
+        }
+
+        fn judge_told(&self, lines: &[&str], told: &Told<'_>) -> Trace {
+            Trace::judge(lines.join("\n").as_bytes(), told).unwrap()
         }
 
         /// Judges `lines` as they are.
@@ -711,11 +744,38 @@ mod tests {
     }
 
     #[test]
+    fn in_legacy_mode_a_device_that_is_blocked_takes_a_batch_of_its_own() {
+        const ENTRY: &str = "vtd_inv_desc invalidate desc type context-cache high 0x0 low 0x1800050031";
+        const GLOBAL: &str = "vtd_inv_desc invalidate desc type context-cache high 0x0 low 0x11";
+        const PAGES: &str = "vtd_inv_desc invalidate desc type iotlb high 0x40000002 low 0x50032";
+        let words = &WORDS[0];
+        let blocked = Removal { part: Part::Device, ..FOUR_PAGES };
+        let unmap = Removal { pasid: 0, ..FOUR_PAGES };
+        let detachment = Removal { part: Part::All, ..unmap };
+        let judge = |batches: &[&[&'static str]], removals: &[Removal]| {
+            let mut lines = vec![words.on, words.doorbell];
+            for batch in batches {
+                lines.extend(batch.iter());
+                lines.extend([words.wait, words.doorbell]);
+            }
+            words.judge_told(&lines, &Told { tables: Tables::Legacy, ..words.told(removals) })
+        };
+
+        for entry in [ENTRY, GLOBAL] {
+            let all = [&[ENTRY, words.domain][..], &[entry, words.all], &[PAGES], &[ENTRY, words.domain]];
+            let removals = [detachment, blocked, unmap, detachment];
+            assert!(judge(&all, &removals).clean(), "{entry}: {:?}", judge(&all, &removals));
+            let never = judge(&[all[0], all[2], &[words.domain]], &[detachment, blocked]);
+            assert!(never.findings[0].contains("the blocking of stream 0x18"), "{never:?}");
+        }
+    }
+
+    #[test]
     fn a_hypervisor_that_tells_of_no_detachment_is_contradicted_if_it_must() {
         for words in &WORDS {
-            let text = [words.on, words.pages, words.wait].join("\n");
-            let judge = |removals: &[Removal], must| {
-                Trace::judge(words.machine, text.as_bytes(), removals, &[], must).unwrap().clean()
+            let judge = |removals: &[Removal], detachments| {
+                let told = Told { detachments, ..words.told(removals) };
+                words.judge_told(&[words.on, words.pages, words.wait], &told).clean()
             };
 
             assert!(judge(&[FOUR_PAGES], false) && !judge(&[FOUR_PAGES], true));
@@ -741,6 +801,18 @@ mod tests {
             assert!(before.clean(), "{before:?}");
             assert!(after.bypassed == 1 && !after.clean(), "{after:?}");
             assert!(after.findings[0].contains(words.bypass), "{after:?}");
+        }
+    }
+
+    #[test]
+    fn a_device_that_is_trusted_may_get_past_translation_and_no_other() {
+        for words in &WORDS {
+            let judge = |trusted: &[u64]| {
+                let told = Told { trusted, ..words.told(&[]) };
+                words.judge_told(&[words.on, words.bypass], &told).clean()
+            };
+
+            assert!(judge(&[0x18]) && !judge(&[0x20]), "{:?}", words.machine);
         }
     }
 

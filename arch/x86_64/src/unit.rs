@@ -9,9 +9,7 @@ use crate::{
 };
 use core::{fmt, ops::Range};
 use heapless::Vec;
-use iommu::{
-    Capabilities, DmaBuf, FaultRecord, Invalidations, Message, PhysAddr, Root, StreamId, Translation,
-};
+use iommu::{Capabilities, DmaBuf, FaultRecord, Invalidations, Message, PhysAddr, StreamId};
 use vtd::{
     dmar::{self, Dmar},
     remap,
@@ -24,15 +22,12 @@ pub type Commands = vtd::Commands<Mmio>;
 /// The table side of the unit.
 pub type Tables = vtd::Tables<Mmio>;
 
-/// The format of tables that translate what devices issue.
-pub type DeviceTables = pgtable::VtdFirstStage;
+/// The format of first-stage tables, which translate what devices issue.
+pub type FirstStage = pgtable::VtdFirstStage;
+/// The format of second-stage tables, which do so where the unit has no first stage.
+pub type SecondStage = pgtable::VtdSecondStage;
 /// The format of tables that translate what guests issue.
 pub type GuestTables = pgtable::SvmNested;
-
-/// Translates a device by tables in the format [`DeviceTables`].
-pub fn translation(root: Root) -> Translation {
-    Translation::Stage1(root)
-}
 
 /// Lets the unit interrupt `core`. What it reported before may or may not interrupt: look once afterwards.
 pub fn enable_interrupts(events: &mut Events, core: usize) -> Result<(), iommu::Error> {
@@ -124,6 +119,14 @@ impl Remapping {
     /// Returns the message by which the device sends it.
     pub fn message(&self, handle: &InterruptHandle) -> Result<Message, iommu::Error> {
         self.0.message(handle, 0)
+    }
+
+    /// Returns a message that names core and vector itself, as devices did before there was remapping. The unit is to refuse
+    /// it, whoever sends it.
+    ///
+    /// PANICS: when there is no such core.
+    pub fn compatibility_message(&self, source: Source, core: usize) -> Message {
+        interrupts::message(source, core)
     }
 
     /// Refuses the interrupt again, once the invalidations have completed.

@@ -33,6 +33,7 @@
 #define PORTCULLIS_DEADLINE_US UINT64_C(100000)
 #define PORTCULLIS_DEADLINE_MAX_US UINT64_C(10000000)
 #define PORTCULLIS_WRITABLE UINT64_C(0x8000000000000000)
+#define PORTCULLIS_REQUESTS UINT64_C(0x100000000)
 #define PORTCULLIS_LEAF UINT64_C(1)
 #define PORTCULLIS_ALL_PAGES UINT64_C(0xffffffffffffffff)
 #define PORTCULLIS_COUNTERS_WORDS UINT64_C(68)
@@ -43,7 +44,7 @@
 enum portcullis_call {
     /* What there is. Argument: 0, or the number of a device from 1. Returns for 0: version, devices, the
      * first PASID that may be attached, or NONE; for a device: address and size of its registers in the guest's memory,
-     * vendor and device identity (15:0, 31:16). */
+     * vendor and device identity (15:0, 31:16) with REQUESTS or not. */
     PORTCULLIS_CALL_PROBE = 0,
     /* Opens the fault channel. Returns its address in the guest's memory; once only. */
     PORTCULLIS_CALL_OPEN_CHANNEL = 1,

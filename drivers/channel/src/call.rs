@@ -19,7 +19,7 @@ numbered! {
     pub enum Call {
         /// What there is. Argument: 0, or the number of a device from 1. Returns for 0: version, devices, the
         /// first PASID that may be attached, or [`NONE`]; for a device: address and size of its registers in the guest's memory,
-        /// vendor and device identity (15:0, 31:16).
+        /// vendor and device identity (15:0, 31:16) with [`REQUESTS`] or not.
         Probe = 0,
         /// Opens the fault channel. Returns its address in the guest's memory; once only.
         OpenChannel = 1,
@@ -101,6 +101,9 @@ numbered! {
         Failure = 15,
     }
 }
+
+/// In what [`Call::Probe`] returns of a device: it asks for pages that it misses, and keeps translations of its own.
+pub const REQUESTS: u64 = 1 << 32;
 
 /// In the attachment argument of [`Call::Map`]: the device may write.
 pub const WRITABLE: u64 = 1 << 63;

@@ -72,6 +72,7 @@ fn numbers(out: &mut impl Write) -> Result {
         ("DEADLINE_US", call::DEADLINE_US),
         ("DEADLINE_MAX_US", call::DEADLINE_MAX_US),
         ("WRITABLE", call::WRITABLE),
+        ("REQUESTS", call::REQUESTS),
         ("LEAF", invalidate::LEAF),
         ("ALL_PAGES", invalidate::ALL_PAGES),
         ("COUNTERS_WORDS", counters::COUNTERS_WORDS as u64),

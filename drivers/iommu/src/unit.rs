@@ -5,7 +5,7 @@
 //! says which [`Invalidation`]s make it visible; submitting them yields a [`Ticket`]; what the change took out of use
 //! may be used again once the ticket has completed, and not before.
 
-use crate::{Event, Gpa, Iova, PAGE_SIZE, PageResponse, Pasid, Root, StreamId, Trust};
+use crate::{Event, FaultRecord, Gpa, Iova, PAGE_SIZE, PageResponse, Pasid, Root, StreamId, Trust};
 use core::fmt;
 use heapless::Vec;
 
@@ -22,6 +22,14 @@ pub trait Events {
     /// Takes the next report, requests first: devices wait for those.
     fn next_event(&mut self) -> Option<Event> {
         self.next_request().or_else(|| self.next_fault())
+    }
+    /// Returns which tables refused the access of a fault that this unit told; [`Stages::None`] where it does not say, or
+    /// it was none.
+    ///
+    /// Of a nested attachment the second stage is the hypervisor's: its guest does not learn what was refused there.
+    fn refused_by(&self, fault: &FaultRecord) -> Stages {
+        let _ = fault;
+        Stages::None
     }
 }
 
@@ -283,6 +291,12 @@ pub enum Invalidation {
     },
     /// Completion also means that every page request sent before has reached its queue.
     PageRequestDrain,
+    /// All accesses of a blocked device that still wait for an answer: they are aborted. For when everything that was
+    /// reported of it has been answered; no answer to it is sent afterwards. Nothing where its faults do not stall.
+    Stalls {
+        /// The device.
+        stream: StreamId,
+    },
 }
 
 impl Invalidation {

@@ -2,16 +2,31 @@
 //!
 //! The layouts are those of the SMMUv3 architecture specification (Arm IHI 0070), "Commands".
 
-use crate::queue::CommandQueue;
-use heapless::Vec;
+use crate::{
+    STALLING,
+    queue::CommandQueue,
+    regs::{self, CR0, ERRORS, GERROR, INDEX},
+    stalls, tables,
+};
+use heapless::{Deque, Vec};
 use iommu::{
-    Attachment, Bus, Completion, DomainId, Error, Failure, Field, Invalidation, Iova, Outcome, PAGE_SIZE,
+    Attachment, Bus, Completion, Error, Failure, FailureCause, Field, Invalidation, Iova, Outcome, PAGE_SIZE,
     PageResponse, Pasid, Stages, StreamId, Ticket, Words, descriptor,
 };
+use tock_registers::fields::FieldValue;
 
 descriptor! {
     /// One entry of the command queue.
     pub struct Command([u64; 2]);
+}
+
+/// How much of the way to a page is forgotten with it.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Part {
+    /// Its leaf entry alone: that of a table changed, and nothing above.
+    Leaf,
+    /// Leaf and tables.
+    Way,
 }
 
 /// Pages that one command covers: `count` times 2^`scale`, and at least as many as were asked for.
@@ -35,6 +50,9 @@ impl Command {
     const OPCODE: Field<Self> = Field::bits(7, 0);
     const STREAM: Field<Self> = Field::bits(63, 32);
     const LEAF: Field<Self> = Field::bit(64);
+    const ADDRESS: Field<Self> = Field::bits(127, 76);
+    const SUBSTREAM_VALID: Field<Self> = Field::bit(11);
+    const SUBSTREAM: Field<Self> = Field::bits(31, 12);
 
     /// Forgets the configuration of one stream, context descriptors included; and unless `leaf`, the entry of the first
     /// level of the stream table that led to it (`CMD_CFGI_STE`).
@@ -43,6 +61,19 @@ impl Command {
             .with(Self::OPCODE, 0x03)
             .with(Self::STREAM, stream.0.into())
             .with(Self::LEAF, leaf.into())
+    }
+
+    /// Forgets one context descriptor of a stream, and how it was found (`CMD_CFGI_CD`, the way included).
+    pub fn cfgi_cd(stream: StreamId, pasid: Pasid) -> Self {
+        Self::default()
+            .with(Self::OPCODE, 0x05)
+            .with(Self::SUBSTREAM, pasid.value().into())
+            .with(Self::STREAM, stream.0.into())
+    }
+
+    /// Forgets all context descriptors of a stream (`CMD_CFGI_CD_ALL`).
+    pub fn cfgi_cd_all(stream: StreamId) -> Self {
+        Self::default().with(Self::OPCODE, 0x06).with(Self::STREAM, stream.0.into())
     }
 
     /// Forgets the configuration of all streams (`CMD_CFGI_ALL`).
@@ -59,13 +90,24 @@ impl Command {
         Self::default().with(Self::OPCODE, 0x10).with(Self::VMID, vmid.into())
     }
 
-    /// Forgets the stage 1 translation of one page (`CMD_TLBI_NH_VA`, leaf entries only).
-    pub fn tlbi_nh_va(vmid: u16, asid: u16, iova: Iova) -> Self {
+    /// Forgets the stage 1 translations of an ASID, but for those that its tables call global (`CMD_TLBI_NH_ASID`).
+    pub fn tlbi_nh_asid(vmid: u16, asid: u16) -> Self {
+        Self::default().with(Self::OPCODE, 0x11).with(Self::VMID, vmid.into()).with(Self::ASID, asid.into())
+    }
+
+    /// Forgets the stage 1 translation of one page, by its ASID or global (`CMD_TLBI_NH_VA`); of its leaf, or also of the
+    /// tables that lead there.
+    pub fn tlbi_nh_va(vmid: u16, asid: u16, iova: Iova, part: Part) -> Self {
         Self::default()
             .with(Self::OPCODE, 0x12)
             .with(Self::VMID, vmid.into())
             .with(Self::ASID, asid.into())
-            .leaf(iova)
+            .page(iova, part)
+    }
+
+    /// The same, whatever its ASID (`CMD_TLBI_NH_VAA`).
+    pub fn tlbi_nh_vaa(vmid: u16, iova: Iova, part: Part) -> Self {
+        Self::default().with(Self::OPCODE, 0x13).with(Self::VMID, vmid.into()).page(iova, part)
     }
 
     /// Forgets all translations of a VMID (`CMD_TLBI_S12_VMALL`).
@@ -75,7 +117,7 @@ impl Command {
 
     /// Forgets the stage 2 translation of one page (`CMD_TLBI_S2_IPA`, leaf entries only).
     pub fn tlbi_s2_ipa(vmid: u16, iova: Iova) -> Self {
-        Self::default().with(Self::OPCODE, 0x2A).with(Self::VMID, vmid.into()).leaf(iova)
+        Self::default().with(Self::OPCODE, 0x2A).with(Self::VMID, vmid.into()).page(iova, Part::Leaf)
     }
 
     /// Forgets all translations that are neither Secure nor of the hypervisor's own streams (`CMD_TLBI_NSNH_ALL`).
@@ -83,9 +125,8 @@ impl Command {
         Self::default().with(Self::OPCODE, 0x30)
     }
 
-    fn leaf(self, iova: Iova) -> Self {
-        const ADDRESS: Field<Command> = Field::bits(127, 76);
-        self.with(Self::LEAF, 1).with_address(ADDRESS, iova.0)
+    fn page(self, iova: Iova, part: Part) -> Self {
+        self.with(Self::LEAF, (part == Part::Leaf).into()).with_address(Self::ADDRESS, iova.0)
     }
 
     /// Extends the invalidation of one page to several; needs `IDR3.RIL`. The level of the entries stays open (TTL = 0).
@@ -100,18 +141,17 @@ impl Command {
         self.with(NUM, range.count - 1).with(SCALE, range.scale).with(GRANULE, 1)
     }
 
-    const SUBSTREAM_VALID: Field<Self> = Field::bit(11);
-    const SUBSTREAM: Field<Self> = Field::bits(31, 12);
-
-    /// Forgets, in the device, 2^`size` pages around `iova`; 52 is everything (`CMD_ATC_INV`, without PASID).
-    pub fn atc_inv(stream: StreamId, iova: Iova, size: u8) -> Self {
+    /// Forgets, in the device, 2^`size` pages around `iova`; 52 is everything (`CMD_ATC_INV`). Without PASID it forgets what
+    /// it has for any PASID, too.
+    pub fn atc_inv(stream: StreamId, pasid: Option<Pasid>, iova: Iova, size: u8) -> Self {
         const SIZE: Field<Command> = Field::bits(69, 64);
-        const ADDRESS: Field<Command> = Field::bits(127, 76);
         Self::default()
             .with(Self::OPCODE, 0x40)
+            .with(Self::SUBSTREAM_VALID, pasid.is_some().into())
+            .with(Self::SUBSTREAM, pasid.map_or(0, Pasid::value).into())
             .with(Self::STREAM, stream.0.into())
             .with(SIZE, size.into())
-            .with_address(ADDRESS, iova.0)
+            .with_address(Self::ADDRESS, iova.0)
     }
 
     /// Answers a group of page requests (`CMD_PRI_RESP`).
@@ -130,6 +170,41 @@ impl Command {
             .with(Self::STREAM, response.stream.0.into())
             .with(GROUP, u64::from(response.tag.index) & 0x1FF)
             .with(CODE, code)
+    }
+
+    /// Ends a stalled access, or has it tried again (`CMD_RESUME`).
+    ///
+    /// `Invalid` aborts it; `Failure` completes it without effect, where the unit can (`IDR0.TERM_MODEL`).
+    pub fn resume(response: &PageResponse) -> Self {
+        const RETRY: Field<Command> = Field::bit(12);
+        const ABORT: Field<Command> = Field::bit(13);
+        const TAG: Field<Command> = Field::bits(79, 64);
+        Self::default()
+            .with(Self::OPCODE, 0x44)
+            .with(RETRY, (response.outcome == Outcome::Success).into())
+            .with(ABORT, (response.outcome == Outcome::Invalid).into())
+            .with(Self::STREAM, response.stream.0.into())
+            .with(TAG, response.tag.index.into())
+    }
+
+    /// Aborts all stalled accesses of a stream, of which the unit lets nothing new through (`CMD_STALL_TERM`).
+    pub fn stall_term(stream: StreamId) -> Self {
+        Self::default().with(Self::OPCODE, 0x45).with(Self::STREAM, stream.0.into())
+    }
+
+    /// Returns whose configuration, device TLB or access it is about.
+    fn stream(&self) -> Option<StreamId> {
+        let of_one = matches!(self.get(Self::OPCODE), 0x03 | 0x05 | 0x06 | 0x40 | 0x41 | 0x44 | 0x45);
+        of_one.then(|| StreamId(self.get(Self::STREAM) as u32))
+    }
+
+    /// Whether it asks a device to forget something.
+    fn is_atc_inv(&self) -> bool {
+        self.get(Self::OPCODE) == 0x40
+    }
+
+    fn is_sync(&self) -> bool {
+        self.get(Self::OPCODE) == 0x46
     }
 
     /// Is consumed when everything before it has completed, and lets nothing start before (`CMD_SYNC`, no signal).
@@ -155,6 +230,11 @@ pub(crate) const BATCH: usize = 32;
 /// Pages that a unit without ranges is told one by one; more invalidate the whole attachment.
 const SINGLE_PAGES: u64 = 8;
 
+/// Batches on their way at one time, at most.
+const TICKETS: usize = 256;
+/// Tickets that failed and are known one by one, at most.
+const FAILED: usize = 32;
+
 /// What the commands of a unit depend on.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Abilities {
@@ -164,23 +244,112 @@ pub(crate) struct Abilities {
     pub(crate) ranges: bool,
     /// The stream table has two levels: the first is forgotten along with what it leads to.
     pub(crate) two_levels: bool,
+    /// `IDR0.PRI`: devices may ask for pages.
+    pub(crate) page_requests: bool,
+    /// `IDR0.STALL_MODEL`: faults may stall.
+    pub(crate) stalls: bool,
 }
 
 /// A list of commands that refuses rather than cuts off.
-struct Batch(Vec<Command, BATCH>);
+struct Batch {
+    commands: Vec<Command, BATCH>,
+    /// Whose device TLB is to forget something.
+    device: Option<StreamId>,
+}
 
 impl Batch {
+    fn new() -> Self {
+        Self { commands: Vec::new(), device: None }
+    }
+
     fn push(&mut self, command: Command) -> Result<(), Error> {
-        self.0.push(command).map_err(|_| Error::Exhausted { what: "commands in a batch" })
+        self.commands.push(command).map_err(|_| Error::Exhausted { what: "commands in a batch" })
+    }
+
+    /// Everything before completes before anything after begins.
+    fn then(&mut self) -> Result<(), Error> {
+        match self.commands.last() {
+            Some(last) if !last.is_sync() => self.push(Command::sync()),
+            _ => Ok(()),
+        }
+    }
+
+    /// What a device is to forget, once the unit has.
+    fn push_to_device(
+        &mut self,
+        stream: StreamId,
+        pasid: Option<Pasid>,
+        iova: Iova,
+        size: u8,
+    ) -> Result<(), Error> {
+        if self.device.is_some_and(|other| other != stream) {
+            // A `CMD_SYNC` that fails does not say whose answer is missing.
+            return Err(Error::Busy { what: DEVICE_TLB });
+        }
+        self.then()?;
+        self.device = Some(stream);
+        self.push(Command::atc_inv(stream, pasid, iova, size))
+    }
+}
+
+/// What may be on its way once at a time.
+const DEVICE_TLB: &str = "invalidation of a device TLB";
+
+/// A batch that the unit has not done yet.
+#[derive(Clone, Copy, Debug)]
+struct Underway {
+    /// Commands queued when it was queued; its ticket.
+    end: u64,
+    /// Commands in it.
+    length: u8,
+    /// Whether a device is to forget something.
+    device: bool,
+}
+
+/// Tickets that failed: the newest by themselves, and all up to one that is older.
+///
+/// To call a ticket failed that was done is harmless: its commands are submitted again.
+#[derive(Debug)]
+struct Failures {
+    /// In their order.
+    known: Deque<u64, FAILED>,
+    /// Tickets up to this one may have failed.
+    before: u64,
+}
+
+impl Failures {
+    const fn new() -> Self {
+        Self { known: Deque::new(), before: 0 }
+    }
+
+    fn add(&mut self, ticket: u64) {
+        if self.known.back() == Some(&ticket) {
+            return;
+        }
+        if self.known.is_full() {
+            self.before = self.known.pop_front().unwrap_or(ticket);
+        }
+        // There is room: the oldest went.
+        let _ = self.known.push_back(ticket);
+    }
+
+    fn contain(&self, ticket: u64) -> bool {
+        ticket <= self.before || self.known.iter().any(|&failed| failed == ticket)
     }
 }
 
 /// The command side of a unit; see [`iommu::Commands`].
 ///
 /// Completion is where `CMDQ_CONS` stands: it passes a `CMD_SYNC` only when everything before that has completed. A command
-/// that the unit refuses, or a device that does not answer, stops it there for good.
+/// that the unit refuses, or a device that does not answer, stops it there, until [`recover`](iommu::Commands::recover).
 ///
-/// Worst case of a call: one read of `CMDQ_CONS`, `BATCH` commands stored and published, one write of `CMDQ_PROD`.
+/// As a `CMD_SYNC` that fails does not tell which device was silent, one device at a time is asked to forget something:
+/// `submit` refuses a second ([`Error::Busy`]) until the first has answered or was given up.
+///
+/// It alone writes `GERRORN`: errors are acknowledged by `recover`, and by nobody else. In service it alone writes `CR0`.
+///
+/// Worst case of a call: one read of `CMDQ_CONS`, `BATCH` commands stored and published, one write of `CMDQ_PROD`; of
+/// `recover` five reads of registers, a look at `BATCH` commands, one of them stored, and two writes of registers.
 #[derive(Debug)]
 pub struct Commands<B> {
     bus: B,
@@ -188,11 +357,41 @@ pub struct Commands<B> {
     abilities: Abilities,
     /// Entries kept free for answers to page requests.
     reserve: usize,
+    /// Devices whose faults stall.
+    stalling: Vec<StreamId, STALLING>,
+    /// Batches that may not be done, oldest first.
+    underway: Deque<Underway, TICKETS>,
+    failures: Failures,
+    /// Where the queue last had to be helped on, and how often.
+    helped: (u64, usize),
+    /// Nothing more is executed.
+    stopped: bool,
 }
 
 impl<B: Bus> Commands<B> {
-    pub(crate) fn new(bus: B, queue: CommandQueue, abilities: Abilities, reserve: usize) -> Self {
-        Self { bus, queue, abilities, reserve }
+    pub(crate) fn new(
+        bus: B,
+        queue: CommandQueue,
+        abilities: Abilities,
+        reserve: usize,
+        stalling: Vec<StreamId, STALLING>,
+    ) -> Self {
+        Self {
+            bus,
+            queue,
+            abilities,
+            reserve,
+            stalling,
+            underway: Deque::new(),
+            failures: Failures::new(),
+            helped: (0, 0),
+            stopped: false,
+        }
+    }
+
+    /// Returns how the unit is reached.
+    pub(crate) fn bus(&self) -> &B {
+        &self.bus
     }
 
     /// Encodes one invalidation.
@@ -209,41 +408,94 @@ impl<B: Bus> Commands<B> {
             Invalidation::Device { stream, device_tlb } => {
                 batch.push(self.configuration(stream))?;
                 if device_tlb {
-                    batch.push(Command::sync())?;
-                    batch.push(Command::atc_inv(stream, Iova(0), EVERYTHING))?;
+                    batch.push_to_device(stream, None, Iova(0), EVERYTHING)?;
                 }
                 Ok(())
             }
             Invalidation::Attachment(at) => {
-                batch.push(self.configuration(at.stream))?;
+                batch.push(match at.pasid {
+                    // The stream's entry leads to those of its other PASIDs as well.
+                    Some(pasid) if at.stages != Stages::Nested => Command::cfgi_cd(at.stream, pasid),
+                    _ => self.configuration(at.stream),
+                })?;
                 batch.push(Command::sync())?;
                 self.forget_all(batch, at)
             }
-            Invalidation::Pages { attachment: at, iova, pages } => {
-                match Range::covering(pages) {
-                    Some(range) if self.abilities.ranges => {
-                        batch.push(self.page(at, iova).over(range))?;
-                    }
-                    _ if pages <= SINGLE_PAGES => {
-                        for page in 0..pages {
-                            let iova = Iova(iova.0.wrapping_add(page * PAGE_SIZE));
-                            batch.push(self.page(at, iova))?;
+            Invalidation::Pages { attachment: at, iova, pages } => self.pages(batch, at, iova, pages),
+            Invalidation::FirstStage { attachment: at, asid, pages } => {
+                self.nested(at)?;
+                let (vmid, _) = self.tags(at);
+                match pages {
+                    // A guest's pages may have any size, so none is named (TG): its ranges are told page by page.
+                    Some((iova, pages)) if pages <= SINGLE_PAGES => {
+                        for iova in each(iova, pages) {
+                            batch.push(match asid {
+                                Some(asid) => Command::tlbi_nh_va(vmid, asid, iova, Part::Way),
+                                None => Command::tlbi_nh_vaa(vmid, iova, Part::Way),
+                            })?;
                         }
+                        Ok(())
                     }
-                    _ => return self.forget_all(batch, at),
+                    // Of pages that are too many, it may be global entries that changed: those stay when it is by ASID.
+                    Some(_) => batch.push(Command::tlbi_nh_all(vmid)),
+                    None => batch.push(
+                        asid.map_or(Command::tlbi_nh_all(vmid), |asid| Command::tlbi_nh_asid(vmid, asid)),
+                    ),
                 }
-                if at.device_tlb {
-                    batch.push(Command::sync())?;
-                    batch.push(Command::atc_inv(at.stream, iova, block(iova, pages)))?;
+            }
+            Invalidation::Contexts { attachment: at, pasid } => {
+                self.nested(at)?;
+                batch.push(match pasid {
+                    Some(pasid) => Command::cfgi_cd(at.stream, pasid),
+                    None => Command::cfgi_cd_all(at.stream),
+                })
+            }
+            Invalidation::DeviceTlb { attachment: at, pasid, pages } => {
+                if !at.device_tlb {
+                    return Err(Error::Unsupported { feature: "a device TLB of this attachment" });
                 }
-                Ok(())
+                let (iova, size) =
+                    pages.map_or((Iova(0), EVERYTHING), |(iova, pages)| (iova, block(iova, pages)));
+                batch.push_to_device(at.stream, pasid, iova, size)
             }
             // There is no command for it. Page requests and the answer to CMD_ATC_INV are posted messages, which stay in
-            // order on the link; so the CMD_SYNC after the device's own invalidation is what there is to wait for.
+            // order on the link; so the CMD_SYNC after the device's own invalidation is what there is to wait for. And a
+            // CMD_SYNC makes visible what stalled before.
             Invalidation::PageRequestDrain => Ok(()),
+            Invalidation::Stalls { stream } => {
+                if !self.stalling.contains(&stream) {
+                    return Ok(());
+                }
+                // What would stall from here on is refused: the configuration that says so is known to the unit.
+                batch.then()?;
+                batch.push(Command::stall_term(stream))
+            }
             // The vocabulary may grow; what this driver does not know must not pass for done.
             _ => Err(Error::Unsupported { feature: "this invalidation" }),
         }
+    }
+
+    /// Pages of an attachment whose leaves changed.
+    fn pages(&self, batch: &mut Batch, at: Attachment, iova: Iova, pages: u64) -> Result<(), Error> {
+        match Range::covering(pages) {
+            Some(range) if self.abilities.ranges => batch.push(self.page(at, iova).over(range))?,
+            _ if pages <= SINGLE_PAGES => {
+                for iova in each(iova, pages) {
+                    batch.push(self.page(at, iova))?;
+                }
+            }
+            _ => return self.forget_all(batch, at),
+        }
+        if at.stages == Stages::Nested {
+            // What came of both stages together is cached by the first's addresses, in unit and device.
+            batch.then()?;
+            batch.push(Command::tlbi_nh_all(self.tags(at).0))?;
+            return self.forget_in_device(batch, at);
+        }
+        if at.device_tlb {
+            batch.push_to_device(at.stream, at.pasid, iova, block(iova, pages))?;
+        }
+        Ok(())
     }
 
     /// The configuration of a stream. An entry of the first level becomes valid once, so leaving it would do for all but
@@ -252,15 +504,25 @@ impl<B: Bus> Commands<B> {
         Command::cfgi_ste(stream, !self.abilities.two_levels)
     }
 
-    fn vmid(&self, domain: DomainId) -> u16 {
-        if self.abilities.vmid { domain.0 } else { 0 }
+    /// Checks that a guest owns the first stage of an attachment.
+    fn nested(&self, at: Attachment) -> Result<(), Error> {
+        match at.stages {
+            Stages::Nested => Ok(()),
+            _ => Err(Error::Unsupported { feature: "a guest's first stage of this attachment" }),
+        }
+    }
+
+    /// Returns VMID and ASID under which the translations of an attachment are cached.
+    fn tags(&self, at: Attachment) -> (u16, u16) {
+        let vmid = if self.abilities.vmid { tables::vmid(at.domain) } else { 0 };
+        (vmid, at.domain.0)
     }
 
     /// One page of an attachment, in the unit.
     fn page(&self, at: Attachment, iova: Iova) -> Command {
-        let vmid = self.vmid(at.domain);
+        let (vmid, asid) = self.tags(at);
         if at.stages == Stages::First {
-            Command::tlbi_nh_va(vmid, at.domain.0, iova)
+            Command::tlbi_nh_va(vmid, asid, iova, Part::Leaf)
         } else {
             Command::tlbi_s2_ipa(vmid, iova)
         }
@@ -268,43 +530,160 @@ impl<B: Bus> Commands<B> {
 
     /// All translations of an attachment: in the unit, then in the device.
     fn forget_all(&self, batch: &mut Batch, at: Attachment) -> Result<(), Error> {
-        let vmid = self.vmid(at.domain);
-        batch.push(if at.stages == Stages::First {
+        let (vmid, asid) = self.tags(at);
+        match (at.stages, at.pasid) {
+            // Nothing of it is cached as translations of tables.
+            (Stages::None, _) => {}
+            // Tables of a PASID have no global entries: those would serve the device's other PASIDs, too.
+            (Stages::First, Some(_)) => batch.push(Command::tlbi_nh_asid(vmid, asid))?,
             // Not by ASID: that would keep entries that tables mark as global.
-            Command::tlbi_nh_all(vmid)
-        } else {
-            Command::tlbi_s12_vmall(vmid)
-        })?;
-        if at.device_tlb {
-            batch.push(Command::sync())?;
-            batch.push(Command::atc_inv(at.stream, Iova(0), EVERYTHING))?;
+            (Stages::First, None) => batch.push(Command::tlbi_nh_all(vmid))?,
+            (Stages::Second | Stages::Nested, _) => batch.push(Command::tlbi_s12_vmall(vmid))?,
         }
-        Ok(())
+        self.forget_in_device(batch, at)
+    }
+
+    /// All that the device remembers of an attachment.
+    fn forget_in_device(&self, batch: &mut Batch, at: Attachment) -> Result<(), Error> {
+        if at.device_tlb { batch.push_to_device(at.stream, at.pasid, Iova(0), EVERYTHING) } else { Ok(()) }
+    }
+
+    /// Returns how many commands the unit has consumed, and forgets the batches that are done.
+    fn consumed(&mut self) -> u64 {
+        let consumed = self.queue.consumed(&self.bus);
+        while self.underway.front().is_some_and(|batch| batch.end <= consumed) {
+            self.underway.pop_front();
+        }
+        consumed
+    }
+
+    /// What becomes of a queue that cannot go on: it is switched off, so that no error of it comes again.
+    fn stop(&mut self) -> Failure {
+        self.stopped = true;
+        let kept = regs::CR0.read(&self.bus).get();
+        regs::CR0.set(&self.bus, kept & !CR0::CMDQEN::SET.value);
+        Failure { cause: FailureCause::Stopped, stream: None, ticket: None }
+    }
+
+    /// Helps the queue past the command at which it stopped; returns what was wrong with that.
+    fn help(&mut self, code: u32) -> Failure {
+        let at = self.consumed();
+        self.helped = if self.helped.0 == at { (at, self.helped.1 + 1) } else { (at, 1) };
+        let Some(command) = self.queue.command(at) else { return self.stop() };
+        let batch = self.underway.iter().find(|batch| at < batch.end);
+        let ticket = batch.filter(|batch| batch.end - u64::from(batch.length) <= at).map(|batch| batch.end);
+        let (cause, stream, limit) = match code {
+            ILLEGAL => (FailureCause::Refused, command.stream(), 1),
+            // Each command of the batch to a device may have its own turn to be too late.
+            SILENT_DEVICE => (FailureCause::Unanswered, self.silent(at), BATCH),
+            // CERROR_ABT, or nothing that the manual knows.
+            _ => return self.stop(),
+        };
+        if self.helped.1 > limit {
+            return self.stop();
+        }
+        if let Some(ticket) = ticket {
+            self.failures.add(ticket);
+        }
+        if code == ILLEGAL {
+            self.queue.replace(&self.bus, at, Command::sync());
+        }
+        Failure { cause, stream, ticket: ticket.map(Ticket) }
+    }
+
+    /// Returns the device that is asked to forget something before the `CMD_SYNC` at `at`, and after the one before that.
+    fn silent(&self, at: u64) -> Option<StreamId> {
+        let before = (1..=BATCH as u64).filter_map(|back| self.queue.command(at.checked_sub(back)?));
+        let asked = before.take_while(|command| !command.is_sync()).find(Command::is_atc_inv);
+        asked.and_then(|command| command.stream())
     }
 }
 
+/// `CMDQ_CONS.ERR`: the command is not legal (`CERROR_ILL`).
+const ILLEGAL: u32 = 1;
+/// A device did not answer before the `CMD_SYNC` (`CERROR_ATC_INV_SYNC`).
+const SILENT_DEVICE: u32 = 3;
+
+/// Returns the first bytes of `pages` pages from `iova`.
+fn each(iova: Iova, pages: u64) -> impl Iterator<Item = Iova> {
+    (0..pages).map(move |page| Iova(iova.0.wrapping_add(page * PAGE_SIZE)))
+}
+
 impl<B: Bus> iommu::Commands for Commands<B> {
+    /// Of device TLBs, one device's at a time: [`Error::Busy`] until the one before has answered.
     fn submit(&mut self, invalidations: &[Invalidation]) -> Result<Ticket, Error> {
-        let mut batch = Batch(Vec::new());
+        let mut batch = Batch::new();
         for &invalidation in invalidations {
             self.encode(&mut batch, invalidation)?;
         }
         batch.push(Command::sync())?;
-        self.queue.push(&self.bus, &batch.0, self.reserve).map(Ticket)
+        if self.stopped {
+            return Err(Error::Failed { ticket: Ticket(self.queue.produced()) });
+        }
+        let asks_a_device = |batch: &Underway| batch.device;
+        let device = batch.device.is_some();
+        if self.underway.is_full() || device && self.underway.iter().any(asks_a_device) {
+            self.consumed();
+        }
+        if device && self.underway.iter().any(asks_a_device) {
+            return Err(Error::Busy { what: DEVICE_TLB });
+        }
+        let needed = batch.commands.len();
+        if self.underway.is_full() {
+            return Err(Error::QueueFull { needed, free: 0 });
+        }
+        let end = self.queue.push(&self.bus, &batch.commands, self.reserve)?;
+        // There is room, and a batch is short.
+        let _ = self.underway.push_back(Underway { end, length: needed as u8, device });
+        Ok(Ticket(end))
     }
 
     fn respond(&mut self, response: PageResponse) -> Result<(), (PageResponse, Error)> {
-        let command = Command::pri_resp(&response);
+        let Abilities { page_requests, stalls, .. } = self.abilities;
+        let command = match stalls::waiting(&response, &self.stalling) {
+            Some(stalled) if stalls => Command::resume(&stalled),
+            None if page_requests => Command::pri_resp(&response),
+            _ => return Err((response, Error::Unsupported { feature: "answers of this kind" })),
+        };
+        if self.stopped {
+            return Err((response, Error::Failed { ticket: Ticket(self.queue.produced()) }));
+        }
         self.queue.push(&self.bus, &[command], 0).map(drop).map_err(|error| (response, error))
     }
 
     fn poll(&mut self, ticket: Ticket) -> Completion {
-        if self.queue.consumed(&self.bus) >= ticket.0 { Completion::Done } else { Completion::Pending }
+        let done = self.consumed() >= ticket.0;
+        if self.failures.contain(ticket.0) || self.stopped && !done {
+            Completion::Failed
+        } else if done {
+            Completion::Done
+        } else {
+            Completion::Pending
+        }
     }
 
-    /// A queue that stopped stays stopped.
+    /// A command that the unit refuses is replaced by one that does nothing, a device that did not answer is named, and
+    /// the queue goes on: what is behind is executed, answers included. A unit that cannot read its queue, or is in service
+    /// failure mode, is told of once, and refuses everything from then on.
+    ///
+    /// Acknowledges all other errors, too.
     fn recover(&mut self) -> Option<Failure> {
-        None
+        let kept = regs::GERRORN.read(&self.bus).get();
+        let active = (regs::GERROR.read(&self.bus).get() ^ kept) & ERRORS;
+        let is = |error: FieldValue<u32, GERROR::Register>| active & error.value != 0;
+        let mut failure = None;
+        if !self.stopped && is(GERROR::SFM_ERR::SET) {
+            failure = Some(self.stop());
+        } else if !self.stopped && is(GERROR::CMDQ_ERR::SET) {
+            // While the error is active, this says which; and the unit consumes nothing.
+            let code = regs::CMDQ.cons.read(&self.bus).read(INDEX::ERR);
+            failure = Some(self.help(code));
+        }
+        if active != 0 {
+            // Only bits that are active may turn. ORDER: after the command that took the place of a bad one.
+            regs::GERRORN.set(&self.bus, kept ^ active);
+        }
+        failure
     }
 }
 
@@ -315,24 +694,47 @@ mod tests {
 
     const SID: StreamId = StreamId(0x108);
 
-    /// The commands of facts/smmuv3.md, section 11.5, rows K3, K5, K9, K11, K19, K20, K22 to K24, K27 to K29, K34.
+    /// The commands of facts/smmuv3.md, section 11.5, rows K3, K5 to K7, K9 to K11, K14, K19, K20, K22 to K25, K27 to K34; but for
+    /// K6, whose way is forgotten here, too.
     #[test]
     fn commands_are_the_words_of_the_manual() {
         let answer = |pasid, index, outcome| {
             let tag = GroupTag { pasid, index };
             Command::pri_resp(&PageResponse { stream: SID, tag, outcome })
         };
+        let stall = |outcome| {
+            let tag = GroupTag { pasid: None, index: 0x42 };
+            Command::resume(&PageResponse { stream: SID, tag, outcome })
+        };
         for (command, words) in [
             (Command::cfgi_ste(SID, true), [0x0000_0108_0000_0003, 0x1]),
             (Command::cfgi_ste(SID, false), [0x0000_0108_0000_0003, 0]),
             (Command::cfgi_all(), [0x04, 0x1F]),
             (Command::tlbi_nh_all(0x2A), [0x0000_002A_0000_0010, 0]),
-            (Command::tlbi_nh_va(0x2A, 7, Iova(0x4020_1000)), [0x0007_002A_0000_0012, 0x4020_1001]),
+            (
+                Command::tlbi_nh_va(0x2A, 7, Iova(0x4020_1000), Part::Leaf),
+                [0x0007_002A_0000_0012, 0x4020_1001],
+            ),
+            (Command::cfgi_cd(SID, Pasid::from_low_bits(5)), [0x0000_0108_0000_5005, 0]),
+            (Command::cfgi_cd_all(SID), [0x0000_0108_0000_0006, 0]),
+            (Command::tlbi_nh_asid(0x2A, 7), [0x0007_002A_0000_0011, 0]),
+            (
+                Command::tlbi_nh_vaa(0x2A, Iova(0xFFFF_0000_1234_5000), Part::Way),
+                [0x0000_002A_0000_0013, 0xFFFF_0000_1234_5000],
+            ),
+            (
+                Command::atc_inv(SID, Pasid::new(5), Iova(0x2000_0000), 9),
+                [0x0000_0108_0000_5840, 0x2000_0009],
+            ),
+            (stall(Outcome::Success), [0x0000_0108_0000_1044, 0x42]),
+            (stall(Outcome::Invalid), [0x0000_0108_0000_2044, 0x42]),
+            (stall(Outcome::Failure), [0x0000_0108_0000_0044, 0x42]),
+            (Command::stall_term(SID), [0x0000_0108_0000_0045, 0]),
             (Command::tlbi_s12_vmall(0x2A), [0x0000_002A_0000_0028, 0]),
             (Command::tlbi_s2_ipa(0x2A, Iova(0x8020_0000)), [0x0000_002A_0000_002A, 0x8020_0001]),
             (Command::tlbi_nsnh_all(), [0x30, 0]),
-            (Command::atc_inv(SID, Iova(0x1000_0000), 2), [0x0000_0108_0000_0040, 0x1000_0002]),
-            (Command::atc_inv(SID, Iova(0), 52), [0x0000_0108_0000_0040, 0x34]),
+            (Command::atc_inv(SID, None, Iova(0x1000_0000), 2), [0x0000_0108_0000_0040, 0x1000_0002]),
+            (Command::atc_inv(SID, None, Iova(0), 52), [0x0000_0108_0000_0040, 0x34]),
             (answer(Pasid::new(5), 0x1A3, Outcome::Success), [0x0000_0108_0000_5841, 0x21A3]),
             (answer(None, 3, Outcome::Failure), [0x0000_0108_0000_0041, 0x0003]),
             (answer(None, 3, Outcome::Invalid), [0x0000_0108_0000_0041, 0x1003]),
@@ -346,7 +748,7 @@ mod tests {
     #[test]
     fn a_range_is_told_by_granule_number_and_scale() {
         let over = |command: Command, count, scale| command.over(Range { count, scale }).0;
-        let first_stage = Command::tlbi_nh_va(0x2A, 7, Iova(0x4020_0000));
+        let first_stage = Command::tlbi_nh_va(0x2A, 7, Iova(0x4020_0000), Part::Leaf);
         let second_stage = Command::tlbi_s2_ipa(0x2A, Iova(0x8000_0000));
 
         assert_eq!(over(first_stage, 1, 9), [0x0007_002A_0090_0012, 0x4020_0401]);

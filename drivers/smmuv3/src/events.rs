@@ -1,13 +1,15 @@
 //! What the unit reports: page requests, faults and errors of its own.
 
 use crate::{
-    interrupts,
+    STALLING, interrupts,
     queue::{EVENT_WORDS, REQUEST_WORDS, ReportQueue},
-    regs::{self, GERROR},
+    regs::{self, ERRORS, GERROR},
+    stalls,
 };
+use heapless::Vec;
 use iommu::{
     Access, Bus, Error, Event, FaultReason, FaultRecord, Field, GroupTag, Iova, PageRequest, Pasid, Perms,
-    StreamId, Words, descriptor,
+    Stages, StreamId, Words, descriptor,
 };
 
 descriptor! {
@@ -60,77 +62,312 @@ descriptor! {
     pub struct EventRecord([u64; 4]);
 }
 
+/// An event, by what it is about; its name in the manual is [`name`](Self::name).
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
+#[non_exhaustive]
+pub enum EventKind {
+    /// A transaction of a kind that the unit does not serve.
+    UnsupportedTransaction,
+    /// A stream past the end of the stream table.
+    BadStreamId,
+    /// A stream table entry could not be read.
+    StreamEntryFetch,
+    /// A stream table entry is not valid, or not legal.
+    BadStreamEntry,
+    /// A translation request of a device that may not ask.
+    BadTranslationRequest,
+    /// An access without PASID, of a stream whose accesses must have one.
+    StreamDisabled,
+    /// An access that claims to be translated, of a device that may not translate.
+    TranslationForbidden,
+    /// A PASID that the stream has not.
+    BadSubstreamId,
+    /// A context descriptor could not be read.
+    ContextFetch,
+    /// A context descriptor is not valid, or not legal.
+    BadContext,
+    /// A table could not be read.
+    WalkAborted,
+    /// Nothing is mapped.
+    Translation,
+    /// An address is too large for what is to translate it.
+    AddressSize,
+    /// A mapping that is not to be used yet.
+    Access,
+    /// A mapping that does not permit the access.
+    Permission,
+    /// The unit found two translations of one address.
+    TlbConflict,
+    /// The unit found two configurations of one stream.
+    ConfigurationConflict,
+    /// A device would like a page; nobody waits.
+    PageRequestHint,
+    /// Data about a virtual machine could not be read.
+    MachineFetch,
+    /// An event of the implementer's own.
+    Implementation(u8),
+    /// A number that this version of the driver does not know.
+    Other(u8),
+}
+
+impl EventKind {
+    /// Returns what the manual's number means; the low byte of [`FaultRecord::code`] is one.
+    pub const fn of(number: u8) -> Self {
+        match number {
+            0x01 => Self::UnsupportedTransaction,
+            0x02 => Self::BadStreamId,
+            0x03 => Self::StreamEntryFetch,
+            0x04 => Self::BadStreamEntry,
+            0x05 => Self::BadTranslationRequest,
+            0x06 => Self::StreamDisabled,
+            0x07 => Self::TranslationForbidden,
+            0x08 => Self::BadSubstreamId,
+            0x09 => Self::ContextFetch,
+            0x0A => Self::BadContext,
+            0x0B => Self::WalkAborted,
+            0x10 => Self::Translation,
+            0x11 => Self::AddressSize,
+            0x12 => Self::Access,
+            0x13 => Self::Permission,
+            0x20 => Self::TlbConflict,
+            0x21 => Self::ConfigurationConflict,
+            0x24 => Self::PageRequestHint,
+            0x25 => Self::MachineFetch,
+            0xE0..=0xEF => Self::Implementation(number),
+            _ => Self::Other(number),
+        }
+    }
+
+    /// Returns the manual's name.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::UnsupportedTransaction => "F_UUT",
+            Self::BadStreamId => "C_BAD_STREAMID",
+            Self::StreamEntryFetch => "F_STE_FETCH",
+            Self::BadStreamEntry => "C_BAD_STE",
+            Self::BadTranslationRequest => "F_BAD_ATS_TREQ",
+            Self::StreamDisabled => "F_STREAM_DISABLED",
+            Self::TranslationForbidden => "F_TRANSL_FORBIDDEN",
+            Self::BadSubstreamId => "C_BAD_SUBSTREAMID",
+            Self::ContextFetch => "F_CD_FETCH",
+            Self::BadContext => "C_BAD_CD",
+            Self::WalkAborted => "F_WALK_EABT",
+            Self::Translation => "F_TRANSLATION",
+            Self::AddressSize => "F_ADDR_SIZE",
+            Self::Access => "F_ACCESS",
+            Self::Permission => "F_PERMISSION",
+            Self::TlbConflict => "F_TLB_CONFLICT",
+            Self::ConfigurationConflict => "F_CFG_CONFLICT",
+            Self::PageRequestHint => "E_PAGE_REQUEST",
+            Self::MachineFetch => "F_VMS_FETCH",
+            Self::Implementation(_) => "IMPLEMENTATION DEFINED",
+            Self::Other(_) => "unknown",
+        }
+    }
+
+    /// Whether the record says for which access it is, and at which address.
+    const fn has_address(self) -> bool {
+        matches!(
+            self,
+            Self::UnsupportedTransaction
+                | Self::BadTranslationRequest
+                | Self::TranslationForbidden
+                | Self::WalkAborted
+                | Self::TlbConflict
+                | Self::PageRequestHint
+        ) || self.can_stall()
+    }
+
+    /// Whether the access may wait for an answer.
+    const fn can_stall(self) -> bool {
+        matches!(self, Self::Translation | Self::AddressSize | Self::Access | Self::Permission)
+    }
+
+    /// Whether the record says which stage it was, and what that was to translate.
+    const fn has_stage(self) -> bool {
+        matches!(self, Self::WalkAborted) || self.can_stall()
+    }
+
+    const fn reason(self) -> FaultReason {
+        match self {
+            // A bad stream table entry is one that is not valid: this driver makes no others.
+            Self::BadStreamId
+            | Self::BadStreamEntry
+            | Self::BadTranslationRequest
+            | Self::StreamDisabled
+            | Self::TranslationForbidden
+            | Self::BadSubstreamId => FaultReason::NotAttached,
+            Self::Translation => FaultReason::NotMapped,
+            Self::AddressSize => FaultReason::AddressSize,
+            Self::Access | Self::Permission => FaultReason::NotPermitted,
+            Self::StreamEntryFetch
+            | Self::ContextFetch
+            | Self::BadContext
+            | Self::WalkAborted
+            | Self::TlbConflict
+            | Self::ConfigurationConflict
+            | Self::MachineFetch => FaultReason::BadTables,
+            _ => FaultReason::Other,
+        }
+    }
+}
+
+/// In [`FaultRecord::code`], above the event's number: the second stage refused it (S2), and what that was to translate
+/// (CLASS).
+const CODE_SECOND_STAGE: u16 = 1 << 8;
+const CODE_CLASS_SHIFT: u32 = 9;
+/// CLASS: the access itself; others are what the first stage is read from.
+const CLASS_INPUT: u64 = 2;
+
 impl EventRecord {
     const NUMBER: Field<Self> = Field::bits(7, 0);
     const SUBSTREAM_VALID: Field<Self> = Field::bit(11);
     const SUBSTREAM: Field<Self> = Field::bits(31, 12);
     const STREAM: Field<Self> = Field::bits(63, 32);
+    const STALL_TAG: Field<Self> = Field::bits(79, 64);
     const ATS_WRITE: Field<Self> = Field::bit(94);
+    const STALL: Field<Self> = Field::bit(95);
+    const PRIVILEGED: Field<Self> = Field::bit(97);
+    const INSTRUCTION: Field<Self> = Field::bit(98);
     const READ: Field<Self> = Field::bit(99);
+    const SECOND_STAGE: Field<Self> = Field::bit(103);
+    const CLASS: Field<Self> = Field::bits(105, 104);
     const INPUT_ADDRESS: Field<Self> = Field::bits(191, 140);
 
-    /// Returns what the record says; its code is the manual's event number.
-    ///
-    /// Events about the configuration of a stream (`C_BAD_STE` and the like) tell neither address nor access.
-    pub fn decode(&self) -> FaultRecord {
-        let number = self.get(Self::NUMBER);
+    /// Returns what the record is about.
+    pub fn kind(&self) -> EventKind {
+        EventKind::of(self.get(Self::NUMBER) as u8)
+    }
+
+    fn stream(&self) -> StreamId {
+        StreamId(self.get(Self::STREAM) as u32)
+    }
+
+    fn pasid(&self) -> Option<Pasid> {
         // C_BAD_SUBSTREAMID has no SSV, and always has a SubstreamID.
-        let substream = self.is_set(Self::SUBSTREAM_VALID) || number == 0x08;
-        let write = match number {
-            0x01 | 0x07 | 0x0B | 0x10..=0x13 | 0x20 => !self.is_set(Self::READ),
-            0x05 => self.is_set(Self::ATS_WRITE),
-            _ => false,
+        let valid = self.is_set(Self::SUBSTREAM_VALID) || self.kind() == EventKind::BadSubstreamId;
+        valid.then(|| Pasid::from_low_bits(self.get(Self::SUBSTREAM)))
+    }
+
+    /// Returns what the record says, as a fault.
+    ///
+    /// Its code is the manual's event number. If the second stage refused the access, bit 8 is set, and bits 10 and 9 say
+    /// what for: 2 for the access itself, 1 for a table of the first stage, 0 for a context descriptor.
+    ///
+    /// Events about the configuration of a stream (`C_BAD_STE` and the like) tell neither address nor access. Physical
+    /// addresses, and those between the stages, are not told at all.
+    pub fn decode(&self) -> FaultRecord {
+        let kind = self.kind();
+        let access = match kind {
+            EventKind::PageRequestHint => Access::PageRequest,
+            EventKind::BadTranslationRequest if self.is_set(Self::ATS_WRITE) => Access::Write,
+            EventKind::BadTranslationRequest => Access::Read,
+            _ if !kind.has_address() => Access::Unknown,
+            _ if self.is_set(Self::READ) => Access::Read,
+            _ => Access::Write,
         };
-        let addressed = matches!(number, 0x01 | 0x05 | 0x07 | 0x0B | 0x10..=0x13 | 0x20 | 0x24);
-        FaultRecord {
-            stream: StreamId(self.get(Self::STREAM) as u32),
-            pasid: substream.then(|| Pasid::from_low_bits(self.get(Self::SUBSTREAM))),
-            access: match number {
-                0x24 => Access::PageRequest,
-                _ if write => Access::Write,
-                _ if addressed => Access::Read,
-                // Configuration events carry neither.
-                _ => Access::Unknown,
-            },
-            iova: Iova(if addressed { self.address(Self::INPUT_ADDRESS) } else { 0 }),
-            reason: reason(number),
-            code: number as u16,
+        let mut code = self.get(Self::NUMBER) as u16;
+        let mut reason = kind.reason();
+        if kind.has_stage() && self.is_set(Self::SECOND_STAGE) {
+            let class = self.get(Self::CLASS);
+            code |= CODE_SECOND_STAGE | (class as u16) << CODE_CLASS_SHIFT;
+            if class != CLASS_INPUT {
+                // What the first stage says is read from where the second has nothing: as if memory did not answer.
+                reason = FaultReason::BadTables;
+            }
         }
+        let iova = Iova(if kind.has_address() { self.address(Self::INPUT_ADDRESS) } else { 0 });
+        FaultRecord { stream: self.stream(), pasid: self.pasid(), access, iova, reason, code }
+    }
+
+    /// Returns the request for a page that an access which waits stands for, and its stall tag; `None` if none waits.
+    ///
+    /// It is a group of its own: what it asks for is what the access was about to do.
+    fn stalled(&self, stalling: &[StreamId]) -> Option<PageRequest> {
+        if !self.kind().can_stall() || !self.is_set(Self::STALL) {
+            return None;
+        }
+        let (stream, read) = (self.stream(), self.is_set(Self::READ));
+        Some(PageRequest {
+            stream,
+            tag: stalls::tag(stream, self.pasid(), self.get(Self::STALL_TAG) as u16, stalling),
+            iova: Iova(self.address(Self::INPUT_ADDRESS)),
+            perms: Perms {
+                read,
+                write: !read,
+                execute: self.is_set(Self::INSTRUCTION),
+                privileged: self.is_set(Self::PRIVILEGED),
+            },
+            last: true,
+        })
     }
 }
 
-/// Sorts the manual's events ("Event records") into what an owner acts upon.
-const fn reason(number: u64) -> FaultReason {
-    match number {
-        // C_BAD_STREAMID, C_BAD_STE, F_BAD_ATS_TREQ, F_STREAM_DISABLED, F_TRANSL_FORBIDDEN, C_BAD_SUBSTREAMID. A bad
-        // stream table entry is one that is not valid: this driver makes no others.
-        0x02 | 0x04..=0x08 => FaultReason::NotAttached,
-        // F_TRANSLATION.
-        0x10 => FaultReason::NotMapped,
-        // F_ADDR_SIZE.
-        0x11 => FaultReason::AddressSize,
-        // F_ACCESS, F_PERMISSION.
-        0x12 | 0x13 => FaultReason::NotPermitted,
-        // F_STE_FETCH, F_CD_FETCH, C_BAD_CD, F_WALK_EABT, F_TLB_CONFLICT, F_CFG_CONFLICT, F_VMS_FETCH.
-        0x03 | 0x09..=0x0B | 0x20 | 0x21 | 0x25 => FaultReason::BadTables,
-        _ => FaultReason::Other,
-    }
+/// An error of the unit itself: a bit of `GERROR`.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
+#[non_exhaustive]
+pub enum UnitError {
+    /// The command queue stopped at a command (`CMDQ_ERR`).
+    CommandQueue,
+    /// Events could not be written, stalled accesses among them: what stalls has to be ended (`EVENTQ_ABT_ERR`).
+    EventQueue,
+    /// Page requests could not be written (`PRIQ_ABT_ERR`).
+    RequestQueue,
+    /// The message of a `CMD_SYNC` could not be written (`MSI_CMDQ_ABT_ERR`).
+    SyncMessage,
+    /// The message about an event could not be written (`MSI_EVENTQ_ABT_ERR`).
+    EventMessage,
+    /// The message about page requests could not be written (`MSI_PRIQ_ABT_ERR`).
+    RequestMessage,
+    /// The message about an error could not be written (`MSI_GERROR_ABT_ERR`).
+    ErrorMessage,
+    /// Service failure mode: the unit does nothing any more (`SFM_ERR`).
+    ServiceFailure,
+    /// An enhanced command queue, of which this driver has none, stopped (`CMDQP_ERR`).
+    OtherCommandQueue,
+    /// The device permission table, which this driver does not use, refused an access (`DPT_ERR`).
+    DevicePermission,
 }
 
-/// Errors after which the unit does nothing more for us: a stopped command queue, and service failure mode.
-const STOPPED: u32 = GERROR::CMDQ_ERR::SET.value | GERROR::SFM_ERR::SET.value;
+impl UnitError {
+    /// Returns the errors of a status that [`Event::CommandsFailed`] told.
+    pub fn of(status: u32) -> impl Iterator<Item = Self> {
+        let known = [
+            (GERROR::CMDQ_ERR::SET, Self::CommandQueue),
+            (GERROR::EVENTQ_ABT_ERR::SET, Self::EventQueue),
+            (GERROR::PRIQ_ABT_ERR::SET, Self::RequestQueue),
+            (GERROR::MSI_CMDQ_ABT_ERR::SET, Self::SyncMessage),
+            (GERROR::MSI_EVENTQ_ABT_ERR::SET, Self::EventMessage),
+            (GERROR::MSI_PRIQ_ABT_ERR::SET, Self::RequestMessage),
+            (GERROR::MSI_GERROR_ABT_ERR::SET, Self::ErrorMessage),
+            (GERROR::SFM_ERR::SET, Self::ServiceFailure),
+            (GERROR::CMDQP_ERR::SET, Self::OtherCommandQueue),
+            (GERROR::DPT_ERR::SET, Self::DevicePermission),
+        ];
+        known.into_iter().filter(move |(bit, _)| status & bit.value != 0).map(|(_, error)| error)
+    }
+}
 
 /// The event side of a unit; see [`iommu::Events`].
+///
+/// A fault of a device whose faults stall is a page request, of a group of its own. On a unit that has such devices
+/// `next_request` empties both queues, so that nothing waits behind faults.
+///
+/// It acknowledges no error: [`Commands::recover`](iommu::Commands::recover) does, and is to be called after each
+/// [`Event::CommandsFailed`]. Until then the errors are told again, once in each pass.
 #[derive(Debug)]
 pub struct Events<B> {
     bus: B,
     events: ReportQueue<EVENT_WORDS>,
     /// The PRI queue, where the unit has one; elsewhere its registers are reserved.
     requests: Option<ReportQueue<REQUEST_WORDS>>,
-    /// `GERRORN` as it was last written.
-    acknowledged: u32,
-    /// Which errors of `STOPPED` were reported; they are never acknowledged.
-    reported: u32,
+    /// Devices whose faults stall.
+    stalling: Vec<StreamId, STALLING>,
+    /// Which errors were followed by the news of what they lost, and which were told, in this pass.
+    lost: u32,
+    told: u32,
 }
 
 impl<B: Bus> Events<B> {
@@ -138,9 +375,9 @@ impl<B: Bus> Events<B> {
         bus: B,
         events: ReportQueue<EVENT_WORDS>,
         requests: Option<ReportQueue<REQUEST_WORDS>>,
-        acknowledged: u32,
+        stalling: Vec<StreamId, STALLING>,
     ) -> Self {
-        Self { bus, events, requests, acknowledged, reported: 0 }
+        Self { bus, events, requests, stalling, lost: 0, told: 0 }
     }
 
     /// Lets the unit interrupt, by its wires for events, page requests and errors.
@@ -153,21 +390,19 @@ impl<B: Bus> Events<B> {
 
     /// Returns the errors that are active.
     fn errors(&self) -> u32 {
-        regs::GERROR.read(&self.bus).get() ^ self.acknowledged
+        (regs::GERROR.read(&self.bus).get() ^ regs::GERRORN.read(&self.bus).get()) & ERRORS
     }
 
-    /// Acknowledges active errors. The bits of others stay as they are: to toggle them is unpredictable.
-    fn acknowledge_errors(&mut self, active: u32) {
-        self.acknowledged ^= active;
-        regs::GERRORN.set(&self.bus, self.acknowledged);
+    /// Takes the oldest event.
+    fn next_record(&mut self) -> Option<Event> {
+        let record = EventRecord(self.events.pop(&self.bus)?);
+        let stalled = record.stalled(&self.stalling).map(Event::PageRequest);
+        Some(stalled.unwrap_or_else(|| Event::Fault(record.decode())))
     }
-}
 
-impl<B: Bus> iommu::Events for Events<B> {
-    /// Does nothing: a queue pulses when an entry comes after CONS said that it is empty, and PROD is read after that.
-    fn acknowledge(&mut self) {}
-
-    fn next_request(&mut self) -> Option<Event> {
+    /// Takes the oldest page request, or the news that some were lost.
+    fn next_of_requests(&mut self) -> Option<Event> {
+        const LOST: u32 = GERROR::PRIQ_ABT_ERR::SET.value;
         let requests = self.requests.as_mut()?;
         if let Some(entry) = requests.pop(&self.bus) {
             return Some(RequestEntry(entry).decode());
@@ -175,37 +410,58 @@ impl<B: Bus> iommu::Events for Events<B> {
         if requests.take_overflow(&self.bus) {
             return Some(Event::RequestsLost);
         }
-        if self.errors() & GERROR::PRIQ_ABT_ERR::SET.value == 0 {
+        if self.lost & LOST != 0 || self.errors() & LOST == 0 {
             return None;
         }
         // Nothing is queued while the error is active, so a queue that is empty now stays so until it is acknowledged.
         if let Some(entry) = self.requests.as_mut().and_then(|requests| requests.pop(&self.bus)) {
             return Some(RequestEntry(entry).decode());
         }
-        self.acknowledge_errors(GERROR::PRIQ_ABT_ERR::SET.value);
+        self.lost |= LOST;
         Some(Event::RequestsLost)
+    }
+}
+
+impl<B: Bus> iommu::Events for Events<B> {
+    /// Acknowledges nothing: a queue pulses when an entry comes after CONS said that it is empty, and PROD is read after
+    /// that.
+    fn acknowledge(&mut self) {
+        (self.lost, self.told) = (0, 0);
+    }
+
+    fn next_request(&mut self) -> Option<Event> {
+        let request = self.next_of_requests();
+        if request.is_some() || self.stalling.is_empty() { request } else { self.next_record() }
     }
 
     fn next_fault(&mut self) -> Option<Event> {
-        if let Some(record) = self.events.pop(&self.bus) {
-            return Some(Event::Fault(EventRecord(record).decode()));
+        const LOST: u32 = GERROR::EVENTQ_ABT_ERR::SET.value;
+        if let Some(event) = self.next_record() {
+            return Some(event);
         }
         if self.events.take_overflow(&self.bus) {
             return Some(Event::FaultsLost);
         }
         let active = self.errors();
-        if active & GERROR::EVENTQ_ABT_ERR::SET.value != 0 {
-            self.acknowledge_errors(GERROR::EVENTQ_ABT_ERR::SET.value);
+        if active & LOST & !self.lost != 0 {
+            self.lost |= LOST;
             return Some(Event::FaultsLost);
         }
-        // CMDQ_ERR is not acknowledged, so the queue stays stopped and its tickets stay pending: the unit would fetch the
-        // same command again, and after a device that did not answer, a SYNC would pass as if it had.
-        let fresh = active & STOPPED & !self.reported;
-        if fresh != 0 {
-            self.reported |= fresh;
+        if active & !self.told != 0 {
+            self.told |= active;
             return Some(Event::CommandsFailed { status: active });
         }
         None
+    }
+
+    fn refused_by(&self, fault: &FaultRecord) -> Stages {
+        if !EventKind::of(fault.code as u8).has_stage() {
+            Stages::None
+        } else if fault.code & CODE_SECOND_STAGE != 0 {
+            Stages::Second
+        } else {
+            Stages::First
+        }
     }
 }
 
@@ -251,7 +507,9 @@ mod tests {
                 AddressSize,
             ),
         ] {
-            let code = (words[0] & 0xFF) as u16;
+            // S2 is bit 39 of w1, CLASS bits 41 and 40.
+            let second = if words[1] & 1 << 39 != 0 { 1 << 8 | (words[1] >> 40 & 3) << 9 } else { 0 };
+            let code = (words[0] & 0xFF | second) as u16;
             let expected = FaultRecord { stream, pasid, access, iova: Iova(iova), reason, code };
             assert_eq!(EventRecord(words).decode(), expected);
         }

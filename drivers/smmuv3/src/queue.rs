@@ -53,6 +53,31 @@ impl CommandQueue {
         self.consumed
     }
 
+    /// Returns how many commands have been queued since bring-up.
+    pub(crate) fn produced(&self) -> u64 {
+        self.produced
+    }
+
+    /// Returns where in the ring a command is, unless its place was used again.
+    fn place(&self, at: u64) -> Option<usize> {
+        let kept = at < self.produced && self.produced - at <= self.entries();
+        kept.then(|| (at % self.entries()) as usize * COMMAND_WORDS)
+    }
+
+    /// Returns the command before which `at` others were queued, if it is still in the ring.
+    pub(crate) fn command(&self, at: u64) -> Option<Command> {
+        let place = self.place(at)?;
+        Some(Command(core::array::from_fn(|i| self.ring.load(place + i))))
+    }
+
+    /// Puts `command` in the place of the one before which `at` others were queued. The unit has stopped there.
+    pub(crate) fn replace<B: Bus>(&mut self, bus: &B, at: u64, command: Command) {
+        if let Some(place) = self.place(at) {
+            self.ring.store_all(place, command.0);
+            bus.publish(self.ring.range(place, COMMAND_WORDS));
+        }
+    }
+
     /// Appends `commands` and rings the doorbell once, if `reserve` entries remain free after them.
     ///
     /// Returns how many commands have been queued since bring-up.

@@ -19,10 +19,14 @@ register_bitfields![u32,
         BTM OFFSET(5) NUMBITS(1) [],
         /// Device TLBs (ATS).
         ATS OFFSET(10) NUMBITS(1) [],
+        /// ASIDs have 16 bits, not 8.
+        ASID16 OFFSET(12) NUMBITS(1) [],
         /// Interrupts can be messages.
         MSI OFFSET(13) NUMBITS(1) [],
         /// Page requests (PRI).
         PRI OFFSET(16) NUMBITS(1) [],
+        /// Tables of context descriptors may have two levels.
+        CD2L OFFSET(19) NUMBITS(1) [],
         /// Endianness of tables.
         TTENDIAN OFFSET(21) NUMBITS(2) [
             Big = 0b11,
@@ -31,6 +35,7 @@ register_bitfields![u32,
         ATSRECERR OFFSET(23) NUMBITS(1) [],
         /// Whether faults can stall.
         STALL_MODEL OFFSET(24) NUMBITS(2) [
+            Chosen = 0b00,
             Forced = 0b10,
         ],
         /// Whether stream tables may have two levels.
@@ -42,6 +47,8 @@ register_bitfields![u32,
     pub(crate) IDR1 [
         /// Bits of a StreamID.
         SIDSIZE OFFSET(0) NUMBITS(6) [],
+        /// Bits of a SubstreamID.
+        SSIDSIZE OFFSET(6) NUMBITS(5) [],
         /// Log2 of the entries of the PRI queue, at most.
         PRIQS OFFSET(11) NUMBITS(5) [],
         /// Log2 of the entries of the event queue, at most.
@@ -55,6 +62,8 @@ register_bitfields![u32,
     ],
     /// Identification Register 3.
     pub(crate) IDR3 [
+        /// The second stage can decide alone how memory is cached (S2FWB).
+        FWB OFFSET(8) NUMBITS(1) [],
         /// Translations can be invalidated by range.
         RIL OFFSET(10) NUMBITS(1) [],
     ],
@@ -64,6 +73,8 @@ register_bitfields![u32,
         OAS OFFSET(0) NUMBITS(3) [],
         /// 4 KiB granule.
         GRAN4K OFFSET(4) NUMBITS(1) [],
+        /// Stalled accesses that are recorded and not answered, at most.
+        STALL_MAX OFFSET(16) NUMBITS(16) [],
     ],
     /// Control Register 0, and its acknowledgement.
     pub(crate) CR0 [
@@ -117,8 +128,20 @@ register_bitfields![u32,
         EVENTQ_ABT_ERR OFFSET(2) NUMBITS(1) [],
         /// A write to the PRI queue was aborted.
         PRIQ_ABT_ERR OFFSET(3) NUMBITS(1) [],
+        /// The message of a `CMD_SYNC` was aborted.
+        MSI_CMDQ_ABT_ERR OFFSET(4) NUMBITS(1) [],
+        /// The event queue's message was aborted.
+        MSI_EVENTQ_ABT_ERR OFFSET(5) NUMBITS(1) [],
+        /// The PRI queue's message was aborted.
+        MSI_PRIQ_ABT_ERR OFFSET(6) NUMBITS(1) [],
+        /// The message about an error was aborted.
+        MSI_GERROR_ABT_ERR OFFSET(7) NUMBITS(1) [],
         /// Service failure mode: the unit does nothing any more.
         SFM_ERR OFFSET(8) NUMBITS(1) [],
+        /// A command queue of the enhanced kind stopped.
+        CMDQP_ERR OFFSET(9) NUMBITS(1) [],
+        /// An access by a device was refused by the device permission table.
+        DPT_ERR OFFSET(10) NUMBITS(1) [],
     ],
     /// Stream Table Base Configuration.
     pub(crate) STRTAB_BASE_CFG [
@@ -135,6 +158,8 @@ register_bitfields![u32,
     pub(crate) INDEX [
         /// Index, and above it the wrap flag; both end where the queue's size says.
         INDEX OFFSET(0) NUMBITS(20) [],
+        /// Of CMDQ_CONS: why the queue stopped, while it is stopped.
+        ERR OFFSET(24) NUMBITS(7) [],
         /// OVFLG of PROD, OVACKFLG of CONS: the queue lost entries while they differ.
         OVERFLOW OFFSET(31) NUMBITS(1) [],
     ],
@@ -207,6 +232,9 @@ pub(crate) const EVENTQ: QueueRegisters =
 /// `PRIQ_BASE`, and in page 1 `PRIQ_PROD`, `PRIQ_CONS`.
 pub(crate) const PRIQ: QueueRegisters =
     QueueRegisters { base: Rw::at(0x0C0), prod: Rw::at(0x1_00C8), cons: Rw::at(0x1_00CC) };
+
+/// All errors that the manual knows: bits 0, and 2 to 10.
+pub(crate) const ERRORS: u32 = 0x7FD;
 
 /// What `CR1` says of a unit whose accesses are coherent: all of them inner shareable, write-back.
 pub(crate) const COHERENT: u32 = CR1::QUEUE_IC::WriteBack.value

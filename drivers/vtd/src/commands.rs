@@ -500,6 +500,8 @@ impl<B: Bus> Commands<B> {
             Invalidation::Contexts { .. } => {
                 Err(Error::Unsupported { feature: "tables of context descriptors, which are SMMUv3's" })
             }
+            // Faults do not stall here.
+            Invalidation::Stalls { .. } => Ok(()),
             // The vocabulary may grow; what this driver does not know must not pass for done.
             _ => Err(Error::Unsupported { feature: "this invalidation" }),
         }

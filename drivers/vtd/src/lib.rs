@@ -19,13 +19,22 @@
 //! }
 //! ```
 //!
-//! | feature | supported | note |
+//! | feature | supported | note: evidence |
 //! |---|---|---|
 //! | discovery, ACPI `DMAR` | yes | every structure; bridges and paths, several units and segments; one mistake refuses the table |
-//! | reserved regions of firmware | told | [`dmar::Dmar::regions_of`]; whether to map them or refuse the device is the caller's |
-//! | scalable mode, first stage | yes | 4 levels, 5 where reported |
-//! | scalable mode, second stage | encoded | QEMU offers it without page requests |
-//! | PASID | yes | 1 to 8191 for each device |
+//! | reserved regions of firmware | by policy | [`dmar::Dmar::kept_mapped`]: the device is refused, or exactly they stay mapped: model |
+//! | several units | yes | each has a driver of its own; a domain uses what [`Capabilities::common`] says: model |
+//! | scalable mode, first stage | yes | 4 levels: QEMU, model; 5 where reported: model |
+//! | scalable mode, second stage | yes | 3 to 5 levels, as reported: model; QEMU offers it without page requests |
+//! | nested | yes | a guest's page tables over second-stage tables: model; its PASID tables no: the unit reads them by host addresses |
+//! | pass-through | yes | for who vouches for it ([`Trust`](iommu::Trust)): model; in legacy mode without a device TLB |
+//! | legacy mode | yes | where there is no other, or when asked; 3 to 5 levels, pass-through: model |
+//! | blocking without records (`FPD`) | yes | until the device is given back: model |
+//! | page walks that do not look into caches | yes | only then are cache lines flushed: QEMU (nothing to see there), model |
+//! | write buffers (`CAP.RWBF`) | yes | flushed at bring-up and after each entry: model; interrupt entries by their invalidation |
+//! | snooping of accesses (`PGSNP`) | yes | wherever `ECAP.SC` is, in scalable mode: encoded |
+//! | second-stage accessed and dirty bits, execute and supervisor requests | no | |
+//! | PASID | yes | 1 to 8191 for each device: QEMU, model |
 //! | queued invalidation, 256 bits | yes | tickets: QEMU, model |
 //! | queued invalidation, 128 bits | yes | in legacy mode: model |
 //! | register-based invalidation | yes | where there is no queue; each ticket is waited for: model |
@@ -38,7 +47,6 @@
 //! | interrupt remapping | yes | tables of up to 65536 entries, x2APIC and xAPIC destinations; the source is always validated |
 //! | compatibility format of interrupts | blocked | the model does so; QEMU lets it pass |
 //! | posted interrupts | no | |
-//! | legacy mode, pass-through, nested | no | |
 #![cfg_attr(not(test), no_std)]
 #![forbid(unsafe_code)]
 
@@ -361,7 +369,8 @@ impl<B: Bus + Clone> Found<B> {
         }
         let x2apic = x2apic && self.ecap.is_set(ECAP::EIM);
         let base = table.phys().0 >> 12;
-        let remapping = Remapping::new(self.bus.clone(), table, x2apic, self.cap.is_set(CAP::CM));
+        let caches_absence = self.capabilities().caches_absence;
+        let remapping = Remapping::new(publisher.clone(), table, x2apic, caches_absence);
         publisher.flush_write_buffer()?;
         regs::IRTA.write(&self.bus, IRTA::S.val(size) + IRTA::EIME.val(x2apic.into()) + IRTA::BASE.val(base));
         self.command(GLOBAL::SIRTP::SET.value, "GSTS.IRTPS")?;

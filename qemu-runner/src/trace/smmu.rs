@@ -20,7 +20,10 @@ pub(super) fn read(event: &str, text: &str) -> Option<Sight> {
     match event {
         "smmuv3_write_mmio" => register(text),
         // By a stream table entry, and by a unit that is off and does not abort.
-        "smmuv3_translate_bypass" | "smmuv3_translate_disable" => Some(Sight::Bypass),
+        "smmuv3_translate_bypass" | "smmuv3_translate_disable" => {
+            let stream = text.split(' ').find_map(|word| hex(word.strip_prefix("sid=")?));
+            Some(Sight::Bypass(stream))
+        }
         "smmuv3_cmdq_opcode" => match text {
             // QEMU has executed all that stands before a CMD_SYNC in the queue when it comes to that.
             "<--- SMMU_CMD_SYNC" => Some(Sight::Completion { drained: false }),
@@ -192,7 +195,7 @@ mod tests {
             ("smmuv3_translate_bypass", format!("{region} STE bypass iova:0x1000 is_write=0")),
             ("smmuv3_translate_disable", format!("{region} bypass (smmu disabled) iova:0x1000 is_write=1")),
         ] {
-            assert_eq!(read(event, &text), Some(Sight::Bypass), "{event}");
+            assert_eq!(read(event, &text), Some(Sight::Bypass(Some(0x18))), "{event}");
         }
         for event in ["smmuv3_translate_abort", "smmuv3_translate_success"] {
             assert_eq!(read(event, region), None, "{event}");

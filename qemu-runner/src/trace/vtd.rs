@@ -4,23 +4,39 @@
 //! never issues those for address spaces with a PASID.
 
 use super::{EVERYWHERE, PAGE, Range, Sight, Step, Taken};
-use crate::scenes::hex;
+use crate::{scenes::hex, variant::Tables};
 
-/// Reads an event of a VT-d unit: its name and what follows that.
-pub(super) fn read(event: &str, text: &str) -> Option<Sight> {
+/// Reads an event of a VT-d unit that translates devices by `tables`: its name and what follows that.
+pub(super) fn read(tables: Tables, event: &str, text: &str) -> Option<Sight> {
     match event {
         "vtd_dmar_enable" => Some(Sight::Translation(text.ends_with('1'))),
-        "vtd_translate_pt" => Some(Sight::Bypass),
-        "vtd_pt_enable_fast_path" if text.ends_with(" 1") => Some(Sight::Bypass),
-        "vtd_switch_address_space" if text.ends_with("(iommu enabled=0)") => Some(Sight::Bypass),
+        "vtd_translate_pt" => Some(Sight::Bypass(stream(text, "source id "))),
+        "vtd_pt_enable_fast_path" if text.ends_with(" 1") => Some(Sight::Bypass(stream(text, "sid "))),
+        "vtd_switch_address_space" if text.ends_with("(iommu enabled=0)") => {
+            Some(Sight::Bypass(function(text)))
+        }
         "vtd_inv_qi_tail" => Some(Sight::Doorbell),
-        "vtd_inv_desc" => descriptor(text),
+        "vtd_inv_desc" => descriptor(tables, text),
         _ => None,
     }
 }
 
+/// Reads the number of a device after `name`: `source id 0x18, …`.
+fn stream(text: &str, name: &str) -> Option<u64> {
+    let number = text.strip_prefix(name)?;
+    hex(number.split([',', ' ']).next()?)
+}
+
+/// Reads the number of a device as a bus writes it: `Device 00:03.0 …`.
+fn function(text: &str) -> Option<u64> {
+    let (bus, rest) = text.strip_prefix("Device ")?.split_once(':')?;
+    let (slot, rest) = rest.split_once('.')?;
+    let number = |digits| u64::from_str_radix(digits, 16).ok();
+    Some(number(bus)? << 8 | number(slot)? << 3 | number(rest.split(' ').next()?)?)
+}
+
 /// Reads a descriptor of the invalidation queue.
-fn descriptor(text: &str) -> Option<Sight> {
+fn descriptor(tables: Tables, text: &str) -> Option<Sight> {
     let text = text.strip_prefix("invalidate desc type ")?;
     let (kind, text) = text.split_once(" high ")?;
     let (high, low) = text.split_once(" low ")?;
@@ -31,12 +47,27 @@ fn descriptor(text: &str) -> Option<Sight> {
     let pasid = Some(low >> 32 & 0xf_ffff);
     let taken = match (kind, granularity) {
         ("wait", _) => return Some(Sight::Completion { drained: low >> 7 & 1 != 0 }),
+        // A context entry names the tables itself in legacy mode alone; elsewhere it stays when one of the device's address
+        // spaces goes.
+        ("context-cache", 0b01) if tables == Tables::Legacy => Taken::all(Step::Configuration),
+        ("context-cache", 0b10) if tables == Tables::Legacy => {
+            Taken { domain, ..Taken::all(Step::Configuration) }
+        }
+        ("context-cache", 0b11) if tables == Tables::Legacy => {
+            Taken { domain, stream: Some(low >> 32 & 0xffff), ..Taken::all(Step::Configuration) }
+        }
+        ("pasid-cache", _) if tables == Tables::Legacy => return None,
         ("pasid-cache", 0b00) => Taken { domain, ..Taken::all(Step::Configuration) },
         ("pasid-cache", 0b01) => Taken { domain, pasid, ..Taken::all(Step::Configuration) },
         ("pasid-cache", 0b11) => Taken::all(Step::Configuration),
         ("iotlb", 0b01) => Taken::all(Step::Translations),
         ("iotlb", 0b10) => Taken { domain, ..Taken::all(Step::Translations) },
-        // Page-selective without a PASID (0b11) concerns second-stage tables, and no mapping here is in those.
+        // Without a PASID, page-selective invalidation concerns second-stage tables alone, and with one first-stage tables.
+        ("iotlb", 0b11) if tables != Tables::First => {
+            let range = aligned(high, (high & 0x3f) as u32);
+            Taken { domain, range, ..Taken::all(Step::Translations) }
+        }
+        ("p-iotlb", _) if tables != Tables::First => return None,
         ("p-iotlb", 0b10) => Taken { domain, pasid, ..Taken::all(Step::Translations) },
         ("p-iotlb", 0b11) => {
             // Address mask: log2 of the number of pages.
@@ -77,7 +108,23 @@ mod tests {
     use super::*;
 
     fn seen(descriptor: &str) -> Option<Sight> {
-        read("vtd_inv_desc", &format!("invalidate desc type {descriptor}"))
+        of_tables(Tables::First, descriptor)
+    }
+
+    fn of_tables(tables: Tables, descriptor: &str) -> Option<Sight> {
+        read(tables, "vtd_inv_desc", &format!("invalidate desc type {descriptor}"))
+    }
+
+    #[test]
+    fn pages_of_second_stage_tables_are_forgotten_by_other_descriptors_than_those_of_first() {
+        let range = (0x4000_0000, 0x4000_4000);
+        let pages = Sight::Taken(Taken { domain: Some(5), range, ..Taken::all(Step::Translations) });
+        let (of_second, of_first) =
+            ("iotlb high 0x40000002 low 0x50032", "p-iotlb high 0x3f low 0x100050036");
+
+        assert_eq!(of_tables(Tables::Second, of_second), Some(pages));
+        assert_eq!(of_tables(Tables::Second, of_first), None);
+        assert_eq!(of_tables(Tables::First, of_second), None);
     }
 
     #[test]
@@ -130,7 +177,20 @@ mod tests {
         ] {
             assert_eq!(seen(descriptor), None, "{descriptor}");
         }
-        assert_eq!(read("vtd_inv_desc_iotlb_domain", "iotlb invalidate whole domain 0x5"), None);
+        assert_eq!(
+            read(Tables::First, "vtd_inv_desc_iotlb_domain", "iotlb invalidate whole domain 0x5"),
+            None
+        );
+    }
+
+    #[test]
+    fn in_legacy_mode_the_context_entry_is_the_configuration() {
+        let entry = Taken { stream: Some(0x18), domain: Some(5), ..Taken::all(Step::Configuration) };
+        let of_entry = "context-cache high 0x0 low 0x1800050031";
+
+        assert_eq!(of_tables(Tables::Legacy, of_entry), Some(Sight::Taken(entry)));
+        assert_eq!(of_tables(Tables::Second, of_entry), None);
+        assert_eq!(of_tables(Tables::Legacy, "pasid-cache high 0x0 low 0x100050017"), None);
     }
 
     #[test]
@@ -141,7 +201,7 @@ mod tests {
 
     #[test]
     fn each_write_of_the_tail_begins_what_is_submitted_together() {
-        assert_eq!(read("vtd_inv_qi_tail", "write tail 50"), Some(Sight::Doorbell));
+        assert_eq!(read(Tables::First, "vtd_inv_qi_tail", "write tail 50"), Some(Sight::Doorbell));
     }
 
     #[test]
@@ -151,7 +211,7 @@ mod tests {
             ("vtd_pt_enable_fast_path", "sid 0x18 1"),
             ("vtd_switch_address_space", "Device 00:03.0 switching address space (iommu enabled=0)"),
         ] {
-            assert_eq!(read(event, text), Some(Sight::Bypass), "{event}");
+            assert_eq!(read(Tables::First, event, text), Some(Sight::Bypass(Some(0x18))), "{event}");
         }
     }
 
@@ -159,7 +219,7 @@ mod tests {
     fn what_stays_translated_is_no_bypass() {
         let switch = "Device 00:03.0 switching address space (iommu enabled=1)";
 
-        assert_eq!(read("vtd_switch_address_space", switch), None);
-        assert_eq!(read("vtd_pt_enable_fast_path", "sid 0x18 0"), None);
+        assert_eq!(read(Tables::First, "vtd_switch_address_space", switch), None);
+        assert_eq!(read(Tables::First, "vtd_pt_enable_fast_path", "sid 0x18 0"), None);
     }
 }

@@ -7,7 +7,7 @@ use crate::{
     say,
     say::Failed,
 };
-use channel::Call;
+use channel::{Call, call::REQUESTS};
 use core::{
     hint::spin_loop,
     sync::atomic::{Ordering, fence},
@@ -111,12 +111,15 @@ impl Status {
 /// One test device of the guest's.
 pub struct Device {
     registers: Window,
+    /// It asks for pages that it misses, and keeps translations of its own.
+    pub asks_for_pages: bool,
 }
 
 impl Device {
     /// Finds the guest's device `number`, which must be of this kind, and resets it.
     pub fn find(number: u64) -> Result<Self, Failed> {
         let [base, bytes, identity] = demand(Call::Probe, [number, 0, 0, 0])?;
+        let (asks_for_pages, identity) = (identity & REQUESTS != 0, identity & !REQUESTS);
         ensure!(identity == IDENTITY, "device {number} is {identity:#x}, not the test device");
         let Some(registers) = Window::new(base, bytes) else {
             say!("device {number}: the guest cannot use {bytes:#x} bytes at {base:#x} as registers");
@@ -125,7 +128,7 @@ impl Device {
         let magic = registers.read64(MAGIC);
         ensure!(magic == MAGIC_VALUE, "device {number}: its registers start with {magic:#x}");
         registers.write32(RESET, 1);
-        Ok(Self { registers })
+        Ok(Self { registers, asks_for_pages })
     }
 
     /// Returns the device's registers.

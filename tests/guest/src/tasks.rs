@@ -1,8 +1,10 @@
 //! What a guest may be told to do, and the steps that the tasks share.
 
+mod batch;
 mod claims;
 mod entries;
 mod event;
+mod flood;
 mod forgery;
 mod hold;
 mod isolation;
@@ -47,13 +49,15 @@ const REPAIR: u64 = 3;
 const SILENCE: u64 = 4;
 const FORGERY: u64 = 5;
 const HOLD: u64 = 6;
-/// Ends [`HOLD`] and [`NEIGHBOUR`].
+/// Ends [`HOLD`] and [`NEIGHBOUR`], and begins what [`FLOOD`] is for.
 const RELEASE: u64 = 7;
 const LEAVE: u64 = 8;
 const ISOLATION: u64 = 9;
 const RESTRAINT: u64 = 10;
 const NEIGHBOUR: u64 = 11;
 const CLAIMS: u64 = 12;
+const FLOOD: u64 = 13;
+const BATCH: u64 = 14;
 
 /// Asks for the task, and does it.
 pub fn run() -> Result<(), Failed> {
@@ -61,7 +65,7 @@ pub fn run() -> Result<(), Failed> {
     ensure!(version == VERSION, "the hypervisor speaks version {version}, this guest {VERSION}");
     let [task, first, second] = demand(Call::Task, [0; 4])?;
     match task {
-        EVENT => event::run(),
+        EVENT => event::run(first != 0),
         WATCH => watch::run(first),
         REPAIR => repair::run(first),
         SILENCE => silence::run(),
@@ -72,6 +76,8 @@ pub fn run() -> Result<(), Failed> {
         RESTRAINT => restraint::run(),
         NEIGHBOUR => neighbour::run(),
         CLAIMS => claims::run(),
+        FLOOD => flood::run(),
+        BATCH => batch::run(),
         _ => {
             say!("this guest knows no task {task}");
             Err(Failed)

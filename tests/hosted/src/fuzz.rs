@@ -348,7 +348,7 @@ fn vtd_request(entry: vtd::events::RequestEntry) {
 fn check_fault(fault: FaultRecord, last_stream: u32) {
     assert!(fault.stream <= StreamId(last_stream));
     assert!(fault.pasid.is_none_or(|pasid| pasid.value() <= Pasid::MAX));
-    assert!(fault.iova.0.is_multiple_of(PAGE_SIZE) && fault.code <= 0xFF);
+    assert!(fault.iova.0.is_multiple_of(PAGE_SIZE) && fault.code <= 0x7FF);
     let event = Event {
         number: 1,
         lost: 0,

@@ -2,8 +2,8 @@
 
 use crate::{Moment, TableFrames, grant, root};
 use iommu::{
-    Attachment, Bus, Commands, Completion, Error, Event, Events, Features, Grant, Invalidation, Iova,
-    PAGE_SIZE, Pasid, Perms, PhysAddr, StreamId, Tables, Ticket, Translation,
+    Attachment, Bus, Commands, Completion, Error, Event, Events, Failure, Features, Grant, Invalidation,
+    Iova, PAGE_SIZE, Pasid, Perms, PhysAddr, StreamId, Tables, Ticket, Translation,
 };
 use models::{
     memory::Memory,
@@ -17,6 +17,8 @@ use std::{fmt, ops::Range, sync::Arc};
 pub const STREAMS: u32 = 512;
 /// Streams of a second-level table of [`needs`]: one frame of them.
 pub const SECOND_LEVEL: u32 = 64;
+/// Frames for context descriptors of [`needs`].
+pub const CONTEXT_TABLES: usize = 16;
 /// Entries of the command queue of [`needs`].
 pub const COMMANDS: usize = 256;
 /// Answers that [`needs`] asks room for.
@@ -154,11 +156,14 @@ pub fn needs(table: StreamTable, memory: &Memory) -> smmuv3::Memory {
         stream_table: memory.take(words as usize, words as usize),
         second_level: (0..second_level).map(|_| frame()).collect(),
         contexts: frame(),
+        context_tables: (0..CONTEXT_TABLES).map(|_| frame()).collect(),
         empty_table: frame(),
         command_queue: frame(),
         event_queue: frame(),
         page_requests: frame(),
         answers: ANSWERS,
+        stalling: heapless::Vec::new(),
+        forced_write_back: false,
     }
 }
 
@@ -225,6 +230,30 @@ impl<B: Bus + Clone> Machine<B> {
         attachment
     }
 
+    /// Attaches accesses with `pasid`, or without one.
+    pub fn attach_to(
+        &mut self,
+        stream: StreamId,
+        pasid: Option<Pasid>,
+        translation: Translation,
+    ) -> Result<Attachment, Error> {
+        let (attachment, invalidations) = self.smmu.tables.attach(stream, pasid, translation)?;
+        self.invalidate(&invalidations);
+        Ok(attachment)
+    }
+
+    /// Replaces the translation of an attachment, step by step.
+    pub fn replace(&mut self, attachment: Attachment, translation: Translation) -> Result<Attachment, Error> {
+        let mut replacement = self.smmu.tables.replace(attachment, translation)?;
+        let mut steps = 0;
+        while let Some(invalidations) = self.smmu.tables.step(&mut replacement)? {
+            self.invalidate(&invalidations);
+            steps += 1;
+            assert!(steps < 10, "a replacement without an end");
+        }
+        Ok(replacement.attachment())
+    }
+
     /// Detaches, and waits until hardware has let go.
     pub fn detach(&mut self, attachment: Attachment) {
         let (leaving, invalidations) = self.smmu.tables.detach(attachment).expect("it is attached");
@@ -265,6 +294,13 @@ impl<B: Bus + Clone> Machine<B> {
             assert!(events.len() < 10_000, "a pass without an end");
         }
         events
+    }
+
+    /// Takes the unit out of its errors; returns what had stopped its commands.
+    pub fn recover(&mut self) -> Vec<Failure> {
+        let failures: Vec<_> = std::iter::from_fn(|| self.smmu.commands.recover()).take(1000).collect();
+        assert!(failures.len() < 1000, "a recovery without an end");
+        failures
     }
 
     /// The device reads the word at `iova`, untranslated.

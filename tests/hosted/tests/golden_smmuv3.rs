@@ -9,10 +9,11 @@ use iommu::{
     Perms, PhysAddr, StreamId,
 };
 use smmuv3::{
-    commands::Command,
+    commands::{Command, Part},
+    contexts::{ContextDescriptor, ContextTable, FirstLevelContext},
     events::{EventRecord, RequestEntry},
     streams::FirstLevelEntry,
-    tables::{ContextDescriptor, StreamEntry, Walks},
+    tables::{StreamEntry, Walks},
 };
 
 const SID: StreamId = StreamId(0x108);
@@ -41,14 +42,24 @@ mod tables {
     fn a_second_stage_has_its_fields_in_the_places_of_the_manual() {
         let second =
             |vmid, walks, root| StreamEntry::default().with_second_stage(vmid, walks, PhysAddr(root)).0;
-        // w2: VMID | T0SZ 20<<32 | SL0 2<<38 | IR 1<<40 | OR 1<<42 | SH 3<<44 | PS<<48 | AA64 1<<51 | S2R 1<<58.
-        // As S8 but for T0SZ (20 is 0x14) and PTW; FWB is in w1.
+        // w2: VMID | T0SZ<<32 | SL0<<38 | IR 1<<40 | OR 1<<42 | SH 3<<44 | PS<<48 | AA64 1<<51 | PTW 1<<54 | S2R 1<<58.
+        // S8, but for FWB in w1: T0SZ 16 is 0x10, SL0 2.
         assert_eq!(
             second(7, COHERENT, 0x2_0000_1000),
-            [0, 0, 0x040D_3594_0000_0007, 0x2_0000_1000, 0, 0, 0, 0]
+            [0, 0, 0x044D_3590_0000_0007, 0x2_0000_1000, 0, 0, 0, 0]
         );
-        let smaller = Walks { coherent: false, address_size: 4 };
-        assert_eq!(second(0xFFFF, smaller, 0x1000), [0, 0, 0x040C_0094_0000_FFFF, 0x1000, 0, 0, 0, 0]);
+        // 44 bits: T0SZ 20 is 0x14.
+        let smaller = |address_size| Walks { coherent: false, address_size };
+        assert_eq!(second(0xFFFF, smaller(4), 0x1000), [0, 0, 0x044C_0094_0000_FFFF, 0x1000, 0, 0, 0, 0]);
+        // 42, 40, 36 and 32 bits: three levels, SL0 1<<6; T0SZ 25 (0x19), 25, 28 (0x1C), 32 (0x20).
+        for (address_size, w2) in [
+            (3, 0x044B_0059_0000_0001),
+            (2, 0x044A_0059_0000_0001),
+            (1, 0x0449_005C_0000_0001),
+            (0, 0x0448_0060_0000_0001),
+        ] {
+            assert_eq!(second(1, smaller(address_size), 0x1000)[2], w2, "IDR5.OAS {address_size}");
+        }
     }
 
     #[test]
@@ -69,6 +80,55 @@ mod tables {
     }
 
     #[test]
+    fn every_way_to_be_translated_has_its_config() {
+        let blocked =
+            StreamEntry::blocked(false, COHERENT).with_second_stage(0x2A, COHERENT, PhysAddr(0x5000));
+        let [_, w1, w2, w3, ..] = blocked.0;
+
+        // S1, S2: Config 0, and 4<<1.
+        assert_eq!(blocked.silent().0, [0x01, w1, w2, w3, 0, 0, 0, 0]);
+        assert_eq!(blocked.bypass().0, [0x09, w1, w2, w3, 0, 0, 0, 0]);
+        // S10 without a first stage of its own: Config 7<<1, V; MEV 1<<19.
+        assert_eq!(
+            blocked.nested(PhysAddr(0x1_4000_0000)).0,
+            [0x0F, w1 | 0x8_0000, w2, 0x1_4000_0000, 0, 0, 0, 0]
+        );
+    }
+
+    #[test]
+    fn a_table_of_contexts_is_named_with_its_size_and_format() {
+        let blocked = StreamEntry::blocked(true, COHERENT);
+        let contexts =
+            |at, log2, two_levels, bypass| blocked.contexts(ContextTable { at, log2, two_levels }, bypass).0;
+        // As S4, but S1Fmt 1<<4 and S1CDMax 15<<59 = 0x78.. (20 is 0xA0..); S1DSS 2, SHCFG 1<<44.
+        assert_eq!(
+            contexts(0x9_0000_0000, 15, true, false),
+            [0x7800_0009_0000_001B, 0x0000_1000_1000_00D6, 0, 0, 0, 0, 0, 0]
+        );
+        // S6 without S1STALLD: linear, S1CDMax 1, S1DSS 1.
+        assert_eq!(
+            contexts(0x8820_0000, 1, false, true),
+            [0x0800_0000_8820_000B, 0x0000_1000_1000_00D5, 0, 0, 0, 0, 0, 0]
+        );
+    }
+
+    #[test]
+    fn stalls_and_forced_write_back_have_their_bits() {
+        let second = StreamEntry::default().with_second_stage(3, COHERENT, PhysAddr(0x1000));
+        // S1STALLD is [91], 1<<27 of w1 (S3); S2FWB [89], 1<<25 of w1 (S8); S2S [185], 1<<57 of w2 (S11).
+        assert_eq!(StreamEntry::default().never_stalling().0[1], 0x0800_0000);
+        assert_eq!(StreamEntry::default().with_forced_write_back().0[1], 0x0200_0000);
+        assert_eq!(second.stalling().0[2], 0x064D_3590_0000_0003);
+    }
+
+    #[test]
+    fn a_first_level_entry_of_contexts_says_where_a_table_is() {
+        // L3: L2Ptr [55:12], V.
+        assert_eq!(FirstLevelContext::new(PhysAddr(0xB001_0000)).0, [0xB001_0001]);
+        assert_eq!(FirstLevelContext::new(PhysAddr(0xFFFF_FFFF_FFFF_F000)).0, [0x00FF_FFFF_FFFF_F001]);
+    }
+
+    #[test]
     fn a_first_level_entry_says_where_a_table_is_and_how_long() {
         let entry = |table, split| FirstLevelEntry::new(PhysAddr(table), split).0;
         // L1, L2: L2Ptr [55:6], Span [4:0], which is log2 of the entries, and 1.
@@ -86,6 +146,10 @@ mod tables {
         let walks = Walks { coherent: false, address_size: 4 };
         let context = ContextDescriptor::new(PhysAddr(0xFFFF_FFFF_F000), 0xFFFF, walks).0;
         assert_eq!(context, [0xFFFF_E204_C000_0010, 0xFFFF_FFFF_F000, 0, 0xFF, 0, 0, 0, 0]);
+        // S, 1<<44 (C2); not valid, V 1<<31 clear.
+        let stalling = ContextDescriptor::new(PhysAddr(0x1_0203_0000), 1, COHERENT).stalling().0;
+        assert_eq!(stalling, [0x0001_F205_C000_3510, 0x1_0203_0000, 0, 0xFF, 0, 0, 0, 0]);
+        assert_eq!(ContextDescriptor::unused(PhysAddr(0x7000)).0, [0, 0x7000, 0, 0xFF, 0, 0, 0, 0]);
     }
 }
 
@@ -103,11 +167,23 @@ mod commands {
     }
 
     #[test]
+    fn contexts_are_forgotten_one_or_all_of_a_stream() {
+        let five = Pasid::new(5).expect("20 bits");
+        // K6 without Leaf, which is 1 there: how the context was found is forgotten, too. K7.
+        assert_eq!(Command::cfgi_cd(SID, five).0, [0x0000_0108_0000_5005, 0]);
+        assert_eq!(Command::cfgi_cd_all(SID).0, [0x0000_0108_0000_0006, 0]);
+        // The widest: SSID [31:12], SID [63:32].
+        let last = Pasid::new(0xF_FFFF).expect("20 bits");
+        assert_eq!(Command::cfgi_cd(StreamId(u32::MAX), last).0, [0xFFFF_FFFF_FFFF_F005, 0]);
+        assert_eq!(Command::cfgi_cd_all(StreamId(u32::MAX)).0, [0xFFFF_FFFF_0000_0006, 0]);
+    }
+
+    #[test]
     fn translations_are_forgotten_by_vmid_by_page_or_all() {
         // K9, K11, K19, K20, K22.
         assert_eq!(Command::tlbi_nh_all(0x2A).0, [0x0000_002A_0000_0010, 0]);
         assert_eq!(
-            Command::tlbi_nh_va(0x2A, 7, Iova(0x4020_1000)).0,
+            Command::tlbi_nh_va(0x2A, 7, Iova(0x4020_1000), Part::Leaf).0,
             [0x0007_002A_0000_0012, 0x0000_0000_4020_1001]
         );
         assert_eq!(Command::tlbi_s12_vmall(0x2A).0, [0x0000_002A_0000_0028, 0]);
@@ -116,10 +192,20 @@ mod commands {
             [0x0000_002A_0000_002A, 0x0000_0000_8020_0001]
         );
         assert_eq!(Command::tlbi_nsnh_all().0, [0x30, 0]);
+        // K10; K11 and K14 with tables and without: Leaf, bit 0 of w1.
+        assert_eq!(Command::tlbi_nh_asid(0x2A, 7).0, [0x0007_002A_0000_0011, 0]);
+        assert_eq!(Command::tlbi_nh_asid(0xFFFF, 0xFFFF).0, [0xFFFF_FFFF_0000_0011, 0]);
+        assert_eq!(
+            Command::tlbi_nh_va(0x2A, 7, Iova(0x4020_1000), Part::Way).0,
+            [0x0007_002A_0000_0012, 0x0000_0000_4020_1000]
+        );
+        let upper = Iova(0xFFFF_0000_1234_5000);
+        assert_eq!(Command::tlbi_nh_vaa(0x2A, upper, Part::Way).0, [0x0000_002A_0000_0013, upper.0]);
+        assert_eq!(Command::tlbi_nh_vaa(0x2A, upper, Part::Leaf).0, [0x0000_002A_0000_0013, upper.0 | 1]);
         // The widest values: VMID [47:32], ASID [63:48], address [127:76].
         assert_eq!(Command::tlbi_nh_all(0xFFFF).0[0], 0x0000_FFFF_0000_0010);
         assert_eq!(
-            Command::tlbi_nh_va(0xFFFF, 0xFFFF, Iova(u64::MAX)).0,
+            Command::tlbi_nh_va(0xFFFF, 0xFFFF, Iova(u64::MAX), Part::Leaf).0,
             [0xFFFF_FFFF_0000_0012, 0xFFFF_FFFF_FFFF_F001]
         );
     }
@@ -127,9 +213,15 @@ mod commands {
     #[test]
     fn a_device_forgets_a_block_or_everything() {
         // K23, K24.
-        assert_eq!(Command::atc_inv(SID, Iova(0x1000_0000), 2).0, [0x0000_0108_0000_0040, 0x1000_0002]);
-        assert_eq!(Command::atc_inv(SID, Iova(0), 52).0, [0x0000_0108_0000_0040, 0x34]);
-        assert_eq!(Command::atc_inv(SID, Iova(0x7FFF_FFFF_F123), 0).0[1], 0x7FFF_FFFF_F000);
+        assert_eq!(Command::atc_inv(SID, None, Iova(0x1000_0000), 2).0, [0x0000_0108_0000_0040, 0x1000_0002]);
+        assert_eq!(Command::atc_inv(SID, None, Iova(0), 52).0, [0x0000_0108_0000_0040, 0x34]);
+        assert_eq!(Command::atc_inv(SID, None, Iova(0x7FFF_FFFF_F123), 0).0[1], 0x7FFF_FFFF_F000);
+        // K25; and PASID 0, which is one: SSV 1<<11.
+        assert_eq!(
+            Command::atc_inv(SID, pasid(5), Iova(0x2000_0000), 9).0,
+            [0x0000_0108_0000_5840, 0x0000_0000_2000_0009]
+        );
+        assert_eq!(Command::atc_inv(SID, pasid(0), Iova(0), 52).0, [0x0000_0108_0000_0840, 0x34]);
     }
 
     #[test]
@@ -144,6 +236,21 @@ mod commands {
         // PASID 0 is a PASID: SSV 1<<11. The largest: 0xF_FFFF<<12. A group has nine bits.
         assert_eq!(answer(pasid(0), 0, Outcome::Success), [0x0000_0108_0000_0841, 0x2000]);
         assert_eq!(answer(pasid(0xF_FFFF), 0xFFFF, Outcome::Invalid), [0x0000_0108_FFFF_F841, 0x11FF]);
+    }
+
+    #[test]
+    fn a_stalled_access_is_tried_again_aborted_or_ended() {
+        let resume = |stream, index, outcome| {
+            Command::resume(&PageResponse { stream, tag: GroupTag { pasid: pasid(5), index }, outcome }).0
+        };
+        // K30, K31, K32: the PASID is no part of it.
+        assert_eq!(resume(SID, 0x42, Outcome::Success), [0x0000_0108_0000_1044, 0x42]);
+        assert_eq!(resume(SID, 0x42, Outcome::Invalid), [0x0000_0108_0000_2044, 0x42]);
+        assert_eq!(resume(SID, 0x42, Outcome::Failure), [0x0000_0108_0000_0044, 0x42]);
+        // STAG has sixteen bits, [79:64].
+        assert_eq!(resume(StreamId(u32::MAX), 0xFFFF, Outcome::Success), [0xFFFF_FFFF_0000_1044, 0xFFFF]);
+        // K33.
+        assert_eq!(Command::stall_term(SID).0, [0x0000_0108_0000_0045, 0]);
     }
 
     #[test]
@@ -172,7 +279,7 @@ mod events {
             reason,
             code,
         };
-        // E1 to E12; addresses are those of pages.
+        // E1 to E12; addresses are those of pages. Of what stage 2 refused, the code has S2 at bit 8 and CLASS at [10:9].
         for (words, expected) in [
             (
                 [0x0108_0000_0010, 0x0208_0000_0000, 0x4020_1ABC, 0],
@@ -188,15 +295,15 @@ mod events {
             ([0x0108_0000_0003, 0, 0, 0x8800_4200], fault(0x108, None, Unknown, 0, BadTables, 0x03)),
             (
                 [0x0108_0000_0010, 0x0288_0000_0000, 0x4020_1ABC, 0x9020_1000],
-                fault(0x108, None, Read, 0x4020_1000, NotMapped, 0x10),
+                fault(0x108, None, Read, 0x4020_1000, NotMapped, 0x510),
             ),
             (
                 [0x0108_0000_0010, 0x0188_0000_0000, 0x4020_1ABC, 0x9100_0000],
-                fault(0x108, None, Read, 0x4020_1000, NotMapped, 0x10),
+                fault(0x108, None, Read, 0x4020_1000, BadTables, 0x310),
             ),
             (
                 [0x0108_0000_0010, 0x0088_0000_0000, 0x4020_1ABC, 0xA000_0000],
-                fault(0x108, None, Read, 0x4020_1000, NotMapped, 0x10),
+                fault(0x108, None, Read, 0x4020_1000, BadTables, 0x110),
             ),
             // RnW is 0: a write whose walk met bad memory.
             (
@@ -206,7 +313,7 @@ mod events {
             ([0x0108_0002_0008, 0, 0, 0], fault(0x108, pasid(0x20), Unknown, 0, NotAttached, 0x08)),
             (
                 [0x0108_0000_0011, 0x0280_0000_0000, 0x1000, 0x0100_0000_1000],
-                fault(0x108, None, Write, 0x1000, AddressSize, 0x11),
+                fault(0x108, None, Write, 0x1000, AddressSize, 0x511),
             ),
         ] {
             assert_eq!(decoded(words), expected, "{words:#x?}");

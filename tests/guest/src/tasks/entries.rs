@@ -89,7 +89,7 @@ pub fn the_good_ones_are_done(bench: &Bench) -> Result<(), Failed> {
     let answer = invalidate(&array);
     ensure!(answer == refused_at(2, Refused::NotYours, 0, 0), "an array with a bad entry: {answer:x?}");
     let reached = device.invalidations() - before;
-    ensure!(reached >= 2, "of two good entries {reached} reached the device");
+    ensure!(reached >= 2 || !device.asks_for_pages, "of two good entries {reached} reached the device");
 
     for entry in [[own, 0, 1 << 52, 0], [own, LAST_PAGE, 1, 0]] {
         let answer = invalidate(&[entry]);

@@ -18,20 +18,21 @@ const OPAQUE: u64 = 0xE7E47;
 /// Where the device writes, one after the other.
 const ADDRESSES: [u64; 3] = [0x5000_3000, 0x5000_5000, 0x5000_7000];
 
-/// Reports: events, interrupts, groups of page requests.
-pub fn run() -> Result<(), Failed> {
+/// Reports: events, interrupts, groups of page requests. In a second stage, a page that is not there may be one that permits
+/// nothing.
+pub fn run(second_stage: bool) -> Result<(), Failed> {
     let mut bench = Bench::set_up(OPAQUE, NONE)?;
     let mut before = None;
     for address in ADDRESSES {
         // The last one finds the guest asleep, which then can only be woken.
         let is_late = address == ADDRESSES[2];
-        refused_write(&mut bench, address, before, is_late)?;
+        refused_write(&mut bench, address, before, is_late, second_stage)?;
         bench.server.expect_interrupt()?;
         before = Some(address);
     }
     bench.assigned.detach()?;
     while let Some(event) = bench.server.next_event() {
-        check(&bench, &event, ADDRESSES[2])?;
+        check(&bench, &event, ADDRESSES[2], second_stage)?;
     }
     ensure!(bench.server.next_group()?.is_none(), "a write without page requests made one");
     report(&[bench.server.events, machine::interrupts(), bench.server.groups])
@@ -40,11 +41,17 @@ pub fn run() -> Result<(), Failed> {
 /// Has the device write to `address`, where nothing is mapped; this must become an event.
 ///
 /// A machine may split an access and report each part, so the address `before` may come once more.
-fn refused_write(bench: &mut Bench, address: u64, before: Option<u64>, is_late: bool) -> Result<(), Failed> {
+fn refused_write(
+    bench: &mut Bench,
+    address: u64,
+    before: Option<u64>,
+    is_late: bool,
+    second_stage: bool,
+) -> Result<(), Failed> {
     const CONTROL: u32 = UNTRANSLATED | WRITE;
     if is_late {
         while let Some(event) = bench.server.next_event() {
-            check(bench, &event, before.unwrap_or(address))?;
+            check(bench, &event, before.unwrap_or(address), second_stage)?;
         }
         bench.assigned.start_late(0, address, 8, 0xBAD, CONTROL)?;
     } else {
@@ -54,19 +61,20 @@ fn refused_write(bench: &mut Bench, address: u64, before: Option<u64>, is_late: 
     loop {
         let event = bench.server.wait_event()?;
         if before == Some(event.iova.0) {
-            check(bench, &event, event.iova.0)?;
+            check(bench, &event, event.iova.0, second_stage)?;
             continue;
         }
         if is_late {
             bench.assigned.expect_early()?;
             bench.assigned.device.expect_failure(0, DMA_ERROR)?;
         }
-        return check(bench, &event, address);
+        return check(bench, &event, address, second_stage);
     }
 }
 
 /// Checks that `event` is the next one, and in every field what a refused write to `address` is.
-fn check(bench: &Bench, event: &Event, address: u64) -> Result<(), Failed> {
+fn check(bench: &Bench, event: &Event, address: u64, second_stage: bool) -> Result<(), Failed> {
+    let permits_nothing = second_stage && event.reason == Reason::NotPermitted;
     let number = bench.server.events;
     let expected = Event {
         number,
@@ -76,7 +84,7 @@ fn check(bench: &Bench, event: &Event, address: u64) -> Result<(), Failed> {
         opaque: OPAQUE,
         iova: Iova(address),
         perms: Perms { write: true, ..Perms::default() },
-        reason: Reason::NotMapped,
+        reason: if permits_nothing { event.reason } else { Reason::NotMapped },
     };
     let Event { number: found, lost, iova: Iova(iova), opaque, perms, reason, .. } = *event;
     ensure!(

@@ -88,8 +88,11 @@ fn a_device_reaches_what_is_mapped_for_it_and_nothing_else() {
             };
 
             assert_eq!(refused, Err(Refusal::Fault(code as u8)), "{stage:?} {stream:?} {iova:?}");
-            let expected = FaultRecord { stream, pasid, access, iova: told, reason, code };
-            assert_eq!(faults(&mut machine), [expected]);
+            // Above the event's number, the code says which stage refused.
+            let faults = faults(&mut machine).into_iter();
+            let faults: Vec<_> =
+                faults.map(|fault| FaultRecord { code: fault.code & 0xFF, ..fault }).collect();
+            assert_eq!(faults, [FaultRecord { stream, pasid, access, iova: told, reason, code }]);
         }
         machine.assert_lawful();
     }
@@ -454,7 +457,7 @@ fn what_the_unit_lacks_is_refused_by_the_name_of_its_bit() {
     assign(Config::qemu(), Features { device_tlb: true, ..NONE }, "IDR0.ATS");
     assign(Config { idr0: full.idr0 & !(1 << 16), ..full }, ALL, "IDR0.PRI");
     assign(full, Features { page_requests: true, ..NONE }, "ATS");
-    assign(full, Features { pasid: true, ..NONE }, "PASID");
+    assign(Config::qemu(), Features { pasid: true, ..NONE }, "PASID");
 
     let attach = |config, translation: Translation, name: &str| {
         let mut machine = Machine::new(STREAM_TABLE, config);
@@ -470,7 +473,8 @@ fn what_the_unit_lacks_is_refused_by_the_name_of_its_bit() {
     // 42 bits.
     attach(Config { idr5: full.idr5 & !7 | 3, ..full }, two(root(0x1000, 4)), "IDR5.OAS");
     attach(full, one(root(0x1000, 5)), "levels");
-    attach(full, two(root(0x1000, 3)), "levels");
+    attach(full, two(root(0x1000, 3)), "in one change");
+    attach(full, two(root(0x1000, 5)), "levels");
 }
 
 #[test]

@@ -57,6 +57,8 @@ pub(super) struct Commands {
     executed: Vec<[u64; 2]>,
     /// Nothing is consumed by itself.
     paused: bool,
+    /// Reads of the queue are aborted.
+    unreadable: bool,
     /// What commands promised since the last CMD_SYNC.
     promised: Vec<Forget>,
     /// CMD_ATC_INV that no device answered yet, and when the device is given up.
@@ -84,6 +86,11 @@ impl SmmuUnit {
         let mut state = self.lock();
         state.commands.paused = false;
         state.run_commands();
+    }
+
+    /// Lets each read of the command queue be aborted, or none.
+    pub fn fail_fetches(&self, fail: bool) {
+        self.lock().commands.unreadable = fail;
     }
 
     /// Returns the commands that were consumed, oldest first.
@@ -159,6 +166,9 @@ impl State {
     }
 
     fn fetch(&self, pointer: u64) -> Result<[u64; 2], CommandError> {
+        if self.commands.unreadable {
+            return Err(CommandError::Abort);
+        }
         let at = self.entry(CMDQ, pointer);
         let load = |at| self.memory.device_load(PhysAddr(at)).map_err(|_| CommandError::Abort);
         Ok([load(at)?, load(at + 8)?])
@@ -215,8 +225,8 @@ impl State {
                 let below = if range == 31 { u32::MAX } else { (2u32 << range) - 1 };
                 Forget::Streams { sids: sid & !below..=sid | below, leaf: false }
             }
-            0x05 => Forget::Contexts { sid, ssid: Some(ssid) },
-            0x06 => Forget::Contexts { sid, ssid: None },
+            0x05 => Forget::Contexts { sid, ssid: Some(ssid), leaf: w1 & 1 != 0 },
+            0x06 => Forget::Contexts { sid, ssid: None, leaf: false },
             0x10 => everything(Of::Stage1(vmid)),
             0x11 => everything(Of::Asid(vmid, asid)),
             0x12 => self.pages(Of::AsidAndGlobal(vmid, asid), w0, w1),

@@ -381,8 +381,14 @@ impl State {
         while let Some(at) = self.due.iter().position(ready) {
             match self.due.remove(at).what {
                 Order::Global(bit, on) => self.carry_out(bit, on),
-                Order::Context => self.invalidate_contexts_by_register(),
-                Order::Iotlb => self.invalidate_iotlb_by_register(),
+                Order::Context => {
+                    self.flush_write_buffer();
+                    self.invalidate_contexts_by_register();
+                }
+                Order::Iotlb => {
+                    self.flush_write_buffer();
+                    self.invalidate_iotlb_by_register();
+                }
                 Order::ProtectedMemory => {
                     let enabled = self.get(PMEN) & 1 << 31;
                     self.set(PMEN, enabled | enabled >> 31);

@@ -1,0 +1,236 @@
+//! Scenes that fill the unit's queues, or look at what it and devices remember.
+
+use super::{
+    Canary, PATIENCE_US, Seen, Unexpected, Writer, expect, longest_answer_us, passes, perform, report,
+    requesters, tally_of, task, wait_for,
+};
+use crate::{
+    control::{self, ALLOCATION},
+    guest,
+    hypervisor::{Device, Hypervisor},
+    memory::{self, Share},
+};
+use arch::cpu;
+use broker::Missed;
+use core::sync::atomic::Ordering::{Relaxed, SeqCst};
+use iommu::{Access, Bus, FaultReason, Features, Gpa, Iova, PAGE_SIZE, Perms};
+
+/// Refused writes of a storm: more than an event queue of one frame holds.
+const STORM: u64 = 200;
+/// How long the service core looks away at most, in microseconds.
+const AWAY_US: u64 = 1_000_000;
+
+/// More faults than the unit has room to record: an unknown number is lost, which is told, and the next one is recorded.
+pub fn storm(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
+    let writers = [Writer::nth(hv, 0)?, Writer::nth(hv, 1)?];
+    let target = Canary::new(hv)?;
+    let faults = || hv.unowned.with(|(count, _)| *count);
+    let losses = || hv.lost.faults.load(Relaxed);
+    let (faults_before, losses_before) = (faults(), losses());
+    writers.iter().for_each(|writer| writer.device.function.enable_bus_master(&hv.config));
+
+    let mut refused = 0;
+    {
+        // This is the service core: as long as it is masked nobody takes what the unit records.
+        let _masked = cpu::mask();
+        for writer in writers.iter().cycle().take(STORM as usize) {
+            refused += u64::from(writer.write(Iova(target.phys()), target.phys()) == Writer::REFUSED);
+        }
+    }
+    let told = wait_for(hv, PATIENCE_US, || losses() > losses_before);
+    let recorded = faults() - faults_before;
+    let notices = losses() - losses_before;
+    let before = faults();
+    let again = writers[1].write(Iova(target.phys() + 8), target.phys() + 8);
+    let reported = wait_for(hv, PATIENCE_US, || faults() > before);
+
+    writers.iter().for_each(|writer| writer.device.function.disable_bus_master(&hv.config));
+    let last = hv.unowned.with(|(_, last)| *last);
+    let (unchanged, page) = (target.is_unchanged(), target.phys());
+    target.release(hv);
+    seen.count("refused", refused);
+    seen.count("recorded", recorded);
+    seen.count("notices_of_loss", notices);
+    expect(refused == STORM && again == Writer::REFUSED && unchanged, "a write was not refused")?;
+    expect(told, "nobody was told that faults were lost")?;
+    expect(recorded > 0 && recorded < STORM, "all faults of the storm were recorded, or none")?;
+    expect(reported, "the fault after the storm was not recorded")?;
+    let last = last.ok_or("the fault after the storm was not recorded")?;
+    expect(last.stream == writers[1].device.function.id, "the fault after the storm names another device")?;
+    expect(last.reason == FaultReason::NotAttached, "the fault after the storm names another reason")?;
+    expect(
+        last.access == Access::Unknown || last.iova.0 == page,
+        "the fault after the storm names another address",
+    )?;
+    Ok(
+        "200 writes refused while nobody looked: the unit said that it lost reports, and recorded the next fault",
+    )
+}
+
+/// More page requests than the queue holds: what was lost is told, every group has one answer, and the other device is served.
+pub fn overflow(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
+    let devices = requesters(hv);
+    let losses = || hv.lost.requests.load(Relaxed);
+    let before = losses();
+    guest::start(hv, 1, [task::NEIGHBOUR, 0, 0], &devices[1..]);
+    let there = wait_for(hv, PATIENCE_US, || report(hv, 1, 0) > 0);
+    guest::start(hv, 0, [task::FLOOD, 0, 0], &[devices[0]]);
+    let ready = wait_for(hv, PATIENCE_US, || report(hv, 0, 0) == 1);
+    let start_us = cpu::now_us();
+    let mut flooded = false;
+    if there && ready {
+        // This is the service core: as long as it is masked nobody takes what the queue holds.
+        let _masked = cpu::mask();
+        hv.homes[0].task[0].store(task::RELEASE, SeqCst);
+        while !flooded && cpu::now_us().saturating_sub(start_us) < AWAY_US {
+            flooded = report(hv, 0, 0) == 2;
+            cpu::relax();
+        }
+    }
+    let away_us = cpu::now_us().saturating_sub(start_us);
+    let served = passes(hv, 0);
+    let end = report(hv, 1, 0);
+    let goes_on = wait_for(hv, PATIENCE_US, || report(hv, 1, 0) >= end + 2);
+    hv.homes[1].task[0].store(task::RELEASE, SeqCst);
+    let released = passes(hv, 1);
+    expect(there, "the other guest repairs nothing")?;
+    expect(ready && flooded, "the guest did not fill the queue in time")?;
+    served.and(released)?;
+    let (tally, _) = tally_of(hv, 0)?;
+    let (neighbours, missed) = tally_of(hv, 1)?;
+    seen.count("requests", report(hv, 0, 1));
+    seen.count("refused_by_the_unit", report(hv, 0, 2));
+    seen.count("notices_of_loss", losses() - before);
+    seen.count("half_seen_groups_discarded", tally.discarded);
+    seen.count("answered_success", tally.succeeded);
+    seen.count("groups", report(hv, 0, 3));
+    seen.count("answers_at_the_device", report(hv, 0, 4));
+    seen.count("nobody_looked_for_us", away_us);
+    seen.count("groups_of_the_neighbour", neighbours.opened);
+    seen.count("longest_to_answer_of_the_neighbour_less_than_us", longest_answer_us(hv, &[1]));
+    expect(losses() > before, "nobody was told that page requests were lost")?;
+    expect(tally.discarded > 0, "no half-seen group was discarded")?;
+    expect(report(hv, 0, 3) == report(hv, 0, 4), "a group has no answer, or several")?;
+    expect(report(hv, 0, 5) == 0, "the device got an answer that it did not ask for")?;
+    expect(goes_on, "the other guest's device is not served any more")?;
+    expect(
+        neighbours.succeeded == neighbours.opened && missed == Missed::ZERO && report(hv, 1, 1) == 0,
+        "the other guest's device was touched",
+    )?;
+    Ok(
+        "the queue overflowed: half-seen groups were discarded, every whole one has one answer, both devices go on",
+    )
+}
+
+/// The device `sva-dev`, driven by the hypervisor itself.
+struct Engine<'h> {
+    device: &'h Device,
+    registers: arch::bus::Mmio,
+}
+
+impl<'h> Engine<'h> {
+    const INVALIDATIONS: usize = 0x14;
+    const RESET: usize = 0x28;
+    /// Lane 0.
+    const ADDRESS: usize = 0x100;
+    const DATA: usize = 0x108;
+    const LENGTH: usize = 0x110;
+    const CONTROL: usize = 0x118;
+    const STATUS: usize = 0x11C;
+
+    /// A write without PASID through the device TLB, which asks for no pages.
+    const CACHED_WRITE: u32 = 1 << 0 | 1 << 1 | 1 << 3 | 1 << 5 | 1 << 8;
+    /// A write without PASID that the unit translates.
+    const PLAIN_WRITE: u32 = 1 << 0 | 1 << 1 | 1 << 2 | 1 << 8;
+    const BUSY: u32 = 1;
+    const DONE: u32 = 2;
+    /// Failed, because the translation that it asked for does not exist.
+    const NOT_MAPPED: u32 = 7 << 8 | 3;
+    /// Failed, because the access was refused.
+    const REFUSED: u32 = 8 << 8 | 3;
+
+    fn new(hv: &'h Hypervisor, number: usize) -> Result<Self, Unexpected> {
+        let device = hv.devices.get(number).ok_or("there is no such device")?;
+        device.function.enable_memory(&hv.config);
+        let registers = memory::device(device.registers.clone()).ok_or("sva-dev is out of reach")?;
+        registers.write32(Self::RESET, 1);
+        Ok(Self { device, registers })
+    }
+
+    /// Writes the word `data` to `iova`; returns the lane's status, without what the device adds to a cause.
+    fn write(&self, hv: &Hypervisor, iova: Iova, data: u64, control: u32) -> u32 {
+        self.registers.write64(Self::ADDRESS, iova.0);
+        self.registers.write64(Self::DATA, data);
+        self.registers.write32(Self::LENGTH, 8);
+        self.registers.write32(Self::CONTROL, control);
+        let status = || self.registers.read32(Self::STATUS) & 0xFFFF;
+        wait_for(hv, PATIENCE_US, || status() != Self::BUSY);
+        status()
+    }
+
+    fn invalidations(&self) -> u64 {
+        self.registers.read32(Self::INVALIDATIONS).into()
+    }
+}
+
+/// What was taken out of the tables stays in unit and device until they are told to forget it, and not longer.
+pub fn staleness(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
+    const AT: Iova = Iova(0x4100_0000);
+    const WORDS: [u64; 5] = [0x57A1E, 0x57A1F, 0x57A20, 0x57A21, 0x57A22];
+    let engine = Engine::new(hv, *requesters(hv).first().ok_or("there is no sva-dev")?)?;
+    let function = &engine.device.function;
+    let target = Canary::new(hv)?;
+    let no = |_| "the unit refused";
+    let features = Features { device_tlb: true, page_requests: true, pasid: false };
+    control::assign(hv, function.id, features).map_err(no)?;
+    let share = Share::new(8);
+    let space = control::Space::new(hv, &share, function.id, None).map_err(no)?;
+    let grant = target.0.grant(Gpa(0), PAGE_SIZE).ok_or("a frame cannot be granted")?;
+    space.map(hv, &share, AT, &grant, Perms::READ_WRITE).map_err(no)?;
+    function.enable_page_requests(&hv.config, ALLOCATION, false).map_err(|_| "the device refused")?;
+    function.enable_bus_master(&hv.config);
+
+    let write = |at: usize, control| {
+        let iova = Iova(AT.0 + at as u64 * 8);
+        let status = engine.write(hv, iova, WORDS[at], control);
+        (status, target.0.load(Gpa(at as u64 * 8)) == Some(WORDS[at]))
+    };
+    let mapped = [write(0, Engine::CACHED_WRITE), write(1, Engine::PLAIN_WRITE)];
+    let unmapped = space.remove(hv, &share, AT, PAGE_SIZE).map_err(no)?;
+    let stale = write(2, Engine::CACHED_WRITE);
+    let before = engine.invalidations();
+    space.forget(hv, &share, AT, PAGE_SIZE, unmapped).map_err(no)?;
+    let reached = engine.invalidations() - before;
+    let forgotten = [write(3, Engine::CACHED_WRITE), write(4, Engine::PLAIN_WRITE)];
+
+    function.disable_bus_master(&hv.config);
+    let leaving = control::block(hv, function.id).map_err(no)?;
+    space.end(hv, &share).map_err(no)?;
+    function.disable_page_requests(&hv.config);
+    hv.tables.with(|tables| iommu::Tables::finish(tables, leaving));
+    target.release(hv);
+    seen.count("unmaps", 1);
+    seen.count("invalidations_at_the_device", reached);
+    expect(mapped == [(Engine::DONE, true); 2], "a write to a page that is mapped did not arrive")?;
+    expect(stale == (Engine::DONE, true), "the device kept nothing, so there is nothing to see")?;
+    expect(reached == 1, "the device was not told when the wait was over")?;
+    expect(forgotten[0] == (Engine::NOT_MAPPED, false), "the device still has the translation")?;
+    expect(forgotten[1] == (Engine::REFUSED, false), "the unit still has the translation")?;
+    Ok(
+        "a device used its copy of a removed translation until the invalidation; when that had completed, neither it nor the unit had one",
+    )
+}
+
+/// An array of invalidations with a bad entry in its middle: what comes before is done, the rest is not, and each is told.
+pub fn batch(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
+    let devices = requesters(hv);
+    perform(hv, 0, [task::BATCH, 0, 0], devices[0])?;
+    let [entries, first, second] = [0, 1, 2].map(|number: usize| report(hv, 0, number));
+    seen.count("entries", entries);
+    seen.count("done_before_the_bad_one", first);
+    seen.count("done_when_asked_again", second);
+    expect((entries, first, second) == (5, 2, 2), "an entry was done that should not be, or not done")?;
+    Ok(
+        "two entries before a bad one were done and reached the device, the two behind it only when asked for again",
+    )
+}

@@ -1,0 +1,108 @@
+//! The tables that translate what a device issues, in the stage that the unit has for it.
+
+use crate::memory;
+use arch::unit;
+use iommu::{Capabilities, Grant, Perms, Translation};
+use pgtable::{Error, Frames, Gather, Limits, Tree};
+
+/// A stage of translation.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, defmt::Format)]
+pub enum Stage {
+    /// The first: what a device issues with a PASID goes through it alone.
+    First,
+    /// The second.
+    Second,
+}
+
+impl Stage {
+    /// Returns the stage by which devices are translated: the first where there is one.
+    pub fn of(capabilities: &Capabilities) -> Self {
+        if capabilities.stage1 { Self::First } else { Self::Second }
+    }
+}
+
+/// Tables of one stage.
+pub enum DeviceTables {
+    /// Of the first.
+    First(Tree<unit::FirstStage>),
+    /// Of the second.
+    Second(Tree<unit::SecondStage>),
+}
+
+impl DeviceTables {
+    /// Makes empty tables with frames of `frames`.
+    pub fn new(frames: &mut impl Frames, stage: Stage) -> Result<Self, Error> {
+        // Pages alone: a guest may take back any page of what it lent.
+        Ok(match stage {
+            Stage::First => Self::First(Tree::new(frames, Limits::PAGES)?),
+            Stage::Second => Self::Second(Tree::new(frames, Limits::PAGES)?),
+        })
+    }
+
+    /// Names the tables for the unit.
+    pub fn translation(&self) -> Translation {
+        match self {
+            Self::First(tree) => Translation::Stage1(memory::root(tree)),
+            Self::Second(tree) => Translation::Stage2(memory::root(tree)),
+        }
+    }
+
+    /// Maps `grant` at `iova`.
+    pub fn map(&self, frames: &mut impl Frames, iova: u64, grant: &Grant, perms: Perms) -> Result<(), Error> {
+        match self {
+            Self::First(tree) => tree.map(frames, iova, grant, perms),
+            Self::Second(tree) => tree.map(frames, iova, grant, perms),
+        }
+    }
+
+    /// Unmaps `bytes` from `iova`.
+    pub fn unmap(&self, frames: &mut impl Frames, iova: u64, bytes: u64) -> Result<Unmapped, Error> {
+        match self {
+            Self::First(tree) => {
+                let mut gather = Gather::new();
+                tree.unmap(frames, iova, bytes, &mut gather)?;
+                Ok(Unmapped::First(gather))
+            }
+            Self::Second(tree) => {
+                let mut gather = Gather::new();
+                tree.unmap(frames, iova, bytes, &mut gather)?;
+                Ok(Unmapped::Second(gather))
+            }
+        }
+    }
+
+    /// Gives all frames back. Nobody walks the tables any more.
+    pub fn take_down(self, frames: &mut impl Frames) {
+        match self {
+            Self::First(tree) => tree.take_down(frames),
+            Self::Second(tree) => tree.take_down(frames),
+        }
+    }
+}
+
+/// What an unmap took out of the tables, and the unit may still know.
+#[must_use = "the frames of tables that went come back when the unit has forgotten them"]
+pub enum Unmapped {
+    /// Out of the first stage.
+    First(Gather<unit::FirstStage>),
+    /// Out of the second.
+    Second(Gather<unit::SecondStage>),
+}
+
+impl Unmapped {
+    /// Returns whether tables went with the mappings.
+    pub fn tables_went(&self) -> bool {
+        match self {
+            Self::First(gather) => gather.tables_went(),
+            Self::Second(gather) => gather.tables_went(),
+        }
+    }
+
+    /// Gives the frames of the tables that went back: the unit has forgotten them.
+    pub fn give_back(self, frames: &mut impl Frames) {
+        match self {
+            Self::First(gather) => gather.give_back(frames),
+            Self::Second(gather) => gather.give_back(frames),
+        }
+    }
+}

@@ -73,7 +73,7 @@ use heapless::Vec;
 use iommu::{
     Bus, Capabilities, Commands as _, Completion, DmaBuf, Error, Invalidation, PhysAddr, bus::wait_until,
 };
-use queue::{ENTRY_WORDS, InvalidationQueue, NARROW_WORDS, PageRequestQueue, SPARE};
+use queue::{ENTRY_WORDS, InvalidationQueue, NARROW_WORDS, PageRequestQueue};
 use regs::{CAP, ECAP, GLOBAL, IQA, IRTA, PMEN, PQA, RTADDR, VER};
 use tables::{Publisher, Snoop};
 use tock_registers::LocalRegisterCopy;
@@ -239,8 +239,8 @@ impl<B: Bus + Clone> Found<B> {
         let interrupts_size = interrupt_table_size(&interrupts)?;
         let width = if self.mode == Mode::Scalable { ENTRY_WORDS } else { NARROW_WORDS };
         let entries = invalidation_queue.words() / width;
-        if answers + commands::BATCH + SPARE >= entries {
-            let needed = (answers + commands::BATCH + SPARE + 1).next_power_of_two() * width;
+        if answers + commands::BATCH >= entries {
+            let needed = (answers + commands::BATCH + 1).next_power_of_two() * width;
             let words = invalidation_queue.words();
             return Err(Error::Memory { purpose: "the invalidation queue", words, needed });
         }

@@ -71,12 +71,21 @@ pub struct Guest {
 
 /// Why a guest could not be made.
 #[derive(Clone, Copy, Debug, defmt::Format)]
-enum NotMade {
+pub enum NotMade {
+    /// There is no memory for it.
     Memory,
+    /// Its tables could not be made.
     Tables(pgtable::Error),
+    /// Its virtual CPU could not be made.
     Processor(arch::machine::Error),
-    Image { bytes: usize },
+    /// Its program does not fit.
+    Image {
+        /// How long that is.
+        bytes: usize,
+    },
+    /// A device could not be given to it.
     Device(crate::control::Error),
+    /// Its queue could not be opened.
     Queue(broker::Error),
 }
 
@@ -140,7 +149,7 @@ fn live(hv: &'static Hypervisor, index: usize, order: &Order, inbox: &mut Inbox)
 impl Guest {
     /// Makes a guest with its program in its memory, and no devices.
     #[inline(never)]
-    fn new(hv: &'static Hypervisor, index: usize) -> Result<Self, NotMade> {
+    pub fn new(hv: &'static Hypervisor, index: usize) -> Result<Self, NotMade> {
         // First what everything else refers to: the queue exists before any attachment.
         let queue = hv.ledger.open_at(index, Owner::Guest(index as u16)).map_err(NotMade::Queue)?;
         let made = Self::with_queue(hv, index, queue);
@@ -209,7 +218,7 @@ impl Guest {
     }
 
     /// Gives the guest its devices: unit first, then configuration space, then their registers.
-    fn own(&mut self, order: &Order) -> Result<(), NotMade> {
+    pub fn own(&mut self, order: &Order) -> Result<(), NotMade> {
         for &device in &order.devices {
             self.take_device(device).map_err(NotMade::Device)?;
             let registers = self.hv.devices[device].registers.clone();

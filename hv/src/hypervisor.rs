@@ -31,10 +31,15 @@ pub const GUESTS: usize = 2;
 /// Devices of a guest, at most.
 pub const DEVICES_PER_GUEST: usize = 2;
 /// Groups that a guest may have outstanding.
-pub const SLOTS: usize = 32;
+pub const SLOTS: usize = if cfg!(feature = "measure") { 256 } else { 32 };
 /// Places for devices in the ledger, and for attachments: more than there can be, so that a place is found quickly.
-const LEDGER_DEVICES: usize = 16;
-const LEDGER_ATTACHMENTS: usize = 32;
+///
+/// What is measured beside thousands of attached streams has those in the ledger alone.
+const LEDGER_DEVICES: usize = if cfg!(feature = "measure") { 8192 } else { 16 };
+const LEDGER_ATTACHMENTS: usize = if cfg!(feature = "measure") { 8192 } else { 32 };
+/// Page requests that the devices in the ledger may have outstanding, all together. Of those that are nowhere else, there
+/// are too many for the unit's queue.
+const QUEUED: u32 = if cfg!(feature = "measure") { u32::MAX } else { unit::OUTSTANDING as u32 };
 /// Groups that the service core knows of.
 const GROUPS: usize = GUESTS * (SLOTS + POISONED);
 
@@ -56,8 +61,10 @@ const UNSENT: usize = SLOTS * GUESTS + 64;
 const COMPLETION_LIMIT_US: u64 = 100_000;
 
 /// Returns the core that is the home of guest `index`.
+///
+/// What is measured is measured on one core, which is all there is.
 pub const fn home_of(index: usize) -> usize {
-    SERVICE_CORE + 1 + index
+    if cfg!(feature = "measure") { SERVICE_CORE } else { SERVICE_CORE + 1 + index }
 }
 
 /// A device that can be given away, or driven by the demonstration.
@@ -269,7 +276,7 @@ static HYPERVISOR: Once<Hypervisor> = Once::new();
 /// Frames of RAM; none until bring-up has found some.
 pub static POOL: Locked<Pool> = Locked::new(Pool::empty());
 /// The page requests of all guests; no queues and no devices until there are guests.
-pub static LEDGER: Ledger = Ledger::new(unit::OUTSTANDING as u32);
+pub static LEDGER: Ledger = Ledger::new(QUEUED);
 static HOMES: [Home; GUESTS] = [const { Home::new() }; GUESTS];
 static NOTICES_LOST: [Lost; GUESTS] = [const { Lost::new() }; GUESTS];
 

@@ -3,6 +3,10 @@
 //! Core 0 serves the unit: its interrupts and its deadline timer come here ([`service`]), and between them it runs the
 //! demonstration ([`scenes`]). Each other core is the home of one guest ([`guest`]).
 #![cfg_attr(target_os = "none", no_std, no_main)]
+#![cfg_attr(
+    feature = "measure",
+    expect(dead_code, reason = "what is measured has no home cores and shows no scenes")
+)]
 
 #[cfg(not(target_os = "none"))]
 compile_error!(
@@ -15,7 +19,10 @@ mod forward;
 mod guest;
 mod hypercall;
 mod hypervisor;
+#[cfg(feature = "measure")]
+mod measure;
 mod memory;
+#[cfg(not(feature = "measure"))]
 mod scenes;
 mod service;
 mod tables;
@@ -31,7 +38,7 @@ use pcie::Function;
 fn hypervisor(boot: Boot) -> ! {
     defmt::info!("Portcullis, {=usize} cores", cpu::cores_present());
     match bring_up(boot) {
-        Ok(hv) => cpu::exit(scenes::run(hv)),
+        Ok(brought_up) => cpu::exit(run(&brought_up)),
         Err(what) => {
             defmt::error!("bring-up stopped: {}", what);
             cpu::exit(false)
@@ -49,10 +56,33 @@ enum Failure {
     TooFewCores { present: usize, needed: usize },
 }
 
+/// A machine in service.
+struct BroughtUp {
+    hv: &'static Hypervisor,
+    /// Where the unit's registers are.
+    #[cfg(feature = "measure")]
+    unit: core::ops::Range<iommu::PhysAddr>,
+    /// Ticks from looking for the unit until every device was blocked.
+    #[cfg(feature = "measure")]
+    ticks: u64,
+}
+
+/// Does what the image is for; returns whether all went as expected.
+#[cfg(not(feature = "measure"))]
+fn run(brought_up: &BroughtUp) -> bool {
+    scenes::run(brought_up.hv)
+}
+
+/// Does what the image is for; returns whether all could be measured.
+#[cfg(feature = "measure")]
+fn run(brought_up: &BroughtUp) -> bool {
+    measure::run(brought_up.hv, brought_up.unit.clone(), brought_up.ticks)
+}
+
 /// Takes the machine into service. From the moment when the unit is enabled no device reaches memory.
-fn bring_up(boot: Boot) -> Result<&'static Hypervisor, Failure> {
+fn bring_up(boot: Boot) -> Result<BroughtUp, Failure> {
     interrupts::init_core();
-    let needed = 1 + hypervisor::GUESTS;
+    let needed = if cfg!(feature = "measure") { 1 } else { 1 + hypervisor::GUESTS };
     if cpu::cores_present() < needed {
         return Err(Failure::TooFewCores { present: cpu::cores_present(), needed });
     }
@@ -66,21 +96,35 @@ fn bring_up(boot: Boot) -> Result<&'static Hypervisor, Failure> {
         function.disable_bus_master(&config);
     }
 
+    #[cfg(feature = "measure")]
+    let start = cpu::ticks();
     let found = unit::find(&boot).map_err(Failure::Unit)?;
     let (capabilities, registers) = (found.capabilities(), found.registers());
     defmt::info!("IOMMU: {}", capabilities);
     POOL.with(|pool| pool.adopt(boot.memory(), found.bus()));
     let unit = found.enable(|frames| memory::cut(&POOL, frames)).map_err(Failure::Unit)?;
+    #[cfg(feature = "measure")]
+    let ticks = cpu::ticks() - start;
     defmt::info!("unit enabled: every device is blocked");
 
     let image = boot.guest_image_bytes().ok_or(Failure::NoGuestImage)?;
     let unit::Unit { events, commands, tables, remapping } = unit;
+    #[cfg(feature = "measure")]
+    let unit = registers.clone();
     let told = Told { commands, tables, remapping };
     let hv = Hypervisor::publish(boot, config, registers, capabilities, told, image);
     service::start(hv, events).map_err(Failure::Service)?;
-    for index in 0..hypervisor::GUESTS {
-        cpu::start(hypervisor::home_of(index), guest::home).map_err(Failure::Machine)?;
+    if !cfg!(feature = "measure") {
+        for index in 0..hypervisor::GUESTS {
+            cpu::start(hypervisor::home_of(index), guest::home).map_err(Failure::Machine)?;
+        }
     }
     cpu::unmask_forever();
-    Ok(hv)
+    Ok(BroughtUp {
+        hv,
+        #[cfg(feature = "measure")]
+        unit,
+        #[cfg(feature = "measure")]
+        ticks,
+    })
 }

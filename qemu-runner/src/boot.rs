@@ -34,9 +34,20 @@ pub(crate) struct Boot<'b> {
     pub(crate) images: &'b Images,
     /// Scenes to show, for the hypervisor's command line.
     pub(crate) scenes: &'b [&'b str],
+    /// What is traced, and how many cores there are.
+    pub(crate) purpose: Purpose,
     pub(crate) limit: Duration,
     /// Where the files of this boot go.
     pub(crate) directory: &'b Path,
+}
+
+/// What a boot is for.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Purpose {
+    /// To show scenes, with a core for each guest. What the IOMMU does is traced.
+    Demonstrate,
+    /// To measure, on one core. Every access to the IOMMU's registers is traced.
+    Measure,
 }
 
 /// How a boot ended.
@@ -214,8 +225,9 @@ impl Boot<'_> {
     }
 
     fn add_x86_64(&self, command: &mut Command) {
-        command.args(["-machine", "q35,accel=tcg", "-cpu", "max", "-smp", "3", "-m", "256M"]);
-        command.args(["-device", "isa-debug-exit,iobase=0xf4,iosize=4", "-trace", "vtd_*"]);
+        command.args(["-machine", "q35,accel=tcg", "-cpu", "max", "-m", "256M"]);
+        command.args(["-device", "isa-debug-exit,iobase=0xf4,iosize=4"]);
+        self.add_purpose(command, "vtd_*");
         self.add_devices(command);
     }
 
@@ -223,9 +235,26 @@ impl Boot<'_> {
         // With ACPI off the device tree tells of all there is.
         let unit = if self.variant.unit.is_none() { ",iommu=smmuv3" } else { "" };
         let machine = format!("virt,virtualization=on,gic-version=3,acpi=off,accel=tcg{unit}");
-        command.args(["-machine", &machine, "-cpu", "max", "-smp", "3", "-m", "256M"]);
-        command.args(["-semihosting-config", "enable=on,target=native", "-trace", "smmu*"]);
+        command.args(["-machine", &machine, "-cpu", "max", "-m", "256M"]);
+        command.args(["-semihosting-config", "enable=on,target=native"]);
+        self.add_purpose(command, "smmu*");
         self.add_devices(command);
+    }
+
+    /// Adds the cores, and what is traced; `unit` is what QEMU's IOMMU does.
+    fn add_purpose(&self, command: &mut Command, unit: &str) {
+        match self.purpose {
+            Purpose::Demonstrate => command.args(["-smp", "3", "-trace", unit]),
+            Purpose::Measure => {
+                let registers = match self.variant.machine {
+                    Machine::X86_64 => "vtd_reg_*",
+                    // What the plugin has in front of the SMMU's registers does not reach the SMMU.
+                    Machine::Aarch64 => "memory_region_ops_*",
+                };
+                // Firmware looks at the clock on the wall, which must not count.
+                command.args(["-smp", "1", "-trace", registers, "-rtc", "base=2000-01-01,clock=vm"])
+            }
+        };
     }
 
     /// Adds the IOMMU, unless it is part of the machine, and the devices that the scenes use, where the hypervisor looks for

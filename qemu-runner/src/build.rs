@@ -2,6 +2,7 @@
 
 use std::{
     env,
+    ffi::OsStr,
     io::{BufRead, BufReader},
     path::{Path, PathBuf},
     process::Stdio,
@@ -41,16 +42,32 @@ impl Images {
         Ok(Self {
             hypervisor: match hypervisor {
                 Some(elf) => elf.to_owned(),
-                None => build(toolchain, "hv", bare, offline)?,
+                None => build(toolchain, "hv", bare, &[], offline)?,
             },
-            guest: build(toolchain, "guest", bare, offline)?,
+            guest: build(toolchain, "guest", bare, &[], offline)?,
+        })
+    }
+
+    /// Builds what `machine` needs to be measured; `directory` is for what is built for that alone.
+    pub(crate) fn build_measuring(
+        toolchain: &Toolchain,
+        machine: Machine,
+        directory: &Path,
+        offline: bool,
+    ) -> Result<Self, Error> {
+        let bare = Some(machine.target());
+        let measuring: [&OsStr; 4] =
+            ["--features".as_ref(), "measure".as_ref(), "--target-dir".as_ref(), directory.as_ref()];
+        Ok(Self {
+            hypervisor: build(toolchain, "hv", bare, &measuring, offline)?,
+            guest: build(toolchain, "guest", bare, &[], offline)?,
         })
     }
 }
 
 /// Builds the plugin with the test device, a shared library for the host that serves every machine.
 pub(crate) fn build_plugin(toolchain: &Toolchain, offline: bool) -> Result<PathBuf, Error> {
-    build(toolchain, "sva-device", None, offline)
+    build(toolchain, "sva-device", None, &[], offline)
 }
 
 /// One line of `cargo build --message-format=json`, as far as it is used.
@@ -71,10 +88,14 @@ struct Target {
 }
 
 /// Builds `package` in release mode, for the host if `target` is `None`, and returns its program or shared library.
+///
+/// With `measuring`, cargo's arguments for the image that measures, nothing below level error is logged: what a line
+/// costs is the console's, and no figure of ours.
 fn build(
     toolchain: &Toolchain,
     package: &str,
     target: Option<&str>,
+    measuring: &[&OsStr],
     offline: bool,
 ) -> Result<PathBuf, Error> {
     say(&format!("building {package} for {}", target.unwrap_or("this machine")));
@@ -82,7 +103,9 @@ fn build(
     command.args(["build", "--release", "--message-format=json-render-diagnostics", "--package", package]);
     if let Some(target) = target {
         command.args(["--target", target]).args(toolchain.cargo_arguments());
-        if env::var_os("DEFMT_LOG").is_none() {
+        if !measuring.is_empty() {
+            command.args(measuring).env("DEFMT_LOG", "error");
+        } else if env::var_os("DEFMT_LOG").is_none() {
             // defmt leaves out at build time what is not asked for; the runner chooses what is shown.
             command.env("DEFMT_LOG", "trace");
         }

@@ -8,7 +8,7 @@ use std::{
 };
 
 use crate::{
-    boot::{Boot, Ending, STDERR, TRACE},
+    boot::{Boot, Ending, Purpose, STDERR, TRACE},
     build::{Images, build_plugin},
     error::Error,
     log::{Level, Line},
@@ -116,6 +116,7 @@ impl Demonstration {
             plugin: plugin.as_ref().ok(),
             images,
             scenes: &possible,
+            purpose: Purpose::Demonstrate,
             limit: self.options.limit,
             directory: directory.path(),
         };

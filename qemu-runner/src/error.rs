@@ -30,6 +30,8 @@ pub enum Error {
     },
     /// The hypervisor image cannot be used for decoding its log.
     Image(String),
+    /// Figures could not be measured, or a file does not hold any.
+    Figures(String),
     /// The operating system refused something.
     Io {
         /// What was being done, and to which file.
@@ -57,7 +59,9 @@ impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Usage(said) => write!(f, "{said} (`cargo run -- --help` explains)"),
-            Self::NoQemu(said) | Self::NoTarget(said) | Self::Image(said) => f.write_str(said),
+            Self::NoQemu(said) | Self::NoTarget(said) | Self::Image(said) | Self::Figures(said) => {
+                f.write_str(said)
+            }
             Self::NotBuilt { package, said } => write!(f, "package {package} was not built: {said}"),
             Self::Program { program, said } => write!(f, "{program}: {}", said.trim_end()),
             Self::Io { doing, source } => write!(f, "{doing}: {source}"),

@@ -7,7 +7,7 @@ use std::{
     process::ExitCode,
 };
 
-use qemu_runner::{Demonstration, Error, HELP, Options, Request, toolchain_arguments};
+use qemu_runner::{Demonstration, Error, HELP, Measurement, Options, Request, Rows, toolchain_arguments};
 
 fn main() -> ExitCode {
     match run() {
@@ -29,9 +29,31 @@ fn run() -> Result<bool, Error> {
             let arguments = toolchain_arguments(&options)?;
             print(&arguments.into_iter().map(|argument| argument + "\n").collect::<String>())
         }
+        Request::Measure(options) => measure(options),
         Request::Demonstrate(options) => demonstrate(options, None),
         Request::Boot(elf, options) => demonstrate(options, Some(&elf)),
     }
+}
+
+/// Measures, prints what was measured, and compares it with what was kept; with `--record`, keeps it.
+fn measure(options: Options) -> Result<bool, Error> {
+    let record = options.record;
+    let measurement = Measurement::prepare(options)?;
+    let (rows_path, kept_path) = (measurement.rows_path(), measurement.kept_path());
+    // Read before anything is measured: a damaged file is told at once.
+    let (mut rows, mut kept) = (Rows::read(&rows_path)?, Rows::read(&kept_path)?);
+    let measured = measurement.run()?;
+    print(&measured.table())?;
+    rows.renew(measured);
+    rows.write(&rows_path)?;
+    let comparison = rows.compare(&kept);
+    print(&format!("\n{}Figures: {}\n", comparison.text(), rows_path.display()))?;
+    if record {
+        kept.renew(rows.kept());
+        kept.write(&kept_path)?;
+        print(&format!("Kept: {}\n", kept_path.display()))?;
+    }
+    Ok(record || comparison.passed())
 }
 
 fn print(text: &str) -> Result<bool, Error> {

@@ -17,6 +17,7 @@ Boots Portcullis in QEMU, shows its scenes, and judges them.
   cargo run                        build everything, boot every machine in every variant, show every scene
   cargo run -- [OPTIONS]
   cargo run -- boot ELF [OPTIONS]  boot this hypervisor image (what `cargo run -p hv --target ...` does)
+  cargo run -- measure [--record]  count what things cost, and compare with what was kept
   cargo run -- toolchain           make the bare-metal targets usable, and print what cargo needs for that
 
 Options:
@@ -35,6 +36,7 @@ Options:
   --offline          download nothing
   --timeout SECONDS  limit for each boot (60)
   --repeat N         boot N times in a row and count
+  --record           keep the figures that are measured (tests/bench/measured.json)
   --verbose          show all the hypervisor's log, not only what matters
   --help             this text
 
@@ -68,6 +70,8 @@ pub struct Options {
     pub limit: Duration,
     /// How many times in a row to boot.
     pub repeat: u32,
+    /// Whether the figures that are measured are kept for the next comparison.
+    pub record: bool,
     /// Whether all of the log is shown, and not only level info and above.
     pub verbose: bool,
     /// Whether a scene that is skipped counts as failed.
@@ -88,6 +92,7 @@ impl Options {
             offline: is_on("CARGO_NET_OFFLINE"),
             limit: Duration::from_secs(60),
             repeat: 1,
+            record: false,
             verbose: false,
             skips_fail: is_on("CI"),
         }
@@ -119,6 +124,8 @@ pub enum Request {
     Demonstrate(Options),
     /// Show the demonstration with a hypervisor image that is built already.
     Boot(PathBuf, Options),
+    /// Measure what things cost.
+    Measure(Options),
     /// Provide the bare-metal targets and print cargo's arguments for them.
     Toolchain(Options),
 }
@@ -168,6 +175,7 @@ fn read(parser: &mut lexopt::Parser, mut options: Options) -> Result<Request, Re
                     Duration::from_secs(at_least_one("--timeout", parser.value()?.parse()?)?.into())
             }
             Long("repeat") => options.repeat = at_least_one("--repeat", parser.value()?.parse()?)?,
+            Long("record") => options.record = true,
             Long("verbose") => options.verbose = true,
             Value(word) => words.push(word),
             _ => return Err(argument.unexpected().into()),
@@ -191,6 +199,7 @@ fn read(parser: &mut lexopt::Parser, mut options: Options) -> Result<Request, Re
     let mut words = words.into_iter();
     let request = match (words.next(), words.next()) {
         (None, _) => Request::Demonstrate(options),
+        (Some(word), None) if word == "measure" => Request::Measure(options),
         (Some(word), None) if word == "toolchain" => Request::Toolchain(options),
         (Some(word), Some(elf)) if word == "boot" => Request::Boot(elf.into(), options),
         (Some(word), None) if word == "boot" => {
@@ -237,6 +246,17 @@ mod tests {
         assert_eq!(elf, PathBuf::from("hv.elf"));
         assert!(options.keep && options.wants("deny") && options.wants("allow") && !options.wants("repair"));
         assert_eq!((options.limit, options.repeat), (Duration::from_secs(5), 3));
+    }
+
+    #[test]
+    fn measuring_is_a_word_of_its_own() {
+        let Request::Measure(options) = request(&["measure", "--record", "--machine=aarch64"]).unwrap()
+        else {
+            panic!("not a measurement")
+        };
+
+        assert!(options.record);
+        assert_eq!(options.machines, [Machine::Aarch64]);
     }
 
     #[test]

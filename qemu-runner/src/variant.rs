@@ -237,6 +237,14 @@ pub(crate) static VARIANTS: &[Variant] = &[
     },
 ];
 
+/// Returns `machine` as it comes.
+pub(crate) fn ordinary(machine: Machine) -> &'static Variant {
+    match machine {
+        Machine::X86_64 => &VARIANTS[0],
+        Machine::Aarch64 => &VARIANTS[1],
+    }
+}
+
 /// What the machine as it comes is called where a variant has its name.
 pub(crate) const ORDINARY: &str = "ordinary";
 

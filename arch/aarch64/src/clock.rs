@@ -33,7 +33,8 @@ pub(crate) fn init(tree_hz: Option<u32>) -> Result<(), Error> {
     Ok(())
 }
 
-fn ticks() -> u64 {
+/// Returns the physical counter. In QEMU with `-icount shift=0,sleep=off`, at the GHz that `virt` has, it counts instructions.
+pub fn ticks() -> u64 {
     // ORDER: without it the processor may read the counter before it has done what comes earlier in the program.
     barrier::isb(barrier::SY);
     CNTPCT_EL0.get()

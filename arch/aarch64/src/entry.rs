@@ -164,6 +164,13 @@ park:
     other = sym other,
 );
 
+/// Returns the lowest address of the stack of `core`, above its guard.
+///
+/// PANICS: when there is no such core.
+pub(crate) fn stack_bottom(core: usize) -> usize {
+    (&raw const STACKS[core]).expose_provenance() + GUARD_BYTES
+}
+
 unsafe extern "Rust" {
     /// The hypervisor, defined by the binary.
     fn hypervisor(boot: Boot) -> !;

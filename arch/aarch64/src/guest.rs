@@ -51,6 +51,9 @@ impl GuestInterrupt {
 /// The interrupt by which a guest is told of its fault channel.
 pub const FAULT_CHANNEL: GuestInterrupt = GuestInterrupt(0x50);
 
+/// The shortest guest program that does something for ever: it waits for an interrupt, and again (`wfi`, `b`).
+pub const WAITS: &[u8] = &[0x7F, 0x20, 0x03, 0xD5, 0xFF, 0xFF, 0xFF, 0x17];
+
 /// Why a guest stopped.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, defmt::Format)]
 pub enum Exit {

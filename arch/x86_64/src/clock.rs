@@ -39,7 +39,8 @@ pub(crate) fn init() -> Result<(), Error> {
     Ok(())
 }
 
-fn ticks() -> u64 {
+/// Returns the TSC. In QEMU with `-icount shift=0,sleep=off` it counts instructions.
+pub fn ticks() -> u64 {
     // ORDER: without it the processor may read the TSC before it has done what comes earlier in the program.
     // SAFETY: every 64-bit x86 processor has LFENCE.
     unsafe { _mm_lfence() };

@@ -13,6 +13,7 @@ use core::{
     arch::asm,
     arch::x86_64::CpuidResult,
     marker::PhantomData,
+    ptr,
     sync::atomic::{AtomicU64, AtomicUsize, Ordering},
 };
 use spin::mutex::TicketMutex;
@@ -22,7 +23,7 @@ use x86_64::{
     registers::model_specific::GsBase,
 };
 
-pub use crate::clock::now_us;
+pub use crate::clock::{now_us, ticks};
 
 /// The most cores that this build serves.
 pub const CORES: usize = 3;
@@ -168,6 +169,13 @@ pub fn relax() {
     core::hint::spin_loop();
 }
 
+/// Runs a hundred instructions that do nothing: what is counted for them says what is counted.
+#[inline(always)]
+pub fn hundred_instructions() {
+    // SAFETY: they do nothing.
+    unsafe { asm!(".rept 100", "nop", ".endr", options(nomem, nostack, preserves_flags)) };
+}
+
 /// Sleeps until an interrupt comes, and handles it. Called with interrupts masked; returns with them masked.
 ///
 /// An interrupt that came since they were masked ends the sleep at once, so what was checked before is still true or
@@ -179,9 +187,34 @@ pub fn wait_for_interrupt() {
 }
 
 /// Handles the interrupts that are pending on this core. Called with interrupts masked; returns with them masked.
-pub(crate) fn take_interrupts() {
+pub fn take_interrupts() {
     // SAFETY: interrupt handlers keep all registers, and the flag is masked again at the end as it was.
     unsafe { asm!("sti", "nop", "cli", options(nostack)) };
+}
+
+/// What a stack is filled with to see how far down it comes to be used.
+const PAINT: u64 = 0x5AA5_5AA5_5AA5_5AA5;
+/// Bytes that are not painted: the frames of what paints and looks.
+const UNPAINTED: usize = 256;
+
+/// Returns how many bytes of this core's stack `f` used, by painting what is free of it before.
+///
+/// The first 256 count as used, whether they are or not.
+#[inline(never)]
+pub fn stack_used_by(f: impl FnOnce()) -> usize {
+    let here = 0_u64;
+    let top = (&raw const here).addr() & !7;
+    let bottom = entry::stack_bottom(core());
+    let words = top.saturating_sub(UNPAINTED).saturating_sub(bottom) / 8;
+    let word = |at: usize| ptr::with_exposed_provenance_mut::<u64>(bottom + at * 8);
+    for at in 0..words {
+        // SAFETY: on this core's own stack, below everything that is live on it; no interrupt comes in between.
+        unsafe { word(at).write_volatile(PAINT) };
+    }
+    f();
+    // SAFETY: as above, and only what was painted is looked at.
+    let untouched = (0..words).take_while(|&at| unsafe { word(at).read_volatile() } == PAINT).count();
+    top - (bottom + untouched * 8)
 }
 
 /// Interrupts are masked on this core until this is dropped; then they are as they were before.

@@ -74,6 +74,9 @@ impl GuestInterrupt {
 /// The interrupt by which a guest is told of its fault channel.
 pub const FAULT_CHANNEL: GuestInterrupt = GuestInterrupt(0x50);
 
+/// The shortest guest program that does something for ever: it waits for an interrupt, and again (`hlt`, `jmp`).
+pub const WAITS: &[u8] = &[0xF4, 0xEB, 0xFD];
+
 /// Why a guest stopped.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, defmt::Format)]
 pub enum Exit {

@@ -118,6 +118,11 @@ impl Guest {
         // Whatever fails from here on, the device is the guest's to give back.
         let _ = self.devices.push(Given { number, id, restraint: Restraint::None, blocked: None });
         self.hv.give(number, Some((self.index, self.devices.len() as u32)));
+        if requests {
+            let tlb = device.function.device_tlb(&self.hv.config).map_err(Error::Device)?;
+            let describe = |commands: &mut _| unit::describe_device_tlb(commands, stream, &tlb);
+            self.hv.commands.with(describe).map_err(Error::Unit)?;
+        }
         self.stuck_if_late(assign(self.hv, stream, features))?;
         if pasids {
             // Accesses without PASID reach an empty space. It also has to be there: QEMU's unit refuses every PASID of a
@@ -129,8 +134,7 @@ impl Guest {
             let config = &self.hv.config;
             let enabled =
                 device.function.enable_page_requests(config, ALLOCATION, pasids).map_err(Error::Device)?;
-            let tlb = device.function.device_tlb(config).map_err(Error::Device)?;
-            defmt::debug!("{} of guest {=usize}: {}, {}", stream, self.index, enabled, tlb);
+            defmt::debug!("{} of guest {=usize}: {}", stream, self.index, enabled);
         }
         device.function.enable_bus_master(&self.hv.config);
         Ok(())

@@ -9,7 +9,7 @@ use core::{fmt, iter, ops::Range, ptr, slice};
 use heapless::Vec;
 use iommu::{PAGE_SIZE, PhysAddr, StreamId};
 use pcie::ConfigSpace;
-use vtd::dmar::{Dmar, Requester};
+use vtd::dmar::{Dmar, Requester, Reserved};
 
 /// Why something about the machine is not as it is needed.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, defmt::Format)]
@@ -409,7 +409,7 @@ impl Boot {
         let Some(table) = self.acpi_table(b"DMAR") else { return false };
         let buses = |of: Requester| pcie::buses_behind(config, of.id);
         let device = Requester { segment: 0, id: device };
-        Dmar::new(table).map_or(true, |table| table.regions_of(device, buses).next().is_some())
+        Dmar::new(table).map_or(true, |table| table.kept_mapped(device, Reserved::Refuse, buses).is_err())
     }
 
     /// Returns whether a part of `range` belongs to the machine, so that it cannot be the registers of a device.

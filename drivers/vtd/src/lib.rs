@@ -44,8 +44,10 @@
 //! | takeover from firmware | yes | translation of the same mode, interrupt remapping, queue, protected memory: model |
 //! | page requests | yes | groups are put together by the broker |
 //! | primary faults | yes | all records, overflow |
-//! | interrupt remapping | yes | tables of up to 65536 entries, x2APIC and xAPIC destinations; the source is always validated |
-//! | compatibility format of interrupts | blocked | the model does so; QEMU lets it pass |
+//! | interrupt remapping | yes | up to 65536 entries, x2APIC and xAPIC destinations; the source is always validated: QEMU, model |
+//! | blocks of entries, sources behind bridges, phantom functions, pins of I/O APICs | yes | model |
+//! | forgetting interrupt entries, in caching mode and without | yes | model; QEMU remembers none |
+//! | compatibility format of interrupts | refused | model; QEMU lets it pass |
 //! | posted interrupts | no | |
 #![cfg_attr(not(test), no_std)]
 #![forbid(unsafe_code)]

@@ -18,24 +18,36 @@
 //! }
 //! ```
 //!
-//! | feature | supported | note |
+//! | feature | supported | evidence |
 //! |---|---|---|
-//! | discovery | ACPI | all units, root complexes and components of an `IORT` table, reserved memory; not the device tree |
-//! | stage 1 | yes | 4 levels, 48 bits; memory attribute 0 is write-back |
-//! | stage 2 | yes | 4 levels, 44 bits |
-//! | stream table | yes | linear, or two levels: the second is made as devices are assigned, and stays |
-//! | command queue | yes | tickets; an error is reported, and stops the queue for good |
-//! | device TLBs (ATS) | yes | a time-out stops the queue for good |
-//! | page requests (PRI) | yes | groups are put together by the broker |
-//! | events | yes | overflow |
-//! | range invalidation (RIL) | yes | where the unit has it |
-//! | errata | yes | by `IIDR`; the driver does without what cannot be relied on, whatever the part |
-//! | PASIDs (substreams), nested stages, stalls, messages (MSI), takeover, Secure and Realm | no | |
+//! | discovery | `IORT`: all units, root complexes and components, reserved memory; the device tree | model, QEMU |
+//! | stage 1 | 4 levels, 48 bits; memory attributes 0 (write-back), 1 (device), 2 (not cached) | model, QEMU |
+//! | stage 2 | 4 levels, as many bits as `IDR5.OAS` has, 44 or 48; 3 levels, 39 bits; `S2FWB` if asked for | model |
+//! | PASIDs (substreams) | 15 bits with tables of two levels, 6 without; first stages; PASID 0 is that of accesses without one | model |
+//! | nested stages | a guest's page table, or its table of context descriptors by a list of fields; its commands, field by field | model |
+//! | bypass | of a device, or of accesses without PASID beside PASIDs; by Config = bypass there is no ATS | model |
+//! | replacement | every translation by every other, without a gap where one word decides | model, between any two stores |
+//! | stream table | linear, or two levels: the second is made as devices are assigned, and stays | model, QEMU |
+//! | silence of a blocked device | Config = abort | model |
+//! | command queue | tickets; errors are told and recovered from | model, QEMU (no errors) |
+//! | device TLBs (ATS) | one device at a time is asked to forget; one that is silent is named | model |
+//! | page requests (PRI) | groups are put together by the broker | model |
+//! | stalls | of devices that firmware names, never others; no ATS for those | model |
+//! | events | overflow; which stage refused | model, QEMU |
+//! | range invalidation (RIL) | where the unit has it | model, QEMU |
+//! | errata | by `IIDR`; the driver does without what cannot be relied on, whatever the part | model |
+//! | messages (MSI) of the unit itself, takeover, Secure and Realm, MPAM, HTTU, AArch32 tables | no | |
+//!
+//! Hardware: none yet.
+//!
+//! Interrupts of devices that are messages are writes like any other: whoever owns the tables of a device maps the page of
+//! its doorbell there ([`doorbell`]), and never in what a guest's CPU sees. A device whose tables lack it interrupts nobody.
 #![cfg_attr(not(test), no_std)]
 #![forbid(unsafe_code)]
 
 pub mod commands;
 pub mod contexts;
+pub mod doorbell;
 pub mod errata;
 pub mod events;
 pub mod guest;

@@ -657,7 +657,8 @@ impl<B: Bus> Tables<B> {
     ///
     /// That takes several changes, each by [`step`](Self::step), and between them the unit has to forget what it knew. Where
     /// the architecture allows, the device is translated by the one or the other at every moment; elsewhere it is blocked in
-    /// between. Nothing else is ever reached. What the translation before named may be used for something else when the last
+    /// between. Nothing else is ever reached (but while accesses without PASID begin or cease to bypass translation, PASID 0
+    /// may be translated as they are: it has no context of its own). What the translation before named may be used for something else when the last
     /// step's invalidations have completed.
     ///
     /// ```

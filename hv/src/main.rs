@@ -59,7 +59,10 @@ enum Failure {
     #[cfg(not(feature = "measure"))]
     Before(restart::Failure),
     NoGuestImage,
-    TooFewCores { present: usize, needed: usize },
+    TooFewCores {
+        present: usize,
+        needed: usize,
+    },
 }
 
 /// A machine in service.

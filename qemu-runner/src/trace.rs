@@ -72,6 +72,19 @@ impl Removal {
         }
     }
 
+    /// Returns it as the unit is told of it: a command for a second stage of SMMUv3 has 56 bits of an address, which is more
+    /// than any second stage has, so that nothing is remembered of what lies beyond.
+    fn as_commanded(self, told: &Told<'_>) -> Self {
+        let short = told.machine == Machine::Aarch64 && told.tables == Tables::Second;
+        let cut = |iova: u64| if short { iova & ((1 << 56) - 1) } else { iova };
+        let part = match self.part {
+            Part::Pages { iova, pages } => Part::Pages { iova: cut(iova), pages },
+            Part::Entry { number, iova, pages } => Part::Entry { number, iova: cut(iova), pages },
+            part => part,
+        };
+        Self { part, ..self }
+    }
+
     /// What has to happen for it, in order: each cache is filled from the one before.
     fn steps(&self, machine: Machine, has_device_tlb: bool) -> Vec<Step> {
         let steps: &[Step] = match self.part {
@@ -255,6 +268,7 @@ impl Trace {
         // looks like a detachment.
         let looks_like_one = |part| part != Part::Device || all.tables == Tables::Legacy;
         for removal in all.removals.iter().filter(|removal| looks_like_one(removal.part)) {
+            let removal = &removal.as_commanded(all);
             let steps = removal.steps(all.machine, all.with_device_tlb.contains(&removal.stream));
             let (from, of_entries) = next.entry((removal.stream, removal.pasid)).or_default();
             let is_entry = matches!(removal.part, Part::Entry { .. });
@@ -874,6 +888,21 @@ mod tests {
             assert_eq!(judge(words.pages, &[]), 0);
             assert_eq!(judge(words.all, &[words.pages]), 1);
         }
+    }
+
+    #[test]
+    fn what_no_second_stage_of_an_smmu_reaches_is_cut_to_what_its_commands_hold() {
+        const CUT: &str =
+            "smmuv3_range_inval vmid=5 asid=-1 addr=0xfffffffffff000 tg=0 num_pages=0x1 ttl=0 leaf=1 stage=2";
+        let words = &WORDS[1];
+        let last = Removal { part: Part::Pages { iova: u64::MAX - 4095, pages: 1 }, ..FOUR_PAGES };
+        let removals = [last];
+        let judge = |tables| {
+            let told = Told { tables, ..words.told(&removals) };
+            words.judge_told(&[words.on, CUT, words.wait], &told).invalidated
+        };
+
+        assert_eq!((judge(Tables::Second), judge(Tables::First)), (1, 0));
     }
 
     #[test]

@@ -40,6 +40,7 @@ mod task {
     pub const CLAIMS: u64 = 12;
     pub const FLOOD: u64 = 13;
     pub const BATCH: u64 = 14;
+    pub const REFUSED_INTERRUPT: u64 = 15;
 }
 
 /// How long a scene waits for a guest, in microseconds of the machine's time.

@@ -10,6 +10,7 @@ mod hold;
 mod isolation;
 mod leave;
 mod neighbour;
+mod refused;
 mod repair;
 mod restraint;
 mod silence;
@@ -58,6 +59,7 @@ const NEIGHBOUR: u64 = 11;
 const CLAIMS: u64 = 12;
 const FLOOD: u64 = 13;
 const BATCH: u64 = 14;
+const REFUSED_INTERRUPT: u64 = 15;
 
 /// Asks for the task, and does it.
 pub fn run() -> Result<(), Failed> {
@@ -78,6 +80,7 @@ pub fn run() -> Result<(), Failed> {
         CLAIMS => claims::run(),
         FLOOD => flood::run(),
         BATCH => batch::run(),
+        REFUSED_INTERRUPT => refused::run(),
         _ => {
             say!("this guest knows no task {task}");
             Err(Failed)

@@ -105,6 +105,18 @@ impl<'h> Sender<'h> {
     }
 }
 
+/// Takes an entry for a device, and the message that names it.
+fn allocate(
+    remapping: &Locked<Remapping>,
+    sender: &Sender<'_>,
+) -> Result<(InterruptHandle, Message), Unexpected> {
+    remapping.with(|remapping| {
+        let handle = remapping.allocate(sender.device.function.id).map_err(|_| "there is no entry")?;
+        let message = remapping.message(&handle).map_err(|_| "there is no message")?;
+        Ok((handle, message))
+    })
+}
+
 /// Lets the interrupt reach `core`, and waits until the unit knows.
 fn open(
     hv: &Hypervisor,
@@ -139,11 +151,9 @@ fn show(
     owner: &Sender<'_>,
     (other, other_number): (&Sender<'_>, usize),
 ) -> Result<&'static str, Unexpected> {
-    let allocated = remapping.with(|remapping| remapping.allocate(owner.device.function.id));
-    let handle = allocated.map_err(|_| "there is no entry")?;
+    let [(others, others_message), (handle, message)] =
+        [allocate(remapping, other)?, allocate(remapping, owner)?];
     let number = remapping.with(|remapping| remapping.number(&handle));
-    let message =
-        remapping.with(|remapping| remapping.message(&handle)).map_err(|_| "there is no message")?;
     owner.use_message(message)?;
     seen.count("entry", number.into());
 
@@ -158,6 +168,9 @@ fn show(
         seen.count("arrived_at_core", core as u64);
     }
 
+    other.use_message(others_message)?;
+    open(hv, remapping, &others, SERVICE_CORE)?;
+    expect(other.send() == Became::Arrived(SERVICE_CORE), "the other device's own message did not arrive")?;
     other.use_message(message)?;
     let foreign = other.is_refused(WRONG_SOURCE, number);
     expect(foreign, "a message through another device's entry was not refused, or not reported")?;
@@ -192,19 +205,21 @@ fn show(
     };
     seen.count("compatibility_format_let_through", let_through.into());
 
-    let (leaving, invalidations) = remapping.with(|remapping| remapping.release(handle));
-    invalidate(hv, &invalidations)?;
-    remapping.with(|remapping| remapping.finish(leaving));
+    for handle in [handle, others] {
+        let (leaving, invalidations) = remapping.with(|remapping| remapping.release(handle));
+        invalidate(hv, &invalidations)?;
+        remapping.with(|remapping| remapping.finish(leaving));
+    }
     expect(
         owner.is_refused(NOT_PRESENT, number),
         "a message was not refused although its entry was given back",
     )?;
     Ok(match let_through {
         false => {
-            "a device's message arrived by its own entry alone; another's was refused and reported, to its owner as well, and so was the compatibility format"
+            "each device's message arrived by its own entry; through the other's it was refused and reported, to its owner as well, and so was the compatibility format"
         }
         true => {
-            "a device's message arrived by its own entry alone; another's was refused and reported (0x26), to its owner as well; QEMU lets the compatibility format through"
+            "each device's message arrived by its own entry; through the other's it was refused and reported (0x26), to its owner as well; QEMU lets the compatibility format through"
         }
     })
 }

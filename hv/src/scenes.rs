@@ -43,6 +43,7 @@ mod task {
     pub const FLOOD: u64 = 13;
     pub const BATCH: u64 = 14;
     pub const NESTED: u64 = 15;
+    pub const REFUSED_INTERRUPT: u64 = 16;
 }
 
 /// How long a scene waits for a guest, in microseconds of the machine's time.
@@ -637,9 +638,14 @@ fn departure(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
         again == expected,
         "a device without reset was given to the next guest, or refused although it may be",
     )?;
-    Ok(
-        "every request was answered, the device switched off and reset, its memory came back and is handed out empty; a new guest repairs; a device without reset is given to nobody else",
-    )
+    Ok(match again {
+        Ending::NotStarted => {
+            "every request was answered, the device switched off and reset, its memory came back and is handed out empty; a new guest repairs; a device without reset is given to nobody else"
+        }
+        _ => {
+            "every request was answered, the device switched off and reset, its memory came back and is handed out empty; a new guest repairs; a device without reset was given on, as the command line allows"
+        }
+    })
 }
 
 /// Counts the registers of a `sva-dev` that differ from what they are after a reset: those of its lanes, and its counters.

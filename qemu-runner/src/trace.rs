@@ -259,7 +259,9 @@ impl Trace {
             trace.find("translation was never switched on".into());
         }
         let told = all.removals.iter().any(|removal| removal.part == Part::All);
-        if all.detachments && !told && !all.removals.is_empty() {
+        // A device that was blocked need not have been attached.
+        let attached = all.removals.iter().any(|removal| removal.part != Part::Device);
+        if all.detachments && !told && attached {
             trace.find("the hypervisor removed mappings and told of no detachment".into());
         }
         // Where the search for an address space's next batch begins, and whether that one is of entries before.
@@ -813,6 +815,11 @@ mod tests {
 
             assert!(judge(&[FOUR_PAGES], false) && !judge(&[FOUR_PAGES], true));
             assert!(judge(&[], true), "nothing was attached");
+            let blocked = [Removal { part: Part::Device, ..FOUR_PAGES }];
+            let told = Told { detachments: true, ..words.told(&blocked) };
+            let trace = words.judge_told(&[words.on, words.pages, words.wait], &told);
+            let of_none = |finding: &String| finding.contains("told of no detachment");
+            assert!(!trace.findings.iter().any(of_none), "blocked without having been attached: {trace:?}");
         }
     }
 

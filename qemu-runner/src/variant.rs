@@ -83,7 +83,7 @@ impl Scene {
 
 /// Devices interrupt by entries of their own. QEMU names both devices when one of them uses the other's.
 const INTERRUPTS: Scene =
-    Scene::requests("interrupts").witnessed("invalid IRTE SID (index=0, sid=40, source_id=32)");
+    Scene::requests("interrupts").witnessed("invalid IRTE SID (index=1, sid=40, source_id=32)");
 
 /// QEMU's VT-d with first-stage tables, and interrupts for x2APIC IDs.
 const VTD_FIRST: &str = "intel-iommu,scalable-mode=on,fsts=on,device-iotlb=on,pasid-bits=20,eim=on";

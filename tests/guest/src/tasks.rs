@@ -11,6 +11,7 @@ mod isolation;
 mod leave;
 mod neighbour;
 mod nested;
+mod refused;
 mod repair;
 mod restraint;
 mod silence;
@@ -60,6 +61,7 @@ const CLAIMS: u64 = 12;
 const FLOOD: u64 = 13;
 const BATCH: u64 = 14;
 const NESTED: u64 = 15;
+const REFUSED_INTERRUPT: u64 = 16;
 
 /// Asks for the task, and does it.
 pub fn run() -> Result<(), Failed> {
@@ -81,6 +83,7 @@ pub fn run() -> Result<(), Failed> {
         FLOOD => flood::run(),
         BATCH => batch::run(),
         NESTED => nested::run(first),
+        REFUSED_INTERRUPT => refused::run(),
         _ => {
             say!("this guest knows no task {task}");
             Err(Failed)

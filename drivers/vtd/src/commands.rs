@@ -391,7 +391,7 @@ pub struct Commands<B> {
     /// Entries kept free for page group responses.
     reserve: usize,
     described: Vec<Described, DESCRIBED>,
-    /// A ticket that took too long, until [`iommu::Commands::recover`] tells it.
+    /// The ticket that took too long, until [`iommu::Commands::recover`] tells it.
     overdue: Option<Failure>,
     /// Errors met in a row while the head was here and so much was done.
     attempts: (u32, usize, u64),
@@ -861,7 +861,10 @@ impl<B: Bus> iommu::Commands for Commands<B> {
             let stream = late.asked.stream();
             let cause =
                 if late.asked == Asked::Nobody { FailureCause::Stopped } else { FailureCause::Unanswered };
-            self.overdue = Some(Failure { cause, stream, ticket: Some(late.ticket) });
+            // Of several the one that names a device is told: it is the one to act upon.
+            if self.overdue.is_none_or(|earlier| earlier.stream.is_none()) {
+                self.overdue = Some(Failure { cause, stream, ticket: Some(late.ticket) });
+            }
         }
         self.tickets.completion(ticket)
     }

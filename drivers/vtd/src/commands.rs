@@ -628,13 +628,12 @@ impl<B: Bus> Commands<B> {
         if self.stopped { Err(Error::Failed { ticket }) } else { Ok(()) }
     }
 
-    /// Gives up: nothing that is queued will be executed. The queue goes off, so that it does not fail again, and faults
-    /// interrupt again.
+    /// Gives up: nothing that is queued will be executed. The queue goes off, so that it does not fail again once its errors
+    /// are cleared, which the next call does.
     fn stop(&mut self) -> Failure {
         self.stopped = true;
         let kept = regs::GSTS.read(&self.bus).get() & !regs::ONE_SHOT;
         regs::GCMD.set(&self.bus, kept & !GLOBAL::QIE::SET.value);
-        self.clear_errors();
         let mut last = None;
         while let Some(ticket) = self.tickets.pending().first().map(|batch| batch.ticket) {
             self.tickets.end(ticket);

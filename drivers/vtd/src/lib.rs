@@ -25,10 +25,10 @@
 //! | reserved regions of firmware | by policy | [`dmar::Dmar::kept_mapped`]: the device is refused, or exactly they stay mapped: model |
 //! | several units | yes | each has a driver of its own; a domain uses what [`Capabilities::common`] says: model |
 //! | scalable mode, first stage | yes | 4 levels: QEMU, model; 5 where reported: model |
-//! | scalable mode, second stage | yes | 3 to 5 levels, as reported: model; QEMU offers it without page requests |
+//! | scalable mode, second stage | yes | 3 to 5 levels, as reported: model; 4 levels: QEMU, which offers it without page requests |
 //! | nested | yes | a guest's page tables over second-stage tables: model; its PASID tables no: the unit reads them by host addresses |
-//! | pass-through | yes | for who vouches for it ([`Trust`](iommu::Trust)): model; in legacy mode without a device TLB |
-//! | legacy mode | yes | where there is no other, or when asked; 3 to 5 levels, pass-through: model |
+//! | pass-through | yes | for who vouches for it ([`Trust`](iommu::Trust)): QEMU, model; in legacy mode without a device TLB |
+//! | legacy mode | yes | where there is no other, or when asked; 4 levels: QEMU, model; 3 and 5: model |
 //! | blocking without records (`FPD`) | yes | until the device is given back: model |
 //! | page walks that do not look into caches | yes | only then are cache lines flushed: QEMU (nothing to see there), model |
 //! | write buffers (`CAP.RWBF`) | yes | flushed at bring-up and after each entry: model; interrupt entries by their invalidation |

@@ -391,7 +391,7 @@ pub struct Commands<B> {
     /// Entries kept free for page group responses.
     reserve: usize,
     described: Vec<Described, DESCRIBED>,
-    /// A ticket that took too long, until [`iommu::Commands::recover`] tells it.
+    /// The ticket that took too long, until [`iommu::Commands::recover`] tells it.
     overdue: Option<Failure>,
     /// Errors met in a row while the head was here and so much was done.
     attempts: (u32, usize, u64),
@@ -628,13 +628,12 @@ impl<B: Bus> Commands<B> {
         if self.stopped { Err(Error::Failed { ticket }) } else { Ok(()) }
     }
 
-    /// Gives up: nothing that is queued will be executed. The queue goes off, so that it does not fail again, and faults
-    /// interrupt again.
+    /// Gives up: nothing that is queued will be executed. The queue goes off, so that it does not fail again once its errors
+    /// are cleared, which the next call does.
     fn stop(&mut self) -> Failure {
         self.stopped = true;
         let kept = regs::GSTS.read(&self.bus).get() & !regs::ONE_SHOT;
         regs::GCMD.set(&self.bus, kept & !GLOBAL::QIE::SET.value);
-        self.clear_errors();
         let mut last = None;
         while let Some(ticket) = self.tickets.pending().first().map(|batch| batch.ticket) {
             self.tickets.end(ticket);
@@ -861,7 +860,10 @@ impl<B: Bus> iommu::Commands for Commands<B> {
             let stream = late.asked.stream();
             let cause =
                 if late.asked == Asked::Nobody { FailureCause::Stopped } else { FailureCause::Unanswered };
-            self.overdue = Some(Failure { cause, stream, ticket: Some(late.ticket) });
+            // Of several the one that names a device is told: it is the one to act upon.
+            if self.overdue.is_none_or(|earlier| earlier.stream.is_none()) {
+                self.overdue = Some(Failure { cause, stream, ticket: Some(late.ticket) });
+            }
         }
         self.tickets.completion(ticket)
     }

@@ -38,12 +38,15 @@
 //! | queued invalidation, 256 bits | yes | tickets: QEMU, model |
 //! | queued invalidation, 128 bits | yes | in legacy mode: model |
 //! | register-based invalidation | yes | where there is no queue; each ticket is waited for: model |
-//! | refused descriptors (`IQE`) | replaced | what is behind them is executed: model |
+//! | order of invalidations | fenced | the caches fill each other, and a unit may execute them in any order: model |
+//! | refused descriptors (`IQE`) | replaced | what is behind them is executed: QEMU, model; a queue that cannot go on is given up |
 //! | device TLBs | yes | one wait at a time; virtual functions, throttle ([`Commands::describe`]): QEMU, model |
-//! | silent devices (`ITE`) | named | their ticket has failed, the others go on: model |
-//! | takeover from firmware | yes | translation of the same mode, interrupt remapping, queue, protected memory: model |
-//! | page requests | yes | groups are put together by the broker |
-//! | primary faults | yes | all records, overflow |
+//! | silent devices (`ITE`) | named | their ticket has failed, the others go on: model; silent units: [`HEAD_LIMIT_US`] |
+//! | stray answers of devices (`ICE`) | named | model |
+//! | takeover from firmware | yes | translation of the same mode, interrupt remapping, queue: QEMU, model; protected memory: model |
+//! | page requests | yes | overflow, drain; groups are put together by the broker: QEMU, model |
+//! | primary faults | yes | all records in any order, overflow, [`Reason`]: QEMU (one record), model |
+//! | advanced fault log | no | |
 //! | interrupt remapping | yes | up to 65536 entries, x2APIC and xAPIC destinations; the source is always validated: QEMU, model |
 //! | blocks of entries, sources behind bridges, phantom functions, pins of I/O APICs | yes | model |
 //! | forgetting interrupt entries, in caching mode and without | yes | model; QEMU remembers none |

@@ -106,9 +106,9 @@ impl Tickets {
     pub(crate) fn observe(&mut self, status: u32) {
         let behind = (self.submitted as u32).wrapping_sub(status);
         if let Some(completed) = self.submitted.checked_sub(behind.into()) {
-            // A word that goes back is an old wait's that came late: what is done stays done.
-            self.completed = self.completed.max(completed);
+            self.completed = completed;
         }
+        // A word that goes back is an old wait's that came late. What is done is not pending any more, and stays done.
         let completed = self.completed;
         self.pending.retain(|batch| batch.done_at > completed);
     }

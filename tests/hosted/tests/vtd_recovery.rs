@@ -434,6 +434,24 @@ fn a_stray_answer_is_told_with_its_device_and_stops_nothing() {
     machine.assert_lawful();
 }
 
+/// A unit that neither answers nor says why: the device comes first, and what waits behind it does not hide it.
+#[test]
+fn of_several_tickets_that_took_too_long_the_device_s_is_told() {
+    let mut machine = with_page_requests(Config { device_tlb_timeout_us: 1 << 40, ..Config::full() });
+    machine.unit.pause(0);
+    let tickets = [vec![OTHER], vec![device_tlb(DISK)], vec![OTHER]].map(|what| submit(&mut machine, &what));
+
+    for _ in 0..8 {
+        machine.unit.advance(vtd::HEAD_LIMIT_US);
+        completions(&mut machine, tickets);
+    }
+
+    assert_eq!(completions(&mut machine, tickets), [Completion::Failed; 3]);
+    let named = Failure { cause: FailureCause::Unanswered, stream: Some(DISK), ticket: Some(tickets[1]) };
+    assert_eq!(machine.vtd.commands.recover(), Some(named));
+    assert_eq!(machine.vtd.commands.recover(), None);
+}
+
 #[test]
 fn an_error_is_told_once_in_each_pass_until_it_is_dealt_with() {
     let mut machine = Machine::new(Config::full());

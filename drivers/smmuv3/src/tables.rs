@@ -64,8 +64,8 @@ impl Walks {
     }
 
     /// Returns the bits of an address that second-stage tables of `levels` levels take: 4 levels as many as a physical
-    /// address has, which are 44 at least; 3 levels 39, or fewer where a physical address has fewer. No top tables lie
-    /// side by side.
+    /// address has, which are 44 at least; 3 levels 39, or fewer where a physical address has fewer. The top table is one
+    /// whole frame, whatever part of it is in use; none lie side by side.
     pub fn second_stage_bits(self, levels: u8) -> Option<u8> {
         match (levels, self.address_bits()) {
             (4, bits) if bits >= 44 => Some(bits),

@@ -814,8 +814,9 @@ impl<B: Bus> iommu::Tables for Tables<B> {
         Ok(configuration(stream))
     }
 
-    /// Attaches in one change. A second stage of fewer levels than an entry is prepared for is attached blocked, and then
-    /// [replaced](Tables::replace).
+    /// Attaches in one change. What cannot be is refused, and nothing has changed: it is attached blocked, and that is
+    /// [replaced](Tables::replace). That is a second stage of fewer levels than an entry is prepared for, and a guest's
+    /// context descriptors on a device that had PASIDs before.
     fn attach(
         &mut self,
         stream: StreamId,

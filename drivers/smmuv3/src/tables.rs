@@ -770,10 +770,9 @@ impl<B: Bus> Tables<B> {
         }
         replacement.done = true;
         let mut invalidations = Invalidations::new();
+        // Of the new translation nothing is remembered that is not so: whatever had the same numbers before was forgotten when
+        // it went.
         let _ = invalidations.push(Invalidation::Attachment(before));
-        if before.stages != after.stages {
-            let _ = invalidations.push(Invalidation::Attachment(after));
-        }
         Ok(Some(invalidations))
     }
 

@@ -8,7 +8,7 @@
 //!
 //! What it assumes of the hardware: VMSAv8-64 tables with pages of 4 KiB, little-endian, faults that need not stall, and
 //! tables and queues where the driver puts them (`IDR0.TTF`, `IDR5.GRAN4K`, `IDR0.TTENDIAN`, `IDR0.STALL_MODEL`,
-//! `IDR1.TABLES_PRESET`, `IDR1.QUEUES_PRESET`); a unit without them is refused by name. Interrupts are wired.
+//! `IDR1.TABLES_PRESET`, `IDR1.QUEUES_PRESET`); a unit without them is refused by name.
 //!
 //! ```
 //! # use iommu::{Bus, Error};
@@ -29,14 +29,16 @@
 //! | replacement | every translation by every other, without a gap where one word decides | model, between any two stores |
 //! | stream table | linear, or two levels: the second is made as devices are assigned, and stays | model, QEMU |
 //! | silence of a blocked device | Config = abort | model |
-//! | command queue | tickets; errors are told and recovered from | model, QEMU (no errors) |
-//! | device TLBs (ATS) | one device at a time is asked to forget; one that is silent is named | model |
+//! | command queue | tickets, polled; a command that is refused fails its own, a queue that cannot be read is switched off | model, QEMU (no errors) |
+//! | take-over, stop | a unit that firmware left on, without a moment of bypass; a unit in service, which then refuses all | model |
+//! | device TLBs (ATS) | all PASIDs or one; one device at a time is asked to forget, and one that is silent is named | model |
 //! | page requests (PRI) | groups are put together by the broker | model |
-//! | stalls | of devices that firmware names, never others; no ATS for those | model |
-//! | events | overflow; which stage refused | model, QEMU |
-//! | range invalidation (RIL) | where the unit has it | model, QEMU |
+//! | stalls | of devices that firmware names, never others; no ATS for those; answered by `CMD_RESUME`, ended by `CMD_STALL_TERM` | model |
+//! | events | all of the manual, overflow, which stage refused; errors of the unit by their names | model, QEMU |
+//! | range invalidation (RIL) | where the unit has it; not of a guest's own pages, whose size nobody knows | model, QEMU |
+//! | interrupts of the unit | by wires or by messages (MSI) | model, QEMU (wires) |
 //! | errata | by `IIDR`; the driver does without what cannot be relied on, whatever the part | model |
-//! | messages (MSI) of the unit itself, takeover, Secure and Realm, MPAM, HTTU, AArch32 tables | no | |
+//! | a message as the end of `CMD_SYNC`, queues or tables preset, forced stalls, page 0 alone, Secure and Realm, MPAM, HTTU, AArch32 tables | no | |
 //!
 //! Hardware: none yet.
 //!
@@ -65,6 +67,7 @@ pub use commands::Commands;
 pub use contexts::CONTEXT_TABLES;
 pub use errata::Erratum;
 pub use events::Events;
+pub use interrupts::Messages;
 pub use streams::{SECOND_LEVEL_TABLES, StreamTableNeeds};
 pub use tables::{FRAME_WORDS, Replacement, Tables};
 

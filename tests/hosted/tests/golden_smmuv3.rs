@@ -203,6 +203,10 @@ mod commands {
         assert_eq!(Command::tlbi_nh_vaa(0x2A, upper, Part::Way).0, [0x0000_002A_0000_0013, upper.0]);
         assert_eq!(Command::tlbi_nh_vaa(0x2A, upper, Part::Leaf).0, [0x0000_002A_0000_0013, upper.0 | 1]);
         // The widest values: VMID [47:32], ASID [63:48], address [127:76].
+        assert_eq!(
+            Command::tlbi_s2_ipa(0xFFFF, Iova(u64::MAX)).0,
+            [0x0000_FFFF_0000_002A, 0x00FF_FFFF_FFFF_F001]
+        );
         assert_eq!(Command::tlbi_nh_all(0xFFFF).0[0], 0x0000_FFFF_0000_0010);
         assert_eq!(
             Command::tlbi_nh_va(0xFFFF, 0xFFFF, Iova(u64::MAX), Part::Leaf).0,

@@ -229,6 +229,8 @@ pub struct Hypervisor {
     pub latest_expiry_us: AtomicU64,
     /// Answers that the unit did not take yet; the service core tries again.
     pub unsent: Locked<Vec<Unsent, UNSENT>>,
+    /// There may be such answers.
+    pub unsent_waits: AtomicBool,
     /// The control core sleeps until something that a guest does.
     pub control_waits: AtomicBool,
     /// When the control core wants to be woken, in microseconds.
@@ -300,6 +302,7 @@ impl Hypervisor {
             lost: Losses { faults: AtomicU64::new(0), requests: AtomicU64::new(0) },
             latest_expiry_us: AtomicU64::new(0),
             unsent: Locked::new(Vec::new()),
+            unsent_waits: AtomicBool::new(false),
             control_waits: AtomicBool::new(false),
             control_wakes_us: AtomicU64::new(u64::MAX),
             devices,
@@ -361,6 +364,7 @@ impl Hypervisor {
     /// means that the unit is stuck, or that a device sends more requests than it was allowed.
     fn keep(&self, unsent: Unsent, error: Error) {
         let kept = self.unsent.with(|list| list.push(unsent));
+        self.unsent_waits.store(true, Release);
         match kept {
             Ok(()) => defmt::debug!("an answer waits: {}", error),
             Err(_) => defmt::error!("an answer is lost, and its device may wait for ever: {}", error),
@@ -369,6 +373,9 @@ impl Hypervisor {
 
     /// Tries once more to send what was not sent; returns whether nothing is left.
     pub fn send_unsent(&self) -> bool {
+        if !self.unsent_waits.swap(false, AcqRel) {
+            return true;
+        }
         let mut tries = self.unsent.with(|list| list.len());
         while tries > 0 {
             match self.unsent.with(|list| (!list.is_empty()).then(|| list.remove(0))) {
@@ -378,7 +385,9 @@ impl Hypervisor {
             }
             tries -= 1;
         }
-        self.unsent.with(|list| list.is_empty())
+        let none_left = self.unsent.with(|list| list.is_empty());
+        self.unsent_waits.fetch_or(!none_left, Release);
+        none_left
     }
 
     /// Submits `invalidations` and waits until they have completed. Interrupts are open, and no lock is held.

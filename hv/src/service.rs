@@ -46,6 +46,8 @@ struct Service {
     batch: Deque<Event, PASS>,
     /// When this pass took what it deals with, in microseconds.
     now_us: u64,
+    /// A group may have got a deadline since the timer was armed.
+    admitted: bool,
     /// The homes that there is news for.
     kicks: [bool; GUESTS],
     /// When the timer comes, at the latest, in microseconds.
@@ -80,6 +82,7 @@ pub fn start(hv: &'static Hypervisor, mut events: unit::Events) -> Result<(), Fa
             log: LogBudget::new(),
             batch: Deque::new(),
             now_us: 0,
+            admitted: false,
             kicks: [false; GUESTS],
             timer_us: u64::MAX,
             behind: true,
@@ -144,7 +147,7 @@ impl Service {
         self.behind |= !done;
         if self.behind {
             interrupts::kick(SERVICE_CORE, Source::PageRequest);
-        } else {
+        } else if source != Source::IommuFault || core::mem::take(&mut self.admitted) || !all_sent {
             self.arm_timer(broker, all_sent);
         }
     }
@@ -215,6 +218,7 @@ impl Service {
 
     fn admit(&mut self, broker: &mut Broker, request: PageRequest) {
         let now_us = self.now_us;
+        self.admitted = true;
         if self.log.allows(now_us) {
             defmt::debug!("page request: {}", request);
         }

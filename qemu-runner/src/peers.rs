@@ -23,7 +23,18 @@ pub(crate) const FURTHER_FAULT: &str = "each further unrecoverable fault of a pa
 pub(crate) const REQUEST: &str = "page request";
 pub(crate) const BURST: &str = "64 page requests of one burst";
 pub(crate) const ANSWER: &str = "answer";
+pub(crate) const ANSWERS: &str = "16 answers of one call";
+pub(crate) const DETACH: &str = "detach with 64 groups outstanding";
 pub(crate) const SPURIOUS: &str = "spurious interrupt for faults";
+
+/// How the name of a figure ends for which page requests came from our own model: QEMU's SMMUv3 has none.
+pub(crate) const TEST_DOUBLE: &str = " (test double)";
+
+/// Whether the figure called `name` needs page requests.
+pub(crate) fn needs_requests(name: &str) -> bool {
+    let figure = name.split_once(BESIDE).map_or(name, |(figure, _)| figure);
+    [REQUEST, BURST, ANSWER, ANSWERS, DETACH].contains(&figure)
+}
 
 /// How the name of a figure goes on that was measured beside many attached streams.
 pub(crate) const BESIDE: &str = ", beside ";

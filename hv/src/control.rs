@@ -483,6 +483,7 @@ fn attach(hv: &Hypervisor, share: &Share, policy: &Policy, pasid: Option<Pasid>)
 pub fn block(hv: &Hypervisor, stream: StreamId) -> Result<Leaving, Error> {
     let (leaving, invalidations) = hv.tables.with(|tables| tables.block(stream)).map_err(Error::Unit)?;
     hv.invalidate(&invalidations).map_err(Error::Unit)?;
+    defmt::debug!("block stream={=u32:#x}", stream.0);
     Ok(leaving)
 }
 

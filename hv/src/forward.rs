@@ -12,7 +12,7 @@ use channel::{
     record::{Event, Reason, Request},
 };
 use core::sync::atomic::Ordering::Relaxed;
-use iommu::{Access, Perms};
+use iommu::{Access, FaultReason, Iova, Perms};
 
 impl Guest {
     /// Moves what the service core announced into the channel, and interrupts the guest if there is something new.
@@ -90,13 +90,15 @@ fn event(notice: &Notice) -> Event {
         Access::Atomic => Perms::READ_WRITE,
         Access::Unknown => Perms::default(),
     };
+    // Of an interrupt it is the number of an entry in a table that is no guest's.
+    let iova = if fault.reason == FaultReason::Interrupt { Iova(0) } else { fault.iova };
     Event {
         number: 0,
         lost: 0,
         device: notice.device,
         pasid: fault.pasid,
         opaque: notice.opaque,
-        iova: fault.iova,
+        iova,
         perms,
         reason: Reason::from(fault.reason),
     }

@@ -5,7 +5,7 @@ use arch::{
     cpu::{self, Locked},
     interrupts::{self, Source},
     machine::{Boot, Ecam},
-    unit::{self, Commands, Tables},
+    unit::{self, Commands, Remapping, Tables},
 };
 use broker::{BUCKETS, EventReceiver, EventSender, Inbox as Groups, Lost, Missed, POISONED, QueueId, Tally};
 use channel::call::REPORTS;
@@ -18,8 +18,8 @@ use core::{
 };
 use heapless::{Vec, spsc};
 use iommu::{
-    Capabilities, Commands as _, Completion, Error, FaultRecord, Invalidation, PageResponse, PhysAddr,
-    StreamId, Ticket,
+    Capabilities, Commands as _, Completion, Error, Failure, FaultRecord, Invalidation, PageResponse,
+    PhysAddr, StreamId, Ticket,
 };
 use pcie::Function;
 use spin::Once;
@@ -215,6 +215,10 @@ pub struct Hypervisor {
     pub commands: Locked<Commands>,
     /// The table side of the unit. Its changes are published one by one; waiting for their invalidation comes after.
     pub tables: Locked<Tables>,
+    /// Which device may interrupt which core, where the unit says so. Changed as the tables are.
+    pub remapping: Option<Locked<Remapping>>,
+    /// How often a device interrupted each core.
+    pub device_interrupts: [AtomicU64; 1 + GUESTS],
     /// Which device's requests go where, and the groups that each guest has outstanding.
     pub ledger: &'static Ledger,
     /// The home cores.
@@ -223,6 +227,8 @@ pub struct Hypervisor {
     pub drains: Drains,
     /// Faults of devices that no guest owns: how many, and the last.
     pub unowned: Locked<(u64, Option<FaultRecord>)>,
+    /// What stopped the unit's commands: how often, and the last.
+    pub failures: Locked<(u64, Option<Failure>)>,
     /// How often the unit said that it lost reports.
     pub lost: Losses,
     /// The most microseconds that an answer came after its deadline.
@@ -241,6 +247,16 @@ pub struct Hypervisor {
     given: [AtomicU64; DEVICES],
     /// The guests' program.
     pub image: &'static [u8],
+}
+
+/// The parts of a unit that are told something, rather than telling it.
+pub struct Told {
+    /// Its commands.
+    pub commands: Commands,
+    /// Its tables.
+    pub tables: Tables,
+    /// Its interrupt remapping, if it has that.
+    pub remapping: Option<Remapping>,
 }
 
 static HYPERVISOR: Once<Hypervisor> = Once::new();
@@ -264,10 +280,10 @@ impl Hypervisor {
         config: Ecam,
         unit: Range<PhysAddr>,
         capabilities: Capabilities,
-        commands: Commands,
-        tables: Tables,
+        told: Told,
         image: &'static [u8],
     ) -> &'static Self {
+        let Told { commands, tables, remapping } = told;
         let mut devices: Vec<Device, DEVICES> = Vec::new();
         for function in Function::on_bus_0(&config) {
             let Some(registers) = function.memory_bar(&config, 0) else { continue };
@@ -295,10 +311,13 @@ impl Hypervisor {
             stage,
             commands: Locked::new(commands),
             tables: Locked::new(tables),
+            remapping: remapping.map(Locked::new),
+            device_interrupts: [const { AtomicU64::new(0) }; 1 + GUESTS],
             ledger: &LEDGER,
             homes: &HOMES,
             drains: Drains::new(),
             unowned: Locked::new((0, None)),
+            failures: Locked::new((0, None)),
             lost: Losses { faults: AtomicU64::new(0), requests: AtomicU64::new(0) },
             latest_expiry_us: AtomicU64::new(0),
             unsent: Locked::new(Vec::new()),

@@ -29,7 +29,7 @@ mod tables;
 mod wanted;
 
 use arch::{cpu, interrupts, machine::Boot, unit};
-use hypervisor::{Hypervisor, POOL};
+use hypervisor::{Hypervisor, POOL, Told};
 use pcie::Function;
 
 /// Where `arch` hands over, on the core that booted: our own tables and stack, interrupts masked.
@@ -92,6 +92,7 @@ fn bring_up(boot: Boot) -> Result<BroughtUp, Failure> {
     let config = boot.config_space().map_err(Failure::Machine)?;
     for function in Function::on_bus_0(&config) {
         function.disable_page_requests(&config);
+        function.disable_messages(&config);
         function.disable_bus_master(&config);
     }
 
@@ -107,10 +108,11 @@ fn bring_up(boot: Boot) -> Result<BroughtUp, Failure> {
     defmt::info!("unit enabled: every device is blocked");
 
     let image = boot.guest_image_bytes().ok_or(Failure::NoGuestImage)?;
-    let unit::Unit { events, commands, tables, remapping: _ } = unit;
+    let unit::Unit { events, commands, tables, remapping } = unit;
     #[cfg(feature = "measure")]
     let unit = registers.clone();
-    let hv = Hypervisor::publish(boot, config, registers, capabilities, commands, tables, image);
+    let told = Told { commands, tables, remapping };
+    let hv = Hypervisor::publish(boot, config, registers, capabilities, told, image);
     service::start(hv, events).map_err(Failure::Service)?;
     if !cfg!(feature = "measure") {
         for index in 0..hypervisor::GUESTS {

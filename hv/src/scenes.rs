@@ -3,7 +3,9 @@
 //! A scene arranges, lets devices and guests act, and checks what came of it. It fails by saying which expectation did
 //! not hold. Frames are counted around each scene: one that leaves a frame taken has failed.
 
+mod interrupts;
 mod pressure;
+mod recovery;
 mod trust;
 
 use crate::{
@@ -75,13 +77,15 @@ const SCENES: [(&str, bool, Scene); 10] = [
     ("isolation", true, isolation),
 ];
 
-/// Scenes that are shown only where the command line names them, each in a boot that is made for it.
-const FURTHER: [(&str, bool, Scene); 5] = [
+/// Scenes that are shown only where the command line names them: each needs a boot, or a machine, that is made for it.
+const FURTHER: &[(&str, bool, Scene)] = &[
+    ("recovery", false, recovery::recovery),
     ("storm", false, pressure::storm),
     ("overflow", true, pressure::overflow),
     ("staleness", true, pressure::staleness),
     ("batch", true, pressure::batch),
     ("trust", false, trust::trust),
+    ("interrupts", true, interrupts::interrupts),
 ];
 
 /// Shows the scenes that were asked for; returns whether all of them passed.
@@ -91,7 +95,7 @@ pub fn run(hv: &Hypervisor) -> bool {
     let is_named = |(name, ..): &(&str, bool, Scene)| wanted.clone().any(|one| one == *name);
     let scenes = SCENES.into_iter().filter(|scene| ordinary || is_named(scene));
     let (mut ended, mut passed, mut skipped) = (0u32, 0u32, 0u32);
-    for (name, needs_requests, scene) in scenes.chain(FURTHER.into_iter().filter(is_named)) {
+    for (name, needs_requests, scene) in scenes.chain(FURTHER.iter().copied().filter(is_named)) {
         if needs_requests && requesters(hv).len() < GUESTS {
             defmt::warn!(
                 "scene skip name={=str} reason=there are no two devices that send page requests",

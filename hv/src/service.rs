@@ -72,6 +72,7 @@ pub fn start(hv: &'static Hypervisor, mut events: unit::Events) -> Result<(), Fa
     interrupts::on(Source::Timer, || run(Source::Timer));
     // A kick ends a sleep, or brings a guest out; what it is about is looked up by whoever was interrupted.
     interrupts::on(Source::Kick, || {});
+    interrupts::on(Source::Device, count_device_interrupt);
     let notices = BROKER.with(|broker| hv.connect(broker)).ok_or(Failure::NoMemory)?;
     unit::enable_interrupts(&mut events, SERVICE_CORE).map_err(Failure::Unit)?;
     SERVICE.with(|service| {
@@ -111,6 +112,15 @@ fn run(source: Source) {
             BROKER.with(|broker| service.pass(broker, source));
         }
     });
+}
+
+/// The handler of devices' interrupts, on any core: they are counted, and the control core looks.
+fn count_device_interrupt() {
+    let Some(hv) = hypervisor::get() else { return };
+    if let Some(count) = hv.device_interrupts.get(cpu::core()) {
+        count.fetch_add(1, Relaxed);
+    }
+    interrupts::kick(SERVICE_CORE, Source::Kick);
 }
 
 impl Service {
@@ -247,6 +257,10 @@ impl Service {
         for _ in 0..FAULTS {
             let Some(failure) = self.hv.commands.with(|commands| commands.recover()) else { return };
             defmt::error!("{}", failure);
+            self.hv.failures.with(|(count, last)| {
+                *count += 1;
+                *last = Some(failure);
+            });
             if let (FailureCause::Unanswered, Some(stream)) = (failure.cause, failure.stream) {
                 self.hv.ledger.quarantine(stream);
                 if let Some((index, _)) = self.hv.owner_of(stream) {
@@ -259,7 +273,12 @@ impl Service {
     /// Hands a fault to whoever owns its device.
     fn fault(&mut self, fault: FaultRecord) {
         if self.log.allows(self.now_us) {
-            defmt::info!("fault: {}", fault);
+            match unit::refused_interrupt(&fault) {
+                Some((why, number)) => {
+                    defmt::info!("interrupt {=u16} of {} was refused: {=str}", number, fault.stream, why);
+                }
+                None => defmt::info!("fault: {}", fault),
+            }
         }
         let attached = self.hv.ledger.owner_of(fault.stream, fault.pasid);
         let owner = attached.or_else(|| self.hv.owner_of(fault.stream).map(|(guest, name)| (guest, name, 0)));

@@ -268,7 +268,7 @@ impl Boot<'_> {
         }
         command.args(["-device", "iommu-testdev,addr=3"]);
         if let Some(plugin) = self.plugin {
-            plugin.add_to(command);
+            plugin.add_to(command, self.variant.plugin);
             for stream in PLUGIN_DEVICES {
                 command.args(["-device", &format!("sva-dev,addr={}", stream >> 3)]);
             }

@@ -25,12 +25,13 @@ Options:
   --variant NAME     boot this variant only; may be given several times
                      (ordinary: the machine as it comes;
                      second-stage: devices are translated by second-stage tables;
+                     legacy: the same in VT-d's legacy mode;
                      pressure: queues overflow, devices remember)
   --scene NAME       show this scene only; may be given several times
                      (deny allow event repair silence forgery restraint
-                     claims departure isolation; of pressure:
-                     storm overflow staleness batch; of second-stage
-                     on x86_64: trust)
+                     claims departure isolation; on x86_64: interrupts;
+                     of pressure: recovery storm overflow staleness batch;
+                     of second-stage and legacy: trust)
   --keep             keep each boot's files (serial.bin, log.txt, trace.txt, stderr.txt) and say where
   --offline          download nothing
   --timeout SECONDS  limit for each boot (60)
@@ -285,7 +286,7 @@ mod tests {
                 assert!(HELP.contains(name), "{name}");
             }
         }
-        for variant in &VARIANTS {
+        for variant in VARIANTS {
             for name in variant.scenes.iter().map(|scene| scene.name).chain([variant.name()]) {
                 assert!(HELP.contains(name), "{name}");
             }

@@ -173,7 +173,7 @@ impl Qemu {
     /// Starts an empty machine with `plugin`; returns what QEMU says against it.
     fn loads(&self, plugin: &Plugin) -> Result<Option<String>, String> {
         let mut command = self.command();
-        plugin.add_to(&mut command);
+        plugin.add_to(&mut command, "");
         // The device is wrong on purpose: devices are made after plugins are loaded, and QEMU then ends by itself.
         command.args(["-machine", "none", "-nodefaults", "-display", "none", "-device", LAST_WORD]);
         let captured = output(&mut command, QUESTION_LIMIT).map_err(|error| error.to_string())?;
@@ -185,7 +185,7 @@ impl Qemu {
 fn iommu(machine: Machine) -> (&'static str, &'static str, &'static [&'static str]) {
     match machine {
         Machine::X86_64 => {
-            ("-device", "intel-iommu", &["scalable-mode", "fsts", "device-iotlb", "pasid-bits"])
+            ("-device", "intel-iommu", &["scalable-mode", "fsts", "device-iotlb", "pasid-bits", "eim"])
         }
         Machine::Aarch64 => ("-machine", "virt", &["iommu", "virtualization", "acpi", "gic-version"]),
     }
@@ -235,9 +235,11 @@ impl Start {
 }
 
 impl Plugin {
-    /// Adds the plugin to a command line of QEMU.
-    pub(crate) fn add_to(&self, command: &mut Command) {
-        command.arg("-plugin").arg(doubled_commas(&self.library));
+    /// Adds the plugin to a command line of QEMU, with `options`, each after a comma.
+    pub(crate) fn add_to(&self, command: &mut Command, options: &str) {
+        let mut plugin = doubled_commas(&self.library);
+        plugin.push(options);
+        command.arg("-plugin").arg(plugin);
         if let Some(api) = self.api {
             command.env(PLUGIN_API, api.to_string());
         }
@@ -414,7 +416,7 @@ mod tests {
 
     #[test]
     fn a_qemu_for_x86_64_is_judged_by_what_its_vtd_offers() {
-        let all = "  scalable-mode=<bool> x\\n  fsts=<bool> x\\n  device-iotlb=<bool> x\\n  pasid-bits=<uint8> x\\n";
+        let all = "  scalable-mode=<bool> x\\n  fsts=<bool> x\\n  device-iotlb=<bool> x\\n  pasid-bits=<uint8> x\\n  eim=<OnOffAuto> x\\n";
         let ask = |name, options: &str, testdev| ask(Machine::X86_64, name, options, testdev);
 
         let old = ask("old", "  x-scalable-mode=<bool> x\\n", "options:");

@@ -47,6 +47,8 @@ impl<'l> Message<'l> {
             unmap(fields)
         } else if let Some(fields) = text.strip_prefix("detach stream=") {
             detach(fields)
+        } else if let Some(fields) = text.strip_prefix("block stream=") {
+            block(fields)
         } else if let Some(fields) = text.strip_prefix("invalidate stream=") {
             invalidate(fields)
         } else if line.level != Level::Info {
@@ -115,6 +117,12 @@ fn detach(fields: &str) -> Option<Message<'static>> {
     let (pasid, domain) = rest.split_once(" domain=")?;
     let pasid = Some(hex(pasid)?).filter(|&pasid| pasid != NO_PASID).unwrap_or(0);
     Some(Message::Removal(Removal { stream: hex(stream)?, pasid, domain: hex(domain)?, part: Part::All }))
+}
+
+/// Reads the field of `block stream=…` after the `=`.
+fn block(stream: &str) -> Option<Message<'static>> {
+    let (stream, part) = (hex(stream)?, Part::Device);
+    Some(Message::Removal(Removal { stream, pasid: 0, domain: 0, part }))
 }
 
 /// How a detachment says that it is about accesses without PASID.
@@ -327,6 +335,16 @@ mod tests {
     }
 
     #[test]
+    fn a_device_that_is_blocked_is_read() {
+        let line = logged(Level::Debug, "block stream=0x18");
+
+        let message = Message::read(&line).unwrap().unwrap();
+
+        let blocked = Removal { stream: 0x18, pasid: 0, domain: 0, part: Part::Device };
+        assert_eq!(message, Message::Removal(blocked));
+    }
+
+    #[test]
     fn a_scene_keeps_how_many_mappings_were_removed_while_it_ran() {
         let unmap = "unmap stream=0x18 pasid=0x1 domain=0x5 iova=0x40000000 pages=4";
         let detach = "detach stream=0x18 pasid=0x1 domain=0x5";
@@ -374,6 +392,7 @@ mod tests {
             "detach stream=0x18 pasid=none domain=0x5",
             "invalidate stream=0x18 pasid=0x1 domain=0x5 iova=0x0 pages=4",
             "detach stream=0x18 pasid=0x1 domain=0x5 iova=0x0",
+            "block stream=18",
         ] {
             let complaints = transcript(&[text]).complaints;
 

@@ -42,6 +42,8 @@ pub(crate) enum Part {
     Pages { iova: u64, pages: u64 },
     /// All of it: the address space was detached.
     All,
+    /// Whatever the device has: all of it was blocked. PASID and domain say nothing.
+    Device,
     /// Nothing: the pages stay, and what was remembered of them is forgotten, because a guest asked. It is entry `number` of
     /// its array, whose entries are submitted together.
     Entry { number: u64, iova: u64, pages: u64 },
@@ -66,7 +68,7 @@ impl Removal {
             Part::Pages { iova, pages } | Part::Entry { iova, pages, .. } => {
                 Some((iova, end(iova, pages, PAGE)?))
             }
-            Part::All => Some(EVERYWHERE),
+            Part::All | Part::Device => Some(EVERYWHERE),
         }
     }
 
@@ -75,6 +77,7 @@ impl Removal {
         let steps: &[Step] = match self.part {
             Part::Pages { .. } | Part::Entry { .. } => &[Step::Translations, Step::DeviceTlb],
             Part::All => &[Step::Configuration, Step::Translations, Step::DeviceTlb, Step::Drain],
+            Part::Device => &[Step::Configuration, Step::Translations],
         };
         let needed = |step: &Step| match step {
             Step::Configuration | Step::Translations => true,
@@ -91,6 +94,7 @@ impl fmt::Display for Removal {
         match self.part {
             Part::Pages { iova, pages } => write!(f, "the unmap of {pages} pages at {iova:#x}")?,
             Part::All => f.write_str("the detachment")?,
+            Part::Device => return write!(f, "the blocking of stream {:#x}", self.stream),
             Part::Entry { iova, pages, .. } => write!(f, "a guest's entry of {pages} pages at {iova:#x}")?,
         }
         write!(f, " (stream {:#x}, pasid {:#x}, domain {:#x})", self.stream, self.pasid, self.domain)
@@ -143,6 +147,9 @@ impl Taken {
     /// Whether it is about the address space of `removal`.
     fn concerns(&self, removal: &Removal) -> bool {
         let same = |told: Option<u64>, meant| told.is_none_or(|told| told == meant);
+        if removal.part == Part::Device {
+            return same(self.stream, removal.stream);
+        }
         same(self.stream, removal.stream)
             && same(self.domain, removal.domain)
             && same(self.pasid, removal.pasid)
@@ -240,7 +247,10 @@ impl Trace {
         }
         // Where the search for an address space's next batch begins, and whether that one is of entries before.
         let mut next = HashMap::<(u64, u64), (usize, bool)>::new();
-        for removal in all.removals {
+        // Only in legacy mode do the tables of an address space hang on the entry of its device, so that blocking the device
+        // looks like a detachment.
+        let looks_like_one = |part| part != Part::Device || all.tables == Tables::Legacy;
+        for removal in all.removals.iter().filter(|removal| looks_like_one(removal.part)) {
             let steps = removal.steps(all.machine, all.with_device_tlb.contains(&removal.stream));
             let (from, of_entries) = next.entry((removal.stream, removal.pasid)).or_default();
             let is_entry = matches!(removal.part, Part::Entry { .. });
@@ -262,13 +272,16 @@ impl Trace {
                     *from += 1;
                 }
             }
-            let (all, complete) = match removal.part {
-                Part::Pages { .. } => (&mut trace.unmaps, &mut trace.invalidated),
-                Part::All => (&mut trace.detachments, &mut trace.detached),
-                Part::Entry { .. } => (&mut trace.entries, &mut trace.forgotten),
+            let counts = match removal.part {
+                Part::Pages { .. } => Some((&mut trace.unmaps, &mut trace.invalidated)),
+                Part::All => Some((&mut trace.detachments, &mut trace.detached)),
+                Part::Entry { .. } => Some((&mut trace.entries, &mut trace.forgotten)),
+                Part::Device => None,
             };
-            *all += 1;
-            *complete += u64::from(found.is_ok());
+            if let Some((all, complete)) = counts {
+                *all += 1;
+                *complete += u64::from(found.is_ok());
+            }
             if let Err(lacking) = found {
                 // One that lacks a step only is over all the same: it does not stand in the way of what follows.
                 let over = |batch: &&mut Batch| removal.part == Part::All && is_detachment(batch, removal);
@@ -727,6 +740,33 @@ mod tests {
             assert_eq!(words.judge(&once, &[foreign]).detached, 0);
             assert_eq!(words.judge_batches(std::slice::from_ref(&once), &[DETACHMENT; 2]).detached, 1);
             assert_eq!(words.judge_batches(&[once.clone(), once], &[DETACHMENT; 2]).detached, 2);
+        }
+    }
+
+    #[test]
+    fn in_legacy_mode_a_device_that_is_blocked_takes_a_batch_of_its_own() {
+        const ENTRY: &str = "vtd_inv_desc invalidate desc type context-cache high 0x0 low 0x1800050031";
+        const GLOBAL: &str = "vtd_inv_desc invalidate desc type context-cache high 0x0 low 0x11";
+        const PAGES: &str = "vtd_inv_desc invalidate desc type iotlb high 0x40000002 low 0x50032";
+        let words = &WORDS[0];
+        let blocked = Removal { part: Part::Device, ..FOUR_PAGES };
+        let unmap = Removal { pasid: 0, ..FOUR_PAGES };
+        let detachment = Removal { part: Part::All, ..unmap };
+        let judge = |batches: &[&[&'static str]], removals: &[Removal]| {
+            let mut lines = vec![words.on, words.doorbell];
+            for batch in batches {
+                lines.extend(batch.iter());
+                lines.extend([words.wait, words.doorbell]);
+            }
+            words.judge_told(&lines, &Told { tables: Tables::Legacy, ..words.told(removals) })
+        };
+
+        for entry in [ENTRY, GLOBAL] {
+            let all = [&[ENTRY, words.domain][..], &[entry, words.all], &[PAGES], &[ENTRY, words.domain]];
+            let removals = [detachment, blocked, unmap, detachment];
+            assert!(judge(&all, &removals).clean(), "{entry}: {:?}", judge(&all, &removals));
+            let never = judge(&[all[0], all[2], &[words.domain]], &[detachment, blocked]);
+            assert!(never.findings[0].contains("the blocking of stream 0x18"), "{never:?}");
         }
     }
 

@@ -6,7 +6,6 @@ use crate::{
     cpu::{self, CORES},
     gic,
     machine::{Boot, Error},
-    tree::Wire,
 };
 use core::{
     arch::global_asm,
@@ -14,6 +13,7 @@ use core::{
     sync::atomic::{AtomicU32, Ordering},
 };
 use heapless::Vec;
+use smmuv3::tree::Wire;
 use spin::Once;
 
 /// Why a core is interrupted.

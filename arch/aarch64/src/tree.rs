@@ -24,22 +24,6 @@ const REGIONS: usize = 4;
 /// Windows to devices' memory that are looked at.
 const WINDOWS: usize = 4;
 
-/// A wire by which a device interrupts.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Wire {
-    /// Its number (INTID).
-    pub(crate) number: u32,
-    /// Whether it interrupts by its edge; else by its level.
-    pub(crate) edge: bool,
-}
-
-impl Wire {
-    /// Returns the number, if it is one that each core has for itself (PPI).
-    fn of_a_core(self) -> Option<u32> {
-        (16..32).contains(&self.number).then_some(self.number)
-    }
-}
-
 /// The interrupt controller.
 pub(crate) struct Controller {
     /// The registers of its distributor.
@@ -48,14 +32,6 @@ pub(crate) struct Controller {
     pub(crate) redistributors: Vec<Range<u64>, REGIONS>,
     /// The number of the interrupt for the upkeep of list registers.
     pub(crate) maintenance: u32,
-}
-
-/// The IOMMU, as the tree describes it.
-pub(crate) struct Unit {
-    /// Its registers.
-    pub(crate) registers: Range<u64>,
-    /// Its wires, by name.
-    node: FdtNode<'static>,
 }
 
 /// Configuration space, and where devices behind it find addresses.
@@ -100,6 +76,11 @@ impl Tree {
         }
         let fdt = found(bytes.into()).and_then(|bytes| Fdt::new(bytes).ok()).ok_or(none)?;
         Ok(Self { fdt, address })
+    }
+
+    /// Returns the tree as it was handed over.
+    pub(crate) fn bytes(&self) -> &'static [u8] {
+        self.fdt.data()
     }
 
     /// Returns where the tree itself is.
@@ -218,7 +199,7 @@ impl Tree {
     pub(crate) fn timer(&self) -> Result<u32, Error> {
         // Secure physical, physical, virtual, EL2 physical.
         let wire = self.timer_node().and_then(|node| wires(&node).nth(3));
-        wire.and_then(Wire::of_a_core).ok_or(Error::NoNode { what: "an EL2 timer of arm,armv8-timer" })
+        wire.flatten().ok_or(Error::NoNode { what: "an EL2 timer of arm,armv8-timer" })
     }
 
     /// Returns the interrupt controller.
@@ -241,33 +222,13 @@ impl Tree {
             let full = |_| Error::TooMany { what: "regions of redistributors", limit: REGIONS };
             redistributors.push(region).map_err(full)?;
         }
-        let maintenance = wires(&node).next().and_then(Wire::of_a_core);
+        let maintenance = wires(&node).next().flatten();
         Ok(Controller {
             distributor: reachable("the distributor", distributor)?,
             redistributors,
             maintenance: maintenance
                 .ok_or(Error::NoNode { what: "a maintenance interrupt of arm,gic-v3" })?,
         })
-    }
-
-    /// Returns the IOMMU behind which the devices of PCI bus 0 are, with their requester IDs for its stream IDs; `None` if
-    /// there is no such unit.
-    pub(crate) fn unit(&self) -> Option<Unit> {
-        let pci = self.pci_node()?;
-        if pci.property("iommu-map-mask").is_some() {
-            return None;
-        }
-        // Requester ID, unit, stream ID, how many.
-        let map = value(&pci, "iommu-map")?.chunks_exact(16).find_map(|entry| {
-            let [requester, unit, stream, count] =
-                [0, 4, 8, 12].map(|at| u32_at(entry, at).unwrap_or(u32::MAX));
-            (requester == 0 && stream == 0 && count >= 256).then_some(unit)
-        })?;
-        let is_unit = |node: &FdtNode<'static>| {
-            is_compatible(node, "arm,smmu-v3") && number(node, "phandle") == Some(map.into())
-        };
-        let node = self.find(&is_unit)?;
-        Some(Unit { registers: registers(&node).next()?, node })
     }
 
     fn pci_node(&self) -> Option<FdtNode<'static>> {
@@ -297,14 +258,6 @@ impl Tree {
     }
 }
 
-impl Unit {
-    /// Returns the wire with this name.
-    pub(crate) fn wire(&self, name: &str) -> Option<Wire> {
-        let names = value(&self.node, "interrupt-names")?.split(|&byte| byte == 0);
-        names.zip(wires(&self.node)).find_map(|(other, wire)| (other == name.as_bytes()).then_some(wire))
-    }
-}
-
 /// Returns whether a node has `name` among those of its bindings.
 fn is_compatible(node: &FdtNode<'_>, name: &str) -> bool {
     node.compatible().into_iter().flatten().any(|other| other == name)
@@ -324,18 +277,13 @@ fn registers(node: &FdtNode<'static>) -> impl Iterator<Item = Range<u64>> + use<
     })
 }
 
-/// Returns the interrupts of a node, in the three cells of GICv3; those that are neither shared nor a core's are numbered
-/// so that no controller has them.
-fn wires(node: &FdtNode<'static>) -> impl Iterator<Item = Wire> + use<> {
+/// Returns the interrupts of a node, in the three cells of GICv3: their numbers (INTID), of those that each core has for
+/// itself (PPI).
+fn wires(node: &FdtNode<'static>) -> impl Iterator<Item = Option<u32>> + use<> {
     let cells = value(node, "interrupts").unwrap_or(&[]);
     cells.chunks_exact(12).map(|cells| {
-        let [kind, number, flags] = [0, 4, 8].map(|at| u32_at(cells, at).unwrap_or(0));
-        let first = match kind {
-            0 => 32,
-            1 => 16,
-            _ => u32::MAX,
-        };
-        Wire { number: number.saturating_add(first), edge: flags & 0b11 != 0 }
+        let [kind, number] = [0, 4].map(|at| u32_at(cells, at).unwrap_or(u32::MAX));
+        (kind == 1 && number < 16).then_some(16 + number)
     })
 }
 

@@ -7,11 +7,11 @@ use crate::{
     interrupts::{self, Source},
     machine::Boot,
     paging::MAPPED_END,
-    tree::Wire,
 };
 use core::{fmt, ops::Range};
 use heapless::Vec;
 use iommu::{Capabilities, DmaBuf, FaultRecord, Invalidations, Message, PhysAddr, StreamId};
+use smmuv3::tree::{self, Wire};
 
 /// The event side of the unit.
 pub type Events = smmuv3::Events<Mmio>;
@@ -32,12 +32,19 @@ pub type GuestTables = pgtable::Stage2<12, 44>;
 pub enum Error {
     /// The device tree has no `arm,smmu-v3` behind which PCI bus 0 is, with requester IDs for its stream IDs.
     NoNode,
+    /// The device tree's node at `offset`, which is about the unit, is wrong.
+    Tree {
+        /// Bytes from the start of the tree.
+        offset: usize,
+        /// What is wrong with it.
+        what: &'static str,
+    },
     /// The unit has no wire of this name, or the interrupt controller has none of its number.
     NoWire {
         /// The name, as the device tree's binding has it.
         name: &'static str,
     },
-    /// The registers lie where this build maps nothing, or are not a whole unit's.
+    /// The registers lie where this build maps nothing.
     OutOfReach,
     /// The unit cannot be used.
     Unit(iommu::Error),
@@ -50,14 +57,24 @@ impl fmt::Display for Error {
                 f,
                 "the device tree names no arm,smmu-v3 for PCI bus 0: QEMU has one with iommu=smmuv3"
             ),
+            Self::Tree { offset, what } => write!(f, "the device tree's node at offset {offset:#x}: {what}"),
             Self::NoWire { name } => write!(f, "the device tree names no interrupt {name} of arm,smmu-v3"),
-            Self::OutOfReach => write!(f, "the unit's registers are not 128 KiB below 512 GiB"),
+            Self::OutOfReach => write!(f, "the unit's registers are not below 512 GiB"),
             Self::Unit(error) => write!(f, "{error}"),
         }
     }
 }
 
 impl core::error::Error for Error {}
+
+impl From<tree::Error> for Error {
+    fn from(error: tree::Error) -> Self {
+        match error {
+            tree::Error::Node { offset, what, .. } => Self::Tree { offset, what },
+            _ => Self::NoNode,
+        }
+    }
+}
 
 /// The unit, identified and left as it was.
 pub struct Found {
@@ -83,9 +100,9 @@ pub struct Unit {
 pub enum Remapping {}
 
 /// One interrupt that a device may send.
-pub enum InterruptHandle {}
+pub struct InterruptHandle(());
 /// One that it may send no more.
-pub enum LeavingInterrupt {}
+pub struct LeavingInterrupt(());
 
 impl Remapping {
     /// Takes an interrupt for a device.
@@ -94,33 +111,33 @@ impl Remapping {
     }
 
     /// Returns the number of the interrupt.
-    pub fn number(&self, handle: &InterruptHandle) -> u16 {
-        match *handle {}
+    pub fn number(&self, _: &InterruptHandle) -> u16 {
+        match *self {}
     }
 
     /// Lets the interrupt reach a core.
-    pub fn open(
-        &mut self,
-        handle: &InterruptHandle,
-        _: Source,
-        _: usize,
-    ) -> Result<Invalidations, iommu::Error> {
-        match *handle {}
+    pub fn open(&mut self, _: &InterruptHandle, _: Source, _: usize) -> Result<Invalidations, iommu::Error> {
+        match *self {}
     }
 
     /// Returns the message by which the device sends it.
-    pub fn message(&self, handle: &InterruptHandle) -> Result<Message, iommu::Error> {
-        match *handle {}
+    pub fn message(&self, _: &InterruptHandle) -> Result<Message, iommu::Error> {
+        match *self {}
+    }
+
+    /// Returns a message that names core and vector itself.
+    pub fn compatibility_message(&self, _: Source, _: usize) -> Message {
+        match *self {}
     }
 
     /// Refuses the interrupt again.
-    pub fn release(&mut self, handle: InterruptHandle) -> (LeavingInterrupt, Invalidations) {
-        match handle {}
+    pub fn release(&mut self, _: InterruptHandle) -> (LeavingInterrupt, Invalidations) {
+        match *self {}
     }
 
     /// Takes note that the invalidations of one that left have completed.
-    pub fn finish(&mut self, leaving: LeavingInterrupt) {
-        match leaving {}
+    pub fn finish(&mut self, _: LeavingInterrupt) {
+        match *self {}
     }
 }
 
@@ -129,8 +146,6 @@ pub fn refused_interrupt(_: &FaultRecord) -> Option<(&'static str, u16)> {
     None
 }
 
-/// Bytes of a unit's registers: two pages of 64 KiB.
-const REGISTER_BYTES: u64 = 0x2_0000;
 /// The last stream that has a place: every function of a PCI segment; of a unit that knows fewer, every function of bus 0.
 const LAST_STREAMS: [StreamId; 2] = [StreamId(0xFFFF), StreamId(0xFF)];
 /// Tables of the second level of the stream table, where it has two: devices are on bus 0.
@@ -154,16 +169,21 @@ const WIRES: [(&str, Source, bool); 3] = [
 
 /// Finds the unit that the device tree describes, and its wires.
 pub fn find(boot: &Boot) -> Result<Found, Error> {
-    let described = boot.tree().unit().ok_or(Error::NoNode)?;
-    let registers = PhysAddr(described.registers.start)..PhysAddr(described.registers.end);
-    let is_whole =
-        registers.end.0 - registers.start.0 >= REGISTER_BYTES && registers.start.0.is_multiple_of(4096);
-    if !is_whole || registers.end.0 > MAPPED_END {
+    let tree = tree::Tree::new(boot.tree().bytes())?;
+    let bridge = tree.bridges().next().ok_or(Error::NoNode)?;
+    // All of bus 0, with requester IDs for stream IDs.
+    let [first, last] = [0, 0xFF].map(|requester| bridge.endpoint(requester));
+    let ((described, first), (other, last)) = first?.zip(last?).ok_or(Error::NoNode)?;
+    if described.phandle != other.phandle || (first, last) != (StreamId(0), StreamId(0xFF)) {
+        return Err(Error::NoNode);
+    }
+    let registers = described.registers.clone();
+    if registers.end.0 > MAPPED_END {
         return Err(Error::OutOfReach);
     }
     let mut wires = Vec::<(Source, Wire), { interrupts::WIRES }>::new();
     for (name, source, needed) in WIRES {
-        match described.wire(name).filter(|wire| gic::is_shared(wire.number)) {
+        match described.wire(name)?.filter(|wire| gic::is_shared(wire.number)) {
             // There is room: no more than these are looked for.
             Some(wire) => drop(wires.push((source, wire))),
             None if needed => return Err(Error::NoWire { name }),
@@ -226,6 +246,7 @@ impl Found {
             stream_table: cut(frames(streams.words))?,
             second_level,
             contexts: cut(1)?,
+            context_tables: Vec::new(),
             empty_table: cut(1)?,
             command_queue: cut(COMMAND_FRAMES)?,
             event_queue: cut(EVENT_FRAMES)?,
@@ -233,6 +254,7 @@ impl Found {
             answers: OUTSTANDING,
             // The devices of this machine are all behind PCI Express.
             stalling: Vec::new(),
+            forced_write_back: false,
         };
         let smmuv3::Smmu { events, commands, tables } = self.unit.enable(memory).map_err(Error::Unit)?;
         Ok(Unit { events, commands, tables, remapping: None })

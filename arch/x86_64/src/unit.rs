@@ -121,6 +121,14 @@ impl Remapping {
         self.0.message(handle, 0)
     }
 
+    /// Returns a message that names core and vector itself, as devices did before there was remapping. The unit is to refuse
+    /// it, whoever sends it.
+    ///
+    /// PANICS: when there is no such core.
+    pub fn compatibility_message(&self, source: Source, core: usize) -> Message {
+        interrupts::message(source, core)
+    }
+
     /// Refuses the interrupt again, once the invalidations have completed.
     pub fn release(&mut self, handle: InterruptHandle) -> (LeavingInterrupt, Invalidations) {
         self.0.release(handle)

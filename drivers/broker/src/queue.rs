@@ -10,7 +10,7 @@ use core::{
     fmt,
     sync::atomic::{
         AtomicU64,
-        Ordering::{AcqRel, Acquire, Relaxed, Release},
+        Ordering::{self, AcqRel, Acquire, Relaxed, Release},
         fence,
     },
 };
@@ -20,7 +20,7 @@ use iommu::{GroupTag, Iova, Outcome, PAGE_SIZE, PageRequest, PageResponse, Perms
 /// Pages of one group, at most.
 pub const PAGES: usize = 16;
 
-/// What a slot's word says; the generation is above it.
+/// What a slot's word says, in its bits 6:0; the generation is in 63:8.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 #[repr(u8)]
 pub(crate) enum State {
@@ -40,11 +40,15 @@ pub(crate) enum State {
     Answering = 6,
 }
 
-impl State {
-    const BITS: u32 = 8;
+/// In a slot's word: the slot is on its way to its owner's core, which will look at it once more. The interrupt handler sets
+/// it as a group becomes whole, and that core alone clears it.
+const ANNOUNCED: u64 = 1 << 7;
+const STATE: u64 = ANNOUNCED - 1;
+const ONE_GENERATION: u64 = 1 << 8;
 
+impl State {
     fn of(word: u64) -> Self {
-        match word as u8 {
+        match word & STATE {
             1 => Self::Assembling,
             2 => Self::Waiting,
             3 => Self::Delivered,
@@ -55,14 +59,9 @@ impl State {
         }
     }
 
-    /// The word of a new group, after the one before: generations count modulo 2^56, of which a cookie has 52.
-    fn of_next(self, word: u64) -> u64 {
-        (word | u64::MAX >> (64 - Self::BITS)).wrapping_add(1) | self as u64
-    }
-
     /// The word of a group that was in another state.
     fn after(self, word: u64) -> u64 {
-        word >> Self::BITS << Self::BITS | self as u64
+        word & !STATE | self as u64
     }
 
     /// Returns whether a group is whole, and not yet being answered.
@@ -72,7 +71,7 @@ impl State {
 }
 
 fn generation(word: u64) -> u64 {
-    word >> State::BITS & GENERATION
+    word >> ONE_GENERATION.ilog2() & GENERATION
 }
 
 /// A place for one group.
@@ -83,8 +82,6 @@ fn generation(word: u64) -> u64 {
 #[derive(Debug)]
 struct Slot {
     word: AtomicU64,
-    /// 1: the slot is on its way to its owner's core, which will look at it once more.
-    announced: AtomicU64,
     /// The device and the PASID, as everywhere.
     who: AtomicU64,
     /// Group index in 15:0, number of pages in 23:16, the owner's name for the device in 63:32.
@@ -111,7 +108,6 @@ impl Slot {
     const fn new() -> Self {
         Self {
             word: AtomicU64::new(0),
-            announced: AtomicU64::new(0),
             who: AtomicU64::new(0),
             group: AtomicU64::new(0),
             opaque: AtomicU64::new(0),
@@ -120,6 +116,31 @@ impl Slot {
             hold_us: AtomicU64::new(0),
             pages: [const { AtomicU64::new(0) }; PAGES],
         }
+    }
+
+    /// Adds to the word, in a state where nobody else changes it but for the owner's core, which may clear `ANNOUNCED`.
+    #[inline]
+    fn step(&self, word: u64, by: u64, order: Ordering) {
+        if word & ANNOUNCED == 0 {
+            self.word.store(word.wrapping_add(by), order);
+        } else {
+            self.word.fetch_add(by, order);
+        }
+    }
+
+    /// What the owner's core does with a slot that was announced, and whose group is not waiting, or is being answered just
+    /// now: it takes the announcement back, and looks once more. Returns the word if it is delivered after all.
+    #[cold]
+    fn look_again(&self) -> Option<u64> {
+        self.word.fetch_and(!ANNOUNCED, AcqRel);
+        // From here on the slot is announced anew. What waited before, and was not announced because the slot was, is here.
+        let word = self.word.load(Acquire);
+        if word & ANNOUNCED != 0 || State::of(word) != State::Waiting {
+            return None;
+        }
+        let delivered = State::Delivered.after(word);
+        self.word.compare_exchange(word, delivered, AcqRel, Relaxed).ok()?;
+        Some(delivered)
     }
 
     fn count(&self) -> usize {
@@ -397,7 +418,8 @@ impl<const S: usize> Queue<S> {
     pub fn begin(&self, target: &Target, attachment: u32, request: &PageRequest, now_us: u64) -> Option<u16> {
         let at = self.take()?;
         let slot = self.slots.get(usize::from(at))?;
-        slot.word.store(State::Assembling.of_next(slot.word.load(Relaxed)), Relaxed);
+        // It is free, which is 0. Generations count modulo 2^56, of which a cookie has 52.
+        slot.step(slot.word.load(Relaxed), ONE_GENERATION + State::Assembling as u64, Relaxed);
         // ORDER: whoever still reads the payload for the group before sees the new word if it sees any new payload.
         fence(Release);
         let PageRequest { stream, tag, iova, perms, .. } = *request;
@@ -425,15 +447,23 @@ impl<const S: usize> Queue<S> {
     pub fn complete(&self, slot: u16, hold_us: u64) -> bool {
         let Some(slot) = self.slots.get(usize::from(slot)) else { return false };
         slot.hold_us.store(hold_us, Relaxed);
-        // ORDER: whoever sees the group waiting sees its payload.
-        slot.word.store(State::Waiting.after(slot.word.load(Relaxed)), Release);
-        // ORDER: the group waits before the slot is announced; whoever takes the announcement back sees it wait.
-        slot.announced.swap(1, AcqRel) == 0
+        let mut word = slot.word.load(Relaxed);
+        if word & ANNOUNCED != 0 {
+            let waiting = State::Waiting.after(word);
+            // ORDER: as below. If it changed, the owner's core has just looked, and too early.
+            match slot.word.compare_exchange(word, waiting, Release, Relaxed) {
+                Ok(_) => return false,
+                Err(changed) => word = changed,
+            }
+        }
+        // ORDER: whoever sees the group waiting sees its payload. Nobody else changes the word now.
+        slot.word.store(State::Waiting.after(word) | ANNOUNCED, Release);
+        true
     }
 
     /// Returns whether a slot is on its way to its owner's core, or was when its ring went away.
     pub fn is_announced(&self, slot: u16) -> bool {
-        self.slots.get(usize::from(slot)).is_some_and(|slot| slot.announced.load(Acquire) != 0)
+        self.slots.get(usize::from(slot)).is_some_and(|slot| slot.word.load(Acquire) & ANNOUNCED != 0)
     }
 
     /// Returns the pages of a group that is being put together.
@@ -445,7 +475,8 @@ impl<const S: usize> Queue<S> {
     pub fn release(&self, at: u16) {
         if let Some(slot) = self.slots.get(usize::from(at)) {
             // The generation stays, so that an answer that comes late is known as such.
-            slot.word.store(State::Free.after(slot.word.load(Relaxed)), Release);
+            let word = slot.word.load(Relaxed);
+            slot.step(word, (word & STATE).wrapping_neg(), Release);
             self.free(at);
         }
     }
@@ -464,18 +495,17 @@ impl<const S: usize> Queue<S> {
     pub fn deliver(&self, slot: u16, group: &mut Group) -> Option<u32> {
         let at = slot;
         let slot = self.slots.get(usize::from(at))?;
-        // ORDER: from here on the slot is announced anew, so its word is read after this.
-        slot.announced.swap(0, AcqRel);
         let word = slot.word.load(Acquire);
-        if State::of(word) != State::Waiting {
-            return None;
+        let mut delivered = State::Delivered.after(word) & !ANNOUNCED;
+        let is_waiting = State::of(word) == State::Waiting;
+        if !is_waiting || slot.word.compare_exchange(word, delivered, AcqRel, Relaxed).is_err() {
+            delivered = slot.look_again()?;
         }
-        let delivered = State::Delivered.after(word);
-        slot.word.compare_exchange(word, delivered, AcqRel, Relaxed).ok()?;
         let who = slot.who.load(Relaxed);
         let header = slot.group.load(Relaxed);
         let device = slot.device_attachment.load(Relaxed) as u32;
-        group.cookie = Cookie::new(at, generation(word).wrapping_add(self.first.load(Relaxed)) & GENERATION);
+        group.cookie =
+            Cookie::new(at, generation(delivered).wrapping_add(self.first.load(Relaxed)) & GENERATION);
         group.name = (header >> 32) as u32;
         group.opaque = slot.opaque.load(Relaxed);
         group.tag = GroupTag { pasid: pasid_of(who as u32), index: header as u16 };
@@ -517,10 +547,15 @@ impl<const S: usize> Queue<S> {
         now_us: u64,
     ) -> Result<Settlement<'_, S>, Refusal> {
         let at = cookie.slot();
-        let slot = self.slots.get(usize::from(at)).ok_or(Refusal::OutOfRange)?;
+        // Where there is no such slot another is looked at, so that a refusal takes the same work whatever its reason.
+        let is_there = usize::from(at) < S;
+        let slot = self.slots.get(usize::from(at)).unwrap_or(&self.slots[0]);
         let wanted = cookie.generation().wrapping_sub(self.first.load(Relaxed)) & GENERATION;
         let mut word = slot.word.load(Acquire);
-        // A group changes at most three times more before it is answered, so this ends in the fourth round.
+        if !is_there {
+            return Err(Refusal::OutOfRange);
+        }
+        // A group changes at most three times more before it is answered, and is announced once, so this ends in the fifth round.
         loop {
             let current = generation(word);
             if current != wanted {
@@ -557,7 +592,7 @@ impl<const S: usize> Queue<S> {
     ) -> Option<(Won<'_, S>, State)> {
         let slot = self.slots.get(usize::from(at))?;
         let mut word = slot.word.load(Acquire);
-        // As in `try_settle`, this ends in the fourth round.
+        // As in `try_settle`, this ends in the fifth round.
         loop {
             let state = State::of(word);
             if !state.is_outstanding() {

@@ -23,14 +23,16 @@
 //! | virtual functions (SR-IOV) | found | with ATS; PASID and PRI are the physical function's |
 //! | function-level reset | yes | PCI Express, or Advanced Features; in steps that never wait; BARs and Command are kept |
 //! | bus master on and off | yes | |
+//! | MSI on and off | yes | one message or several; MSI-X is in the device's own registers |
 //! | memory BARs | yes | as firmware assigned them, 32 and 64 bits |
 //! | buses behind a bridge | yes | what `DMAR` and `IORT` need |
 //! | execute and privileged mode of PASIDs | no | left off |
 //! | TLP prefixes and ACS on the way to a device | no | check them before PASIDs are used below a switch |
-//! | MSI, MSI-X, and Device Control 2 after a reset | no | off, as the reset left them |
+//! | MSI, MSI-X, and Device Control 2 after a reset | not restored | off, as the reset left them |
 #![cfg_attr(not(test), no_std)]
 #![forbid(unsafe_code)]
 
+mod msi;
 mod reset;
 
 pub use reset::{IDLE_LIMIT_US, READY_LIMIT_US, Reset, SETTLE_US};
@@ -157,6 +159,7 @@ const COMMAND_ONLY: u32 = 0xFFFF;
 /// `Capabilities List` of the Status register.
 const HAS_CAPABILITIES: u32 = 1 << 20;
 
+const MSI: u8 = 0x05;
 const EXPRESS: u8 = 0x10;
 const ADVANCED_FEATURES: u8 = 0x13;
 /// Capabilities lie in 0x40..0x100, 4 bytes or more each, so a longer chain has a loop.
@@ -182,6 +185,7 @@ pub struct Function {
     pub device: u16,
     /// The physical function, which is this one unless it is virtual.
     physical: StreamId,
+    msi: Option<u16>,
     express: Option<u16>,
     advanced: Option<u16>,
     ats: Option<u16>,
@@ -264,6 +268,7 @@ impl Function {
             vendor: identity as u16,
             device: (identity >> 16) as u16,
             physical,
+            msi: None,
             express: None,
             advanced: None,
             ats: None,
@@ -281,6 +286,7 @@ impl Function {
             }
             let header = config.read32(id, at);
             match header as u8 {
+                MSI => function.msi = Some(at),
                 EXPRESS => function.express = Some(at),
                 ADVANCED_FEATURES => function.advanced = Some(at),
                 0xFF => break,

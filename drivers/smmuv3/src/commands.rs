@@ -6,7 +6,7 @@ use crate::{
     STALLING,
     queue::CommandQueue,
     regs::{self, CR0, ERRORS, GERROR, INDEX},
-    stalls,
+    stalls, tables,
 };
 use heapless::{Deque, Vec};
 use iommu::{
@@ -389,6 +389,11 @@ impl<B: Bus> Commands<B> {
         }
     }
 
+    /// Returns how the unit is reached.
+    pub(crate) fn bus(&self) -> &B {
+        &self.bus
+    }
+
     /// Encodes one invalidation.
     ///
     /// What a later step must not find stale is made certain by a `CMD_SYNC` before it: translations are fetched through
@@ -409,8 +414,9 @@ impl<B: Bus> Commands<B> {
             }
             Invalidation::Attachment(at) => {
                 batch.push(match at.pasid {
-                    Some(pasid) => Command::cfgi_cd(at.stream, pasid),
-                    None => self.configuration(at.stream),
+                    // The stream's entry leads to those of its other PASIDs as well.
+                    Some(pasid) if at.stages != Stages::Nested => Command::cfgi_cd(at.stream, pasid),
+                    _ => self.configuration(at.stream),
                 })?;
                 batch.push(Command::sync())?;
                 self.forget_all(batch, at)
@@ -508,7 +514,7 @@ impl<B: Bus> Commands<B> {
 
     /// Returns VMID and ASID under which the translations of an attachment are cached.
     fn tags(&self, at: Attachment) -> (u16, u16) {
-        let vmid = if self.abilities.vmid { at.domain.0 } else { 0 };
+        let vmid = if self.abilities.vmid { tables::vmid(at.domain) } else { 0 };
         (vmid, at.domain.0)
     }
 

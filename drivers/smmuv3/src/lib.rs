@@ -8,8 +8,7 @@
 //!
 //! What it assumes of the hardware: VMSAv8-64 tables with pages of 4 KiB, little-endian, faults that need not stall, and
 //! tables and queues where the driver puts them (`IDR0.TTF`, `IDR5.GRAN4K`, `IDR0.TTENDIAN`, `IDR0.STALL_MODEL`,
-//! `IDR1.TABLES_PRESET`, `IDR1.QUEUES_PRESET`); a unit without them is refused by name. Firmware left translation off.
-//! Interrupts are wired.
+//! `IDR1.TABLES_PRESET`, `IDR1.QUEUES_PRESET`); a unit without them is refused by name. Interrupts are wired.
 //!
 //! ```
 //! # use iommu::{Bus, Error};
@@ -36,8 +35,10 @@
 #![forbid(unsafe_code)]
 
 pub mod commands;
+pub mod contexts;
 pub mod errata;
 pub mod events;
+pub mod guest;
 mod interrupts;
 pub mod iort;
 mod queue;
@@ -45,24 +46,28 @@ mod regs;
 mod stalls;
 pub mod streams;
 pub mod tables;
+pub mod tree;
+mod update;
 
 pub use commands::Commands;
+pub use contexts::CONTEXT_TABLES;
 pub use errata::Erratum;
 pub use events::Events;
 pub use streams::{SECOND_LEVEL_TABLES, StreamTableNeeds};
-pub use tables::{FRAME_WORDS, Tables};
+pub use tables::{FRAME_WORDS, Replacement, Tables};
 
 /// Devices whose faults stall, at most: all that can be assigned.
 pub const STALLING: usize = tables::DEVICES;
 
+use contexts::{ContextTables, Shape};
 use heapless::Vec;
 use iommu::{
-    Bus, Capabilities, Commands as _, Completion, DmaBuf, Error, Invalidation, PhysAddr, StreamId,
+    Bus, Capabilities, Commands as _, Completion, DmaBuf, Error, Invalidation, PhysAddr, Rw, StreamId,
     bus::wait_until,
 };
 use queue::{COMMAND_WORDS, CommandQueue, EVENT_WORDS, REQUEST_WORDS, ReportQueue};
 use regs::{
-    CR0, CR2, GBPA, IDR0, IDR1, IDR3, IDR5, QUEUE_BASE, QueueRegisters, STRTAB_BASE, STRTAB_BASE_CFG,
+    CR0, CR2, GBPA, IDR0, IDR1, IDR3, IDR5, INDEX, QUEUE_BASE, QueueRegisters, STRTAB_BASE, STRTAB_BASE_CFG,
 };
 use streams::StreamTable;
 use tables::Walks;
@@ -73,8 +78,7 @@ use tock_registers::{LocalRegisterCopy, fields::FieldValue};
 /// The manual sets no bound. 100 ms is short enough for a boot log to say what failed.
 const ACK_LIMIT_US: u64 = 100_000;
 
-/// What `IDR5.OAS` says of 44 bits, and of 48.
-const OAS_44: u32 = 4;
+/// What `IDR5.OAS` says of 48 bits.
 const OAS_48: u32 = 5;
 
 /// A unit that has been identified and left as it was.
@@ -97,8 +101,11 @@ pub struct Memory {
     /// Tables of the second level, 64, 256 or 1024 streams each; without them the stream table is linear. One is taken
     /// for the first device of its streams that is assigned.
     pub second_level: Vec<DmaBuf, SECOND_LEVEL_TABLES>,
-    /// One frame: context descriptors.
+    /// One frame: context descriptors of devices without PASIDs.
     pub contexts: DmaBuf,
+    /// Frames for the context descriptors of devices with PASIDs: one for each 64 PASIDs that are in use, and one more for
+    /// each device; and one for each device whose first stage is a guest's page table. Without them there is neither.
+    pub context_tables: Vec<DmaBuf, CONTEXT_TABLES>,
     /// One frame: a table that stays empty.
     pub empty_table: DmaBuf,
     /// The command queue, 256 entries a frame.
@@ -113,6 +120,9 @@ pub struct Memory {
     /// Devices whose accesses wait when they meet a fault of their tables, until they are answered (`dma-can-stall` of the
     /// device tree). Never one behind PCI Express: there an access that waits can block those that would end the wait.
     pub stalling: Vec<StreamId, STALLING>,
+    /// Second-stage tables are in the format of `S2FWB`: their leaves decide alone how memory is cached, whatever a guest's
+    /// first stage says. Needs `IDR3.FWB`.
+    pub forced_write_back: bool,
 }
 
 /// A unit in service, in its three halves.
@@ -143,15 +153,16 @@ impl<B: Bus + Clone> Found<B> {
         let device_tlb = self.idr0.is_set(IDR0::ATS);
         Capabilities {
             stage1: self.idr0.is_set(IDR0::S1P),
-            // With less a table of 4 levels has no legal start.
-            stage2: self.idr0.is_set(IDR0::S2P) && self.idr5.read(IDR5::OAS) >= OAS_44,
+            stage2: self.idr0.is_set(IDR0::S2P),
             levels: 4,
             // What the architecture has for a granule of 4 KiB, every unit has.
             stage1_leaves: LEAVES_4K,
-            nested: false,
-            bypass: false,
+            nested: self.idr0.is_set(IDR0::S1P)
+                && self.idr0.is_set(IDR0::S2P)
+                && self.errata().all(|erratum| erratum.avoid != errata::Avoid::NestedStages),
+            bypass: true,
             stage2_leaves: LEAVES_4K,
-            pasid_bits: 0,
+            pasid_bits: if self.idr0.is_set(IDR0::S1P) { self.shape().pasid_bits() } else { 0 },
             page_requests: self.idr0.is_set(IDR0::PRI) && device_tlb,
             device_tlb,
             coherent_walks: self.idr0.is_set(IDR0::COHACC),
@@ -162,6 +173,14 @@ impl<B: Bus + Clone> Found<B> {
     /// Returns what this part is known not to do as the architecture says; the driver keeps clear of it by itself.
     pub fn errata(&self) -> impl Iterator<Item = Erratum> + use<B> {
         errata::known(self.iidr)
+    }
+
+    /// Which tables of context descriptors the unit has.
+    fn shape(&self) -> Shape {
+        Shape {
+            substreams: self.idr1.read(IDR1::SSIDSIZE).min(20) as u8,
+            two_levels: self.idr0.is_set(IDR0::CD2L),
+        }
     }
 
     /// Returns how many accesses may wait for an answer at one time, of all devices together (`IDR5.STALL_MAX`); 0 where
@@ -195,22 +214,25 @@ impl<B: Bus + Clone> Found<B> {
         self.idr0.matches_all(IDR0::ST_LEVEL::TwoLevel)
     }
 
-    /// Takes the unit into service, in the order of the manual. Interrupts stay off.
+    /// Takes the unit into service, in the order of the manual, whatever firmware left on. Interrupts stay off.
     ///
     /// While translation is off, accesses are refused (`GBPA.ABORT`), and then by the stream table: there is no moment in
-    /// between. Before the call, devices reach what firmware let them.
+    /// between. Until translation of firmware's is off, devices reach what firmware let them. Devices that firmware let
+    /// translate for themselves have to do so anew: they are to be reset before they are assigned.
     pub fn enable(self, memory: Memory) -> Result<Smmu<B>, Error> {
         self.check()?;
         let Memory {
             stream_table,
             second_level,
             mut contexts,
+            context_tables,
             mut empty_table,
             command_queue,
             event_queue,
             page_requests,
             answers,
             stalling,
+            forced_write_back,
         } = memory;
         let capabilities = self.capabilities();
         if !second_level.is_empty() && !self.has_two_levels() {
@@ -219,9 +241,15 @@ impl<B: Bus + Clone> Found<B> {
         if !stalling.is_empty() && !self.can_stall() {
             return Err(Error::Unsupported { feature: "faults that stall (IDR0.STALL_MODEL)" });
         }
+        if forced_write_back && !self.idr3.is_set(IDR3::FWB) {
+            return Err(Error::Unsupported { feature: "IDR3.FWB" });
+        }
         let mut streams = StreamTable::new(stream_table, second_level)?;
         for (purpose, frame) in [("context descriptors", &contexts), ("the empty table", &empty_table)] {
             aligned(purpose, frame, FRAME_WORDS)?;
+        }
+        for frame in &context_tables {
+            aligned("tables of context descriptors", frame, FRAME_WORDS)?;
         }
         let limit = |field| self.idr1.read(field);
         let commands_log2 =
@@ -241,9 +269,8 @@ impl<B: Bus + Clone> Found<B> {
         }
 
         let bus = &self.bus;
-        self.refuse_all()?;
-        regs::CR0.set(bus, 0);
-        wait_until(bus, "CR0ACK", ACK_LIMIT_US, || regs::CR0ACK.read(bus).get() == 0)?;
+        refuse_all(bus)?;
+        switch_off(bus)?;
         interrupts::disable(bus, self.idr0.is_set(IDR0::MSI), capabilities.page_requests)?;
         // Errors of firmware's time: GERRORN becomes what GERROR is, which acknowledges those that are active.
         regs::GERRORN.set(bus, regs::GERROR.read(bus).get());
@@ -302,7 +329,19 @@ impl<B: Bus + Clone> Found<B> {
             address_size: self.idr5.read(IDR5::OAS).min(OAS_48) as u8,
         };
         let known = 1 << self.stream_bits();
-        let abilities = tables::Abilities { capabilities, walks, vmid, streams: known };
+        let shape = self.shape();
+        let abilities = tables::Abilities {
+            capabilities,
+            walks,
+            vmid,
+            wide_asid: self.idr0.is_set(IDR0::ASID16),
+            streams: known,
+            shape,
+            stall_choice: self.can_stall(),
+            stalling: stalling.clone(),
+            forced_write_back,
+        };
+        let contexts = ContextTables::new(shape, contexts, empty_table.phys(), context_tables);
         let frames = tables::Frames { streams, contexts, empty: empty_table };
         let events = ReportQueue::new(event_queue, &regs::EVENTQ);
         Ok(Smmu {
@@ -312,7 +351,7 @@ impl<B: Bus + Clone> Found<B> {
         })
     }
 
-    /// Refuses a unit that lacks what the driver rests on, or that firmware left in use.
+    /// Refuses a unit that lacks what the driver rests on.
     fn check(&self) -> Result<(), Error> {
         let (idr0, idr1) = (self.idr0, self.idr1);
         for (there, feature) in [
@@ -327,23 +366,7 @@ impl<B: Bus + Clone> Found<B> {
                 return Err(Error::Unsupported { feature });
             }
         }
-        if regs::CR0.read(&self.bus).is_set(CR0::SMMUEN) {
-            return Err(Error::InUse { what: "translation (CR0.SMMUEN)" });
-        }
         Ok(())
-    }
-
-    /// Has all accesses refused while translation is off.
-    fn refuse_all(&self) -> Result<(), Error> {
-        let updated = || {
-            let done = || !regs::GBPA.read(&self.bus).is_set(GBPA::UPDATE);
-            wait_until(&self.bus, "GBPA.UPDATE", ACK_LIMIT_US, done)
-        };
-        // A write while an earlier one is pending is ignored.
-        updated()?;
-        let kept = regs::GBPA.read(&self.bus).get();
-        regs::GBPA.set(&self.bus, kept | GBPA::ABORT::SET.value | GBPA::UPDATE::SET.value);
-        updated()
     }
 
     /// Tells the unit where a queue is, which is empty.
@@ -360,6 +383,70 @@ impl<B: Bus + Clone> Found<B> {
         regs::CR0.set(&self.bus, kept | bit.value);
         wait_until(&self.bus, name, ACK_LIMIT_US, || regs::CR0ACK.read(&self.bus).get() & bit.value != 0)
     }
+}
+
+impl<B: Bus + Clone> Smmu<B> {
+    /// Takes the unit out of service, and returns it as it was found, but for one thing: it refuses every access.
+    ///
+    /// Devices do not translate any more (ATS), and ask for no pages: their owner saw to that. Accesses that stall end.
+    ///
+    /// On an error the unit may still read all of its memory, which is never used again.
+    pub fn stop(mut self) -> Result<Found<B>, Error> {
+        let bus = self.commands.bus().clone();
+        refuse_all(&bus)?;
+        // What was queued before is done: an answer to a device is ignored once translation is off. A queue that stopped for
+        // good is left as it is.
+        if let Ok(ticket) = self.commands.submit(&[]) {
+            let over = || self.commands.poll(ticket) != Completion::Pending;
+            wait_until(&bus, "CMDQ_CONS", ACK_LIMIT_US, over)?;
+        }
+        switch_off(&bus)?;
+        let found = Found::probe(bus)?;
+        interrupts::disable(&found.bus, found.idr0.is_set(IDR0::MSI), found.capabilities().page_requests)?;
+        Ok(found)
+    }
+}
+
+/// Has all accesses refused while translation is off.
+fn refuse_all<B: Bus>(bus: &B) -> Result<(), Error> {
+    let updated = || {
+        let done = || !regs::GBPA.read(bus).is_set(GBPA::UPDATE);
+        wait_until(bus, "GBPA.UPDATE", ACK_LIMIT_US, done)
+    };
+    // A write while an earlier one is pending is ignored.
+    updated()?;
+    let kept = regs::GBPA.read(bus).get();
+    regs::GBPA.set(bus, kept | GBPA::ABORT::SET.value | GBPA::UPDATE::SET.value);
+    updated()
+}
+
+/// Switches off whatever is on: translation first, which leaves every access to `GBPA`; then what fills queues; and the
+/// command queue last, when it is empty or stuck.
+fn switch_off<B: Bus>(bus: &B) -> Result<(), Error> {
+    let acknowledged = |bits: u32| (regs::CR0.read(bus).get() ^ regs::CR0ACK.read(bus).get()) & bits == 0;
+    let on = CR0::SMMUEN::SET + CR0::PRIQEN::SET + CR0::EVENTQEN::SET + CR0::CMDQEN::SET;
+    // A bit must not change again before it was acknowledged, whoever changed it.
+    wait_until(bus, "CR0ACK", ACK_LIMIT_US, || acknowledged(on.value))?;
+    for (bit, name) in [
+        (CR0::SMMUEN::SET, "CR0ACK.SMMUEN"),
+        (CR0::PRIQEN::SET, "CR0ACK.PRIQEN"),
+        (CR0::EVENTQEN::SET, "CR0ACK.EVENTQEN"),
+    ] {
+        let kept = regs::CR0.read(bus).get();
+        if kept & bit.value != 0 {
+            regs::CR0.set(bus, kept & !bit.value);
+            wait_until(bus, name, ACK_LIMIT_US, || acknowledged(bit.value))?;
+        }
+    }
+    if regs::CR0.read(bus).is_set(CR0::CMDQEN) {
+        let QueueRegisters { prod, cons, .. } = &regs::CMDQ;
+        let index = |register: &Rw<u32, INDEX::Register>| register.read(bus).read(INDEX::INDEX);
+        let stuck = || regs::GERROR.read(bus).get() != regs::GERRORN.read(bus).get();
+        // Whatever is left after that is lost: none of it is ours to wait for.
+        let _ = wait_until(bus, "CMDQ_CONS", ACK_LIMIT_US, || index(prod) == index(cons) || stuck());
+    }
+    regs::CR0.set(bus, 0);
+    wait_until(bus, "CR0ACK", ACK_LIMIT_US, || regs::CR0ACK.read(bus).get() == 0)
 }
 
 /// Checks that `buffer` has at least `words` words and is aligned to its whole size.

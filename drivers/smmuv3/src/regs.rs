@@ -19,10 +19,14 @@ register_bitfields![u32,
         BTM OFFSET(5) NUMBITS(1) [],
         /// Device TLBs (ATS).
         ATS OFFSET(10) NUMBITS(1) [],
+        /// ASIDs have 16 bits, not 8.
+        ASID16 OFFSET(12) NUMBITS(1) [],
         /// Interrupts can be messages.
         MSI OFFSET(13) NUMBITS(1) [],
         /// Page requests (PRI).
         PRI OFFSET(16) NUMBITS(1) [],
+        /// Tables of context descriptors may have two levels.
+        CD2L OFFSET(19) NUMBITS(1) [],
         /// Endianness of tables.
         TTENDIAN OFFSET(21) NUMBITS(2) [
             Big = 0b11,
@@ -43,6 +47,8 @@ register_bitfields![u32,
     pub(crate) IDR1 [
         /// Bits of a StreamID.
         SIDSIZE OFFSET(0) NUMBITS(6) [],
+        /// Bits of a SubstreamID.
+        SSIDSIZE OFFSET(6) NUMBITS(5) [],
         /// Log2 of the entries of the PRI queue, at most.
         PRIQS OFFSET(11) NUMBITS(5) [],
         /// Log2 of the entries of the event queue, at most.
@@ -56,6 +62,8 @@ register_bitfields![u32,
     ],
     /// Identification Register 3.
     pub(crate) IDR3 [
+        /// The second stage can decide alone how memory is cached (S2FWB).
+        FWB OFFSET(8) NUMBITS(1) [],
         /// Translations can be invalidated by range.
         RIL OFFSET(10) NUMBITS(1) [],
     ],

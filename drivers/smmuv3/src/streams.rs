@@ -170,6 +170,18 @@ impl StreamTable {
         Ok(())
     }
 
+    /// Returns one word of the entry of `stream`, as it was stored last; zero where there is none.
+    pub(crate) fn load(&self, stream: StreamId, word: usize) -> u64 {
+        match &self.second {
+            None => self.first.load(stream.0 as usize * STREAM_WORDS + word),
+            Some(second) => {
+                let at = stream.0 & ((1 << second.split) - 1);
+                let table = second.table(stream).and_then(|n| second.tables.get(n));
+                table.map_or(0, |table| table.load(at as usize * STREAM_WORDS + word))
+            }
+        }
+    }
+
     /// Stores one word of the entry of `stream`, visible before any later store. Streams without an entry
     /// have no words.
     pub(crate) fn store(&mut self, bus: &impl Bus, stream: StreamId, word: usize, value: u64) {

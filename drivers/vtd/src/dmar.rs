@@ -2,7 +2,8 @@
 //!
 //! Bytes in, facts out. Firmware wrote them, so nothing is believed: [`Dmar::new`] reads the whole table
 //! once, and one that is wrong gives an error that names the structure and its offset. What is asked
-//! afterwards cannot fail, allocates nothing, and takes no longer than two passes over the table.
+//! afterwards allocates nothing, and takes no longer than two passes over the table; what is to stay mapped
+//! takes one for each region and one more.
 //!
 //! A device behind bridges is named by a path through them, because bus numbers are not firmware's to keep.
 //! Questions about a device therefore take a closure `buses` that returns the buses behind a bridge, from its
@@ -15,7 +16,7 @@
 //! /// Whether a device can be given away: a unit translates it, and firmware has no use for it.
 //! fn is_assignable(dmar: &Dmar, buses: impl Fn(Requester) -> Option<RangeInclusive<u8>>) -> bool {
 //!     let device = Requester { segment: 0, id: StreamId(0x0100) };
-//!     dmar.unit_of(device, &buses).is_some() && dmar.regions_of(device, &buses).next().is_none()
+//!     dmar.unit_of(device, &buses).is_some() && dmar.kept_mapped(device, Reserved::Refuse, &buses).is_ok()
 //! }
 //! ```
 
@@ -228,6 +229,37 @@ impl Region<'_> {
         self.base..self.end
     }
 }
+
+/// What becomes of a device that firmware goes on using memory with, when it is to be given away.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
+pub enum Reserved {
+    /// It is not given away.
+    Refuse,
+    /// It is, with exactly its regions mapped at their own addresses, for reading and writing, as long as it is attached.
+    ///
+    /// Whoever has the device then reaches what firmware keeps there, and whatever other devices do that share a region:
+    /// see its [`scopes`](Region::scopes).
+    KeepMapped,
+}
+
+/// Firmware goes on using memory with a device, which is therefore not given away.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
+pub struct UsedByFirmware {
+    /// The first region that it uses.
+    pub base: PhysAddr,
+    /// The byte behind it.
+    pub end: PhysAddr,
+}
+
+impl fmt::Display for UsedByFirmware {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "firmware uses {:#x} to {:#x} with the device", self.base.0, self.end.0)
+    }
+}
+
+impl core::error::Error for UsedByFirmware {}
 
 /// The devices that a structure is about.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -457,6 +489,35 @@ impl<'t> Dmar<'t> {
             }
             _ => None,
         })
+    }
+
+    /// Decides whether `of` may be given away, as far as reserved regions go. Returns what has to be mapped at its own
+    /// addresses before the device is attached, and no more of it: in their order, without overlap, and nothing where
+    /// firmware uses nothing.
+    pub fn kept_mapped<F>(
+        &self,
+        of: Requester,
+        policy: Reserved,
+        buses: F,
+    ) -> Result<impl Iterator<Item = Range<PhysAddr>> + use<'t, F>, UsedByFirmware>
+    where
+        F: Fn(Requester) -> Option<RangeInclusive<u8>>,
+    {
+        if let (Reserved::Refuse, Some(region)) = (policy, self.regions_of(of, &buses).next()) {
+            return Err(UsedByFirmware { base: region.base, end: region.end });
+        }
+        let dmar = *self;
+        let mut done = PhysAddr(0);
+        Ok(core::iter::from_fn(move || {
+            let regions = || dmar.regions_of(of, &buses).map(|region| region.range());
+            let mut next = regions().filter(|region| region.end > done).min_by_key(|region| region.start)?;
+            // Whatever overlaps it or goes on where it ends is one with it.
+            while let Some(more) = regions().find(|r| r.start <= next.end && r.end > next.end) {
+                next.end = more.end;
+            }
+            done = next.end;
+            Some(next)
+        }))
     }
 
     /// Returns whether `of` may use ATS.

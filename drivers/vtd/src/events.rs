@@ -3,11 +3,12 @@
 use crate::{
     interrupts,
     queue::PageRequestQueue,
+    reason::Reason,
     regs::{self, FRCD_TOP, FSTS, PRS},
 };
 use iommu::{
-    Access, Bus, Event, FaultReason, FaultRecord, Field, GroupTag, Iova, Message, PageRequest, Pasid, Perms,
-    StreamId, Words, descriptor,
+    Access, Bus, Event, FaultRecord, Field, GroupTag, Iova, Message, PageRequest, Pasid, Perms, StreamId,
+    Words, descriptor,
 };
 
 descriptor! {
@@ -89,33 +90,9 @@ impl FaultEntry {
             pasid: self.is_set(Self::PASID_PRESENT).then(|| Pasid::from_low_bits(self.get(Self::PASID))),
             access,
             iova: Iova(self.address(Self::INFO)),
-            reason: reason(code),
+            reason: Reason::of(code).class(),
             code,
         })
-    }
-}
-
-/// Sorts the manual's fault reasons ("Fault Conditions and Remapping Hardware Behavior") into what an owner acts upon.
-///
-/// Both numberings are accepted: units report legacy codes for some conditions of scalable mode.
-const fn reason(code: u16) -> FaultReason {
-    match code {
-        // Root, context, PASID directory or PASID entry not present; a request that the entry does not admit. An
-        // entry that is all zero is reported as invalid (0x5B) by units that look at its type first.
-        0x01 | 0x02 | 0x0D | 0x31 | 0x32 | 0x39 | 0x41 | 0x44..=0x47 | 0x51 | 0x59 | 0x5B => {
-            FaultReason::NotAttached
-        }
-        // First-stage or second-stage entry not present. A legacy second-stage entry that is not present has
-        // neither permission and is reported as such.
-        0x71 | 0x79 => FaultReason::NotMapped,
-        0x05 | 0x06 | 0x5C | 0x5D | 0x81 | 0x82 | 0x85 | 0x86 => FaultReason::NotPermitted,
-        0x04 | 0x80 | 0x83 | 0x84 => FaultReason::AddressSize,
-        0x03 | 0x07..=0x0C | 0x30 | 0x38 | 0x3A | 0x40 | 0x42 | 0x43 | 0x48 | 0x50 | 0x52 | 0x58 | 0x5A => {
-            FaultReason::BadTables
-        }
-        0x70 | 0x72..=0x78 | 0x7A..=0x7D | 0x90 | 0x91 => FaultReason::BadTables,
-        0x0E | 0x20..=0x29 | 0x87 => FaultReason::Interrupt,
-        _ => FaultReason::Other,
     }
 }
 
@@ -197,10 +174,11 @@ impl<B: Bus> iommu::Events for Events<B> {
         let (first, count) = self.records;
         let status = regs::FSTS.read(&self.bus);
         if status.is_set(FSTS::PPF) {
-            // FRI is where the faults that are pending began; it does not move as they are read. At most two are looked at:
-            // the one after the last, and that one.
-            let began = status.read(FSTS::FRI) as usize % count;
-            for index in [self.next_record.unwrap_or(began), began] {
+            // FRI is where the faults that are pending began; it does not move as they are read. Units fill the records in
+            // turn, so the next one is after the last. All are looked at before PPF is left standing: while it stands
+            // nothing interrupts.
+            let began = self.next_record.unwrap_or(status.read(FSTS::FRI) as usize);
+            for index in (began..began + count).map(|index| index % count) {
                 let record = regs::FaultRecording::at(first, index);
                 let high = record.high.read(&self.bus).get();
                 // ORDER: F is in the high word; the low word belongs to it only if it is read afterwards.

@@ -1,4 +1,4 @@
-//! Driver for Intel VT-d, the IOMMU of x86 platforms, in scalable mode.
+//! Driver for Intel VT-d, the IOMMU of x86 platforms.
 //!
 //! [`Found`] is a unit that was identified and left as it was. [`Found::enable`] takes it into service: from then on
 //! every device that was not assigned is blocked. A unit in service is three halves ([`Vtd`]): what it reports
@@ -7,9 +7,9 @@
 //!
 //! The words are those of the VT-d architecture specification, revision 4 and later.
 //!
-//! What it assumes of the hardware: scalable mode, queued invalidation, and no need to flush write buffers
-//! (`ECAP.SMTS`, `ECAP.QI`, not `CAP.RWBF`); a unit without them is refused by name. Firmware left translation and
-//! interrupt remapping off.
+//! What it assumes of the hardware: queued invalidation (`ECAP.QI`), unless the unit is one of old that has neither scalable
+//! mode nor interrupt remapping. Firmware may have left translation, interrupt remapping and the invalidation queue on:
+//! they are taken over without a gap, if translation is by tables of the same mode.
 //!
 //! ```
 //! # use iommu::{Bus, Error, DmaBuf};
@@ -19,21 +19,34 @@
 //! }
 //! ```
 //!
-//! | feature | supported | note |
+//! | feature | supported | note: evidence |
 //! |---|---|---|
 //! | discovery, ACPI `DMAR` | yes | every structure; bridges and paths, several units and segments; one mistake refuses the table |
-//! | reserved regions of firmware | told | [`dmar::Dmar::regions_of`]; whether to map them or refuse the device is the caller's |
-//! | scalable mode, first stage | yes | 4 levels, 5 where reported |
-//! | scalable mode, second stage | encoded | QEMU offers it without page requests |
-//! | PASID | yes | 1 to 8191 for each device |
-//! | queued invalidation, 256 bits | yes | tickets; a refused descriptor is replaced, and the others go on (QEMU, model) |
-//! | device TLBs | yes | one wait at a time; a device that does not answer is named, and the others go on (model) |
+//! | reserved regions of firmware | by policy | [`dmar::Dmar::kept_mapped`]: the device is refused, or exactly they stay mapped: model |
+//! | several units | yes | each has a driver of its own; a domain uses what [`Capabilities::common`] says: model |
+//! | scalable mode, first stage | yes | 4 levels: QEMU, model; 5 where reported: model |
+//! | scalable mode, second stage | yes | 3 to 5 levels, as reported: model; QEMU offers it without page requests |
+//! | nested | yes | a guest's page tables over second-stage tables: model; its PASID tables no: the unit reads them by host addresses |
+//! | pass-through | yes | for who vouches for it ([`Trust`](iommu::Trust)): model; in legacy mode without a device TLB |
+//! | legacy mode | yes | where there is no other, or when asked; 3 to 5 levels, pass-through: model |
+//! | blocking without records (`FPD`) | yes | until the device is given back: model |
+//! | page walks that do not look into caches | yes | only then are cache lines flushed: QEMU (nothing to see there), model |
+//! | write buffers (`CAP.RWBF`) | yes | flushed at bring-up and after each entry: model; interrupt entries by their invalidation |
+//! | snooping of accesses (`PGSNP`) | yes | wherever `ECAP.SC` is, in scalable mode: encoded |
+//! | second-stage accessed and dirty bits, execute and supervisor requests | no | |
+//! | PASID | yes | 1 to 8191 for each device: QEMU, model |
+//! | queued invalidation, 256 bits | yes | tickets: QEMU, model |
+//! | queued invalidation, 128 bits | yes | in legacy mode: model |
+//! | register-based invalidation | yes | where there is no queue; each ticket is waited for: model |
+//! | refused descriptors (`IQE`) | replaced | what is behind them is executed: model |
+//! | device TLBs | yes | one wait at a time; virtual functions, throttle ([`Commands::describe`]): QEMU, model |
+//! | silent devices (`ITE`) | named | their ticket has failed, the others go on: model |
+//! | takeover from firmware | yes | translation of the same mode, interrupt remapping, queue, protected memory: model |
 //! | page requests | yes | groups are put together by the broker |
 //! | primary faults | yes | all records, overflow |
 //! | interrupt remapping | yes | tables of up to 65536 entries, x2APIC and xAPIC destinations; the source is always validated |
 //! | compatibility format of interrupts | blocked | the model does so; QEMU lets it pass |
 //! | posted interrupts | no | |
-//! | legacy mode, pass-through, nested, takeover | no | |
 #![cfg_attr(not(test), no_std)]
 #![forbid(unsafe_code)]
 
@@ -42,13 +55,16 @@ pub mod dmar;
 pub mod events;
 mod interrupts;
 mod queue;
+pub mod reason;
 mod regs;
 pub mod remap;
 pub mod tables;
+mod takeover;
 mod tickets;
 
 pub use commands::Commands;
 pub use events::Events;
+pub use reason::Reason;
 pub use remap::Remapping;
 pub use tables::{FRAME_WORDS, FRAMES, Mode, Tables};
 pub use tickets::HEAD_LIMIT_US;
@@ -57,8 +73,8 @@ use heapless::Vec;
 use iommu::{
     Bus, Capabilities, Commands as _, Completion, DmaBuf, Error, Invalidation, PhysAddr, bus::wait_until,
 };
-use queue::{ENTRY_WORDS, InvalidationQueue, PageRequestQueue, SPARE};
-use regs::{CAP, ECAP, GLOBAL, IQA, IRTA, PMEN, PQA, RTADDR};
+use queue::{ENTRY_WORDS, InvalidationQueue, NARROW_WORDS, PageRequestQueue, SPARE};
+use regs::{CAP, ECAP, GLOBAL, IQA, IRTA, PMEN, PQA, RTADDR, VER};
 use tables::{Publisher, Snoop};
 use tock_registers::LocalRegisterCopy;
 
@@ -74,6 +90,8 @@ pub struct Found<B> {
     cap: LocalRegisterCopy<u64, CAP::Register>,
     ecap: LocalRegisterCopy<u64, ECAP::Register>,
     mode: Mode,
+    /// The queue that firmware left on, if its memory was lent.
+    old_queue: Option<DmaBuf>,
 }
 
 /// Memory that a unit keeps for as long as it is in service. All of it is aligned to 4 KiB, queues to their size.
@@ -119,7 +137,7 @@ impl<B: Bus + Clone> Found<B> {
             return Err(Error::Absent);
         }
         let mode = if ecap.is_set(ECAP::SMTS) { Mode::Scalable } else { Mode::Legacy };
-        Ok(Self { bus, cap, ecap, mode })
+        Ok(Self { bus, cap, ecap, mode, old_queue: None })
     }
 
     /// Returns which tables the unit will walk: those of scalable mode where it has that.
@@ -144,7 +162,8 @@ impl<B: Bus + Clone> Found<B> {
         let (cap, ecap) = (self.cap, self.ecap);
         let scalable = self.mode == Mode::Scalable;
         let pasid = scalable && ecap.is_set(ECAP::PASID);
-        let device_tlb = ecap.is_set(ECAP::DT);
+        // A device TLB is told through the queue alone.
+        let device_tlb = ecap.is_set(ECAP::DT) && ecap.is_set(ECAP::QI);
         let second = self.second_stage_levels();
         let stage1 = scalable && ecap.is_set(ECAP::FSTS);
         let stage2 = second != 0 && (!scalable || ecap.is_set(ECAP::SSTS));
@@ -192,13 +211,17 @@ impl<B: Bus + Clone> Found<B> {
     /// Takes the unit into service, in the order of the manual. Interrupts stay masked.
     ///
     /// From the write that enables translation on, no device reaches memory. Before, they reach what firmware let
-    /// them: a caller that needs more turns bus masters off first.
-    pub fn enable(self, memory: Memory) -> Result<Vtd<B>, Error> {
+    /// them: a caller that needs more turns bus masters off first. If firmware left translation on, it stays on, and each
+    /// device goes from what firmware let it reach to nothing, in one step. So do interrupts.
+    ///
+    /// On an error the unit is as firmware left it, or lets nothing through; it is never less strict than it was.
+    pub fn enable(mut self, memory: Memory) -> Result<Vtd<B>, Error> {
         self.check()?;
+        self.check_left()?;
         let Memory {
             mut root,
             invalidation_queue,
-            status,
+            mut status,
             page_requests,
             frames,
             interrupts,
@@ -214,14 +237,14 @@ impl<B: Bus + Clone> Found<B> {
             aligned(purpose, frame, FRAME_WORDS)?;
         }
         let interrupts_size = interrupt_table_size(&interrupts)?;
-        let entries = invalidation_queue.words() / ENTRY_WORDS;
+        let width = if self.mode == Mode::Scalable { ENTRY_WORDS } else { NARROW_WORDS };
+        let entries = invalidation_queue.words() / width;
         if answers + commands::BATCH + SPARE >= entries {
-            let needed = (answers + commands::BATCH + SPARE + 1).next_power_of_two() * ENTRY_WORDS;
+            let needed = (answers + commands::BATCH + SPARE + 1).next_power_of_two() * width;
             let words = invalidation_queue.words();
             return Err(Error::Memory { purpose: "the invalidation queue", words, needed });
         }
 
-        let bus = &self.bus;
         let publisher = Publisher {
             bus: self.bus.clone(),
             coherent: self.sees_caches(),
@@ -229,17 +252,25 @@ impl<B: Bus + Clone> Found<B> {
         };
         let page_requests_served = self.capabilities().page_requests;
         for event in [&regs::FAULT_EVENT, &regs::INVALIDATION_EVENT] {
-            interrupts::mask(bus, event);
+            interrupts::mask(&self.bus, event);
         }
         if self.ecap.is_set(ECAP::PRS) {
-            interrupts::mask(bus, &regs::PAGE_REQUEST_EVENT);
+            interrupts::mask(&self.bus, &regs::PAGE_REQUEST_EVENT);
         }
         self.discard_old_faults();
+        self.end_old_queue(&mut status)?;
 
-        regs::IQT.set(bus, 0);
-        let base = invalidation_queue.phys().0 >> 12;
-        regs::IQA.write(bus, IQA::BASE.val(base) + IQA::DW::SET + IQA::QS.val(commands_size));
-        self.command(GLOBAL::QIE::SET.value, "GSTS.QIES")?;
+        let bus = &self.bus;
+        let queue = if self.ecap.is_set(ECAP::QI) {
+            regs::IQT.set(bus, 0);
+            let base = invalidation_queue.phys().0 >> 12;
+            let wide = if width == ENTRY_WORDS { IQA::DW::SET } else { IQA::DW::CLEAR };
+            regs::IQA.write(bus, IQA::BASE.val(base) + wide + IQA::QS.val(commands_size));
+            self.command(GLOBAL::QIE::SET.value, "GSTS.QIES")?;
+            Some(InvalidationQueue::new(invalidation_queue, width))
+        } else {
+            None
+        };
 
         root.clear();
         publisher.publish(&root, 0, FRAME_WORDS);
@@ -251,7 +282,6 @@ impl<B: Bus + Clone> Found<B> {
         regs::RTADDR.write(bus, RTADDR::RTA.val(root.phys().0 >> 12) + mode);
         self.command(GLOBAL::SRTP::SET.value, "GSTS.RTPS")?;
 
-        let queue = Some(InvalidationQueue::new(invalidation_queue, ENTRY_WORDS));
         let mut commands = Commands::new(self.bus.clone(), queue, status, self.command_abilities(), answers);
         let remapping = self.set_interrupt_table(interrupts, interrupts_size, x2apic, &publisher)?;
         // Also where setting the tables has invalidated everything (CAP.ESRTPS, ESIRTPS): it happens once.
@@ -261,6 +291,8 @@ impl<B: Bus + Clone> Found<B> {
             commands.poll(ticket) == Completion::Done
         })?;
 
+        // Interrupts of the compatibility format are not remapped, so they do not pass.
+        self.command_off(GLOBAL::CFI::SET.value, "GSTS.CFIS")?;
         if remapping.is_some() {
             self.command(GLOBAL::IRE::SET.value, "GSTS.IRES")?;
         }
@@ -291,26 +323,15 @@ impl<B: Bus + Clone> Found<B> {
         })
     }
 
-    /// Refuses a unit that lacks what the driver rests on, or that firmware left in use.
+    /// Refuses a unit that lacks what the driver rests on.
     fn check(&self) -> Result<(), Error> {
-        for (there, feature) in [
-            (self.ecap.is_set(ECAP::SMTS), "ECAP.SMTS (scalable mode)"),
-            (self.ecap.is_set(ECAP::QI), "ECAP.QI (queued invalidation)"),
-        ] {
-            if !there {
-                return Err(Error::Unsupported { feature });
-            }
-        }
-        let status = regs::GSTS.read(&self.bus);
-        for (on, what) in [
-            (status.is_set(GLOBAL::TE), "translation (GSTS.TES)"),
-            (status.is_set(GLOBAL::QIE), "queued invalidation (GSTS.QIES)"),
-            (status.is_set(GLOBAL::IRE), "interrupt remapping (GSTS.IRES)"),
-            (status.is_set(GLOBAL::CFI), "compatibility format interrupts (GSTS.CFIS)"),
-        ] {
-            if on {
-                return Err(Error::InUse { what });
-            }
+        let queued = self.ecap.is_set(ECAP::QI);
+        // Register-based invalidation knows neither PASIDs nor interrupt entries, and newer units have none.
+        let by_registers = self.mode == Mode::Legacy
+            && !self.ecap.is_set(ECAP::IR)
+            && regs::VER.read(&self.bus).read(VER::MAX) < 6;
+        if !queued && !by_registers {
+            return Err(Error::Unsupported { feature: "ECAP.QI (queued invalidation)" });
         }
         Ok(())
     }
@@ -348,7 +369,8 @@ impl<B: Bus + Clone> Found<B> {
         }
         let x2apic = x2apic && self.ecap.is_set(ECAP::EIM);
         let base = table.phys().0 >> 12;
-        let remapping = Remapping::new(self.bus.clone(), table, x2apic, self.cap.is_set(CAP::CM));
+        let caches_absence = self.capabilities().caches_absence;
+        let remapping = Remapping::new(publisher.clone(), table, x2apic, caches_absence);
         publisher.flush_write_buffer()?;
         regs::IRTA.write(&self.bus, IRTA::S.val(size) + IRTA::EIME.val(x2apic.into()) + IRTA::BASE.val(base));
         self.command(GLOBAL::SIRTP::SET.value, "GSTS.IRTPS")?;

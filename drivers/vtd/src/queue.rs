@@ -29,6 +29,15 @@ impl InvalidationQueue {
         Self { ring, width, tail: 0, oldest: 0 }
     }
 
+    /// The queue in `ring` that somebody else filled, and the unit has emptied.
+    pub(crate) fn left<B: Bus>(bus: &B, ring: DmaBuf, width: usize) -> Self {
+        let mut queue = Self::new(ring, width);
+        let units = regs::IQT.read(bus).read(regs::IQ::INDEX) as usize;
+        queue.tail = units * NARROW_WORDS / width % queue.entries();
+        queue.oldest = queue.tail;
+        queue
+    }
+
     pub(crate) fn entries(&self) -> usize {
         self.ring.words() / self.width
     }

@@ -149,6 +149,11 @@ register_bitfields![u64,
 ];
 
 register_bitfields![u32,
+    /// Version Register.
+    pub(crate) VER [
+        /// Major version.
+        MAX OFFSET(4) NUMBITS(4) [],
+    ],
     /// Global Command, and Global Status.
     pub(crate) GLOBAL [
         /// Compatibility format interrupts pass.
@@ -209,6 +214,7 @@ register_bitfields![u32,
     ],
 ];
 
+pub(crate) const VER: Ro<u32, VER::Register> = Ro::at(0x000);
 pub(crate) const CAP: Ro<u64, CAP::Register> = Ro::at(0x008);
 pub(crate) const ECAP: Ro<u64, ECAP::Register> = Ro::at(0x010);
 pub(crate) const GCMD: Rw<u32, GLOBAL::Register> = Rw::at(0x018);

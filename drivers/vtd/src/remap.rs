@@ -27,6 +27,7 @@
 //! }
 //! ```
 
+use crate::tables::Publisher;
 use iommu::{
     Bus, DmaBuf, Error, FaultRecord, Field, Invalidation, Invalidations, Message, StreamId, Words, descriptor,
 };
@@ -223,20 +224,25 @@ pub struct Leaving(Handle);
 /// It is a part of its own beside [`Tables`](crate::Tables): nobody needs both at once, so they need not share a lock.
 #[derive(Debug)]
 pub struct Remapping<B> {
-    bus: B,
+    publisher: Publisher<B>,
     /// An entry whose upper word is zero is free; the unit never writes here.
     table: DmaBuf,
     x2apic: bool,
-    /// `CAP.CM`: the unit may remember that an entry was not present.
+    /// The unit may remember that an entry was not present (`CAP.CM`), or not see at once that it is (`CAP.RWBF`).
     caches_absence: bool,
 }
 
 impl<B: Bus> Remapping<B> {
     /// Takes a table in which nothing is present, and publishes it.
-    pub(crate) fn new(bus: B, mut table: DmaBuf, x2apic: bool, caches_absence: bool) -> Self {
+    pub(crate) fn new(
+        publisher: Publisher<B>,
+        mut table: DmaBuf,
+        x2apic: bool,
+        caches_absence: bool,
+    ) -> Self {
         table.clear();
-        bus.publish(table.range(0, table.words()));
-        Self { bus, table, x2apic, caches_absence }
+        publisher.publish(&table, 0, table.words());
+        Self { publisher, table, x2apic, caches_absence }
     }
 
     /// Returns the number of entries.
@@ -344,7 +350,7 @@ impl<B: Bus> Remapping<B> {
     /// Stores the word with P, in one store.
     fn change(&mut self, word: usize, lower: u64) {
         self.table.store(word, lower);
-        self.bus.publish(self.table.range(word, 1));
+        self.publisher.publish(&self.table, word, 1);
     }
 
     fn refuse(&mut self, word: usize) {
@@ -353,7 +359,7 @@ impl<B: Bus> Remapping<B> {
     }
 
     fn publish(&self, handle: &Handle) {
-        self.bus.publish(self.table.range(handle.words().start, handle.words().len()));
+        self.publisher.publish(&self.table, handle.words().start, handle.words().len());
     }
 
     fn entry_invalidations(&self, handle: &Handle, number: u16, needed: bool) -> Invalidations {

@@ -261,7 +261,7 @@ impl Abilities {
 }
 
 /// How what is stored in tables reaches the unit.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Publisher<B> {
     pub(crate) bus: B,
     /// The unit looks into the CPU's caches.

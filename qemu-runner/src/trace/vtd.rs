@@ -47,6 +47,16 @@ fn descriptor(tables: Tables, text: &str) -> Option<Sight> {
     let pasid = Some(low >> 32 & 0xf_ffff);
     let taken = match (kind, granularity) {
         ("wait", _) => return Some(Sight::Completion { drained: low >> 7 & 1 != 0 }),
+        // A context entry names the tables itself in legacy mode alone; elsewhere it stays when one of the device's address
+        // spaces goes.
+        ("context-cache", 0b01) if tables == Tables::Legacy => Taken::all(Step::Configuration),
+        ("context-cache", 0b10) if tables == Tables::Legacy => {
+            Taken { domain, ..Taken::all(Step::Configuration) }
+        }
+        ("context-cache", 0b11) if tables == Tables::Legacy => {
+            Taken { domain, stream: Some(low >> 32 & 0xffff), ..Taken::all(Step::Configuration) }
+        }
+        ("pasid-cache", _) if tables == Tables::Legacy => return None,
         ("pasid-cache", 0b00) => Taken { domain, ..Taken::all(Step::Configuration) },
         ("pasid-cache", 0b01) => Taken { domain, pasid, ..Taken::all(Step::Configuration) },
         ("pasid-cache", 0b11) => Taken::all(Step::Configuration),
@@ -171,6 +181,16 @@ mod tests {
             read(Tables::First, "vtd_inv_desc_iotlb_domain", "iotlb invalidate whole domain 0x5"),
             None
         );
+    }
+
+    #[test]
+    fn in_legacy_mode_the_context_entry_is_the_configuration() {
+        let entry = Taken { stream: Some(0x18), domain: Some(5), ..Taken::all(Step::Configuration) };
+        let of_entry = "context-cache high 0x0 low 0x1800050031";
+
+        assert_eq!(of_tables(Tables::Legacy, of_entry), Some(Sight::Taken(entry)));
+        assert_eq!(of_tables(Tables::Second, of_entry), None);
+        assert_eq!(of_tables(Tables::Legacy, "pasid-cache high 0x0 low 0x100050017"), None);
     }
 
     #[test]

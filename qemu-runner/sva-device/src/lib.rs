@@ -99,7 +99,7 @@ pub unsafe extern "C" fn qemu_plugin_install(
 ///
 /// As for [`qemu_plugin_install`].
 unsafe fn install(arguments: &[&CStr]) -> Result<(), String> {
-    let verbose = parse(arguments)?;
+    let Wanted { verbose, spoiled } = parse(arguments)?;
     // SAFETY: we are in a QEMU whose plugin interface is ours; see the head of `qemu`.
     let qemu = unsafe { Qemu::find() }.map_err(|missing| {
         format!(
@@ -114,18 +114,33 @@ unsafe fn install(arguments: &[&CStr]) -> Result<(), String> {
     )?;
     let qemu: &'static Qemu = Box::leak(Box::new(qemu));
     // SAFETY: passed on.
-    let machine = unsafe { Machine::new(qemu, verbose) };
+    let machine = unsafe { Machine::new(qemu, verbose, spoiled) };
     // SAFETY: passed on.
     unsafe { endpoint::register(Type { qemu, machine, ids_at, verbose }) };
     Ok(())
 }
 
-/// Returns whether the arguments ask for a line per action.
-fn parse(arguments: &[&CStr]) -> Result<bool, String> {
-    arguments.iter().try_fold(false, |_, argument| match argument.to_bytes() {
-        b"verbose=on" => Ok(true),
-        b"verbose=off" => Ok(false),
-        _ => Err(format!("unknown argument {argument:?}; verbose=on and verbose=off are known")),
+/// What the arguments ask for.
+#[derive(Debug, Default, Eq, PartialEq)]
+struct Wanted {
+    /// A line per action.
+    verbose: bool,
+    /// The stream whose answers an SMMU is to refuse.
+    spoiled: Option<u32>,
+}
+
+fn parse(arguments: &[&CStr]) -> Result<Wanted, String> {
+    arguments.iter().try_fold(Wanted::default(), |wanted, argument| {
+        let text = argument.to_str().unwrap_or_default();
+        let stream = || u32::from_str_radix(text.strip_prefix("spoil=0x")?, 16).ok();
+        match (text, stream()) {
+            ("verbose=on", _) => Ok(Wanted { verbose: true, ..wanted }),
+            ("verbose=off", _) => Ok(Wanted { verbose: false, ..wanted }),
+            (_, spoiled @ Some(_)) => Ok(Wanted { spoiled, ..wanted }),
+            _ => Err(format!(
+                "unknown argument {argument:?}; verbose=on, verbose=off and spoil=0x<stream> are known"
+            )),
+        }
     })
 }
 
@@ -140,9 +155,17 @@ mod tests {
 
     #[test]
     fn the_last_verbose_argument_wins_and_silence_is_the_default() {
-        assert_eq!(parse(&[]), Ok(false));
-        assert_eq!(parse(&[c"verbose=on"]), Ok(true));
-        assert_eq!(parse(&[c"verbose=on", c"verbose=off"]), Ok(false));
+        let verbose = |arguments: &[&CStr]| parse(arguments).map(|wanted| wanted.verbose);
+
+        assert_eq!(verbose(&[]), Ok(false));
+        assert_eq!(verbose(&[c"verbose=on"]), Ok(true));
+        assert_eq!(verbose(&[c"verbose=on", c"verbose=off"]), Ok(false));
+    }
+
+    #[test]
+    fn a_stream_whose_answers_are_spoiled_is_named_in_hexadecimal() {
+        assert_eq!(parse(&[c"spoil=0x18"]), Ok(Wanted { verbose: false, spoiled: Some(0x18) }));
+        assert!(parse(&[c"spoil=24"]).is_err() && parse(&[c"spoil=0x"]).is_err());
     }
 
     #[test]

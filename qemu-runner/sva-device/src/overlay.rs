@@ -34,6 +34,8 @@ const OWN_ANSWER_NS: i64 = 1_000_000;
 pub(crate) struct Machine {
     qemu: &'static Qemu,
     verbose: bool,
+    /// The stream whose answers the SMMU is to refuse.
+    spoiled: Option<u32>,
     endpoints: RefCell<Vec<&'static Endpoint>>,
     overlay: OnceCell<Overlay>,
 }
@@ -65,10 +67,11 @@ impl Machine {
     /// # Safety
     ///
     /// This is QEMU's call of `qemu_plugin_install`.
-    pub(crate) unsafe fn new(qemu: &'static Qemu, verbose: bool) -> &'static Self {
+    pub(crate) unsafe fn new(qemu: &'static Qemu, verbose: bool, spoiled: Option<u32>) -> &'static Self {
         let machine = Box::leak(Box::new(Self {
             qemu,
             verbose,
+            spoiled,
             endpoints: RefCell::default(),
             overlay: OnceCell::new(),
         }));
@@ -116,7 +119,7 @@ unsafe extern "C" fn complete(notifier: *mut MachineDone, _: *mut c_void) {
     let overlay = machine.overlay.get_or_init(|| Overlay {
         machine,
         beneath,
-        smmu: Smmu::default(),
+        smmu: Smmu::new(machine.spoiled),
         answers: RefCell::default(),
         timer: UnsafeCell::new(Timer::ZEROED),
         region: UnsafeCell::new(MemoryRegion::ZEROED),

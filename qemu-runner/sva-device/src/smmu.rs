@@ -58,6 +58,8 @@ const GERROR_PRIQ_ABT_ERR: u32 = 1 << 3;
 const ADDRESS: u64 = (1 << 52) - 1;
 const CMD_ATC_INV: u64 = 0x40;
 const CMD_PRI_RESP: u64 = 0x41;
+/// An opcode that no SMMU knows.
+const CMD_UNKNOWN: u64 = 0xff;
 
 /// How a page request group was answered, by the codes that the device reports.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -112,9 +114,16 @@ pub(crate) struct Smmu {
     error: Cell<u32>,
     /// `SMMU_GERRORN.PRIQ_ABT_ERR`, in place.
     acknowledged: Cell<u32>,
+    /// Answers to this stream become a command that no SMMU knows, before QEMU's SMMU comes to them.
+    spoiled: Option<u32>,
 }
 
 impl Smmu {
+    /// What stands in front of an SMMU that is to refuse answers to `spoiled`.
+    pub(crate) fn new(spoiled: Option<u32>) -> Self {
+        Self { spoiled, ..Self::default() }
+    }
+
     /// Returns to the state of power-on.
     pub(crate) fn power_on(&self) {
         self.queue.set(PriQueue::default());
@@ -149,7 +158,11 @@ impl Smmu {
         match offset {
             _ if is_reserved(offset) => {}
             // QEMU's SMMU consumes commands within these writes, and within no others.
-            at::CR0 | at::CMDQ_PROD => self.watch(beneath, || beneath.write(offset, value)),
+            at::CR0 => self.watch(beneath, || beneath.write(offset, value)),
+            at::CMDQ_PROD => {
+                self.spoil(beneath, value);
+                self.watch(beneath, || beneath.write(offset, value));
+            }
             at::GERRORN => {
                 self.acknowledged.set(value & GERROR_PRIQ_ABT_ERR);
                 self.watch(beneath, || beneath.write(offset, value & !GERROR_PRIQ_ABT_ERR));
@@ -170,16 +183,22 @@ impl Smmu {
         let before = beneath.read(at::CMDQ_CONS);
         write();
         let after = beneath.read(at::CMDQ_CONS);
-        let base = read64(beneath, at::CMDQ_BASE);
-        // QEMU's SMMU has `SMMU_IDR1.CMDQS` 19.
-        let indices = (2 << (base as u32 & 0x1f).min(19)) - 1;
-        let mut index = before & indices;
-        while index != after & indices {
-            let place = (base & ADDRESS & !0x1f) + u64::from(index & indices >> 1) * 16;
+        for place in commands(beneath, before, after) {
             if let (Some(low), Some(high)) = (beneath.load(place), beneath.load(place + 8)) {
                 obey(beneath, low, high);
             }
-            index = (index + 1) & indices;
+        }
+    }
+
+    /// Spoils the commands up to `end` that are answers to a stream whose answers are to be refused.
+    fn spoil(&self, beneath: &impl Beneath, end: u32) {
+        let Some(stream) = self.spoiled else { return };
+        for place in commands(beneath, beneath.read(at::CMDQ_CONS), end) {
+            let is_one = |low: &u64| low & 0xff == CMD_PRI_RESP && low >> 32 == u64::from(stream);
+            if let Some(low) = beneath.load(place).filter(is_one) {
+                beneath.store(place, &(low & !0xff | CMD_UNKNOWN).to_le_bytes());
+                beneath.say(format_args!("an answer to stream {stream:#x} is spoiled"));
+            }
         }
     }
 
@@ -242,6 +261,18 @@ impl Smmu {
         let cr0 = beneath.read(at::CR0ACK);
         cr0 & CR0_SMMUEN != 0 && (cr0 & CR0_ATSCHK == 0 || has_ats(beneath, stream))
     }
+}
+
+/// Returns where the commands from index `from` to before index `to` are.
+fn commands<B: Beneath>(beneath: &B, from: u32, to: u32) -> impl Iterator<Item = u64> + use<B> {
+    let base = read64(beneath, at::CMDQ_BASE);
+    // QEMU's SMMU has `SMMU_IDR1.CMDQS` 19.
+    let indices = (2 << (base as u32 & 0x1f).min(19)) - 1;
+    let count = to.wrapping_sub(from) & indices;
+    (0..count).map(move |n| {
+        let index = from.wrapping_add(n) & indices >> 1;
+        (base & ADDRESS & !0x1f) + u64::from(index) * 16
+    })
 }
 
 fn queue_word(offset: u64) -> Option<QueueWord> {
@@ -626,6 +657,17 @@ mod tests {
         smmu.write(&qemu, at::CR0, ON);
 
         assert_eq!(did(&qemu), []);
+    }
+
+    #[test]
+    fn answers_to_a_stream_that_is_to_be_refused_are_no_command_any_more() {
+        let (_, qemu) = running();
+        let smmu = Smmu::new(Some(0x18));
+
+        submit(&smmu, &qemu, &[[0x18_0000_0041, 0x2003], [0x20_0000_0041, 0x2003], [0x46, 0]]);
+
+        assert_eq!(qemu.load(COMMANDS), Some(0x18_0000_00ff));
+        assert_eq!(did(&qemu), [Did::Respond(answer(Response::Success))]);
     }
 
     #[test]

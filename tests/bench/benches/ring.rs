@@ -7,10 +7,7 @@ use ringbuf::{
     HeapCons, HeapProd, HeapRb,
     traits::{Consumer as _, Producer as _, Split as _},
 };
-use std::{
-    hint::black_box,
-    sync::atomic::{AtomicU64, Ordering::AcqRel},
-};
+use std::hint::black_box;
 
 /// Indices that are handed over, one after the other.
 const HANDED: usize = 1_000;
@@ -23,10 +20,10 @@ trait Ring {
     fn pop(&mut self) -> Option<u16>;
 }
 
-/// The ring that the broker uses, through the ends that it has.
-struct Heapless(spsc::Producer<'static, u16>, spsc::Consumer<'static, u16>);
+/// The ring that the broker uses, through the ends that it has. That a slot is in it is said by the slot's own word.
+struct Ours(spsc::Producer<'static, u16>, spsc::Consumer<'static, u16>);
 
-impl Ring for Heapless {
+impl Ring for Ours {
     fn empty() -> Self {
         let ring: &'static mut spsc::Queue<u16, { ROOM + 1 }> = Box::leak(Box::new(spsc::Queue::new()));
         let (producer, consumer) = ring.split();
@@ -39,30 +36,6 @@ impl Ring for Heapless {
     #[inline(always)]
     fn pop(&mut self) -> Option<u16> {
         self.1.dequeue()
-    }
-}
-
-/// What the broker does with it: a flag in each slot keeps it from being in the ring twice.
-struct Ours {
-    ring: Heapless,
-    announced: Box<[AtomicU64; ROOM]>,
-}
-
-impl Ring for Ours {
-    fn empty() -> Self {
-        Self { ring: Heapless::empty(), announced: Box::new([const { AtomicU64::new(0) }; ROOM]) }
-    }
-    #[inline(always)]
-    fn push(&mut self, slot: u16) {
-        if self.announced[usize::from(slot) % ROOM].swap(1, AcqRel) == 0 {
-            self.ring.push(slot);
-        }
-    }
-    #[inline(always)]
-    fn pop(&mut self) -> Option<u16> {
-        let slot = self.ring.pop()?;
-        self.announced[usize::from(slot) % ROOM].swap(0, AcqRel);
-        Some(slot)
     }
 }
 
@@ -132,7 +105,7 @@ fn nothing() -> usize {
 }
 
 mod counted {
-    use super::{ArrayQueue, Heapless, Ours, Ring as _, Ringbuf, Rtrb, hand_over, nothing};
+    use super::{ArrayQueue, Ours, Ring as _, Ringbuf, Rtrb, hand_over, nothing};
     use gungraun::{library_benchmark, library_benchmark_group};
     use std::hint::black_box;
 
@@ -151,7 +124,6 @@ mod counted {
 
     counted! {
         ours: Ours,
-        heapless: Heapless,
         rtrb: Rtrb,
         ringbuf: Ringbuf,
         crossbeam: ArrayQueue<u16>,
@@ -163,7 +135,7 @@ mod counted {
         nothing()
     }
 
-    library_benchmark_group!(name = all, benchmarks = [ours, heapless, rtrb, ringbuf, crossbeam, the_loop]);
+    library_benchmark_group!(name = all, benchmarks = [ours, rtrb, ringbuf, crossbeam, the_loop]);
     gungraun::main!(library_benchmark_groups = all);
 
     pub fn run() {
@@ -171,7 +143,7 @@ mod counted {
     }
 }
 
-const NAMES: [&str; 5] = ["ours", "heapless", "rtrb", "ringbuf", "crossbeam"];
+const NAMES: [&str; 4] = ["ours", "rtrb", "ringbuf", "crossbeam"];
 
 fn time<R: Ring>() -> Option<f64> {
     bench::nanoseconds(HANDED, R::empty, |ring| assert_eq!(hand_over(ring), HANDED))
@@ -191,12 +163,6 @@ fn main() {
         &NAMES,
         &[Row { what: what.clone(), costs: costs.into(), goal: Some(30.0) }],
     );
-    let costs = vec![
-        time::<Ours>(),
-        time::<Heapless>(),
-        time::<Rtrb>(),
-        time::<Ringbuf>(),
-        time::<ArrayQueue<u16>>(),
-    ];
+    let costs = vec![time::<Ours>(), time::<Rtrb>(), time::<Ringbuf>(), time::<ArrayQueue<u16>>()];
     bench::print("nanoseconds", &NAMES, &[Row { what, costs, goal: None }]);
 }

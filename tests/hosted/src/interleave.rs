@@ -29,6 +29,13 @@ pub fn interrupted<R>(
     (result, PLAN.take().is_none())
 }
 
+/// Does `run`, and returns how many accesses it took.
+pub fn accesses<R>(run: impl FnOnce() -> R) -> (R, usize) {
+    PLAN.set(Some(Plan { left: usize::MAX, what: Box::new(|| {}) }));
+    let result = run();
+    (result, PLAN.take().map_or(0, |plan| usize::MAX - plan.left))
+}
+
 /// An atomic access is about to be made.
 pub(crate) fn access() {
     let due = PLAN.with_borrow_mut(|plan| match plan {

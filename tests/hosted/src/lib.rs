@@ -16,6 +16,7 @@ pub mod smmu;
 pub mod sync;
 mod tapped;
 mod threads;
+pub mod tree;
 
 // What `core` is beside `sync`, where this package stands in for it.
 #[doc(no_inline)]

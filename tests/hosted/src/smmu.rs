@@ -17,6 +17,8 @@ use std::{fmt, ops::Range, sync::Arc};
 pub const STREAMS: u32 = 512;
 /// Streams of a second-level table of [`needs`]: one frame of them.
 pub const SECOND_LEVEL: u32 = 64;
+/// Frames for context descriptors of [`needs`].
+pub const CONTEXT_TABLES: usize = 16;
 /// Entries of the command queue of [`needs`].
 pub const COMMANDS: usize = 256;
 /// Answers that [`needs`] asks room for.
@@ -154,12 +156,14 @@ pub fn needs(table: StreamTable, memory: &Memory) -> smmuv3::Memory {
         stream_table: memory.take(words as usize, words as usize),
         second_level: (0..second_level).map(|_| frame()).collect(),
         contexts: frame(),
+        context_tables: (0..CONTEXT_TABLES).map(|_| frame()).collect(),
         empty_table: frame(),
         command_queue: frame(),
         event_queue: frame(),
         page_requests: frame(),
         answers: ANSWERS,
-        stalling: [].into_iter().collect(),
+        stalling: heapless::Vec::new(),
+        forced_write_back: false,
     }
 }
 
@@ -224,6 +228,30 @@ impl<B: Bus + Clone> Machine<B> {
         let (attachment, invalidations) = attached.expect("it can be attached");
         self.invalidate(&invalidations);
         attachment
+    }
+
+    /// Attaches accesses with `pasid`, or without one.
+    pub fn attach_to(
+        &mut self,
+        stream: StreamId,
+        pasid: Option<Pasid>,
+        translation: Translation,
+    ) -> Result<Attachment, Error> {
+        let (attachment, invalidations) = self.smmu.tables.attach(stream, pasid, translation)?;
+        self.invalidate(&invalidations);
+        Ok(attachment)
+    }
+
+    /// Replaces the translation of an attachment, step by step.
+    pub fn replace(&mut self, attachment: Attachment, translation: Translation) -> Result<Attachment, Error> {
+        let mut replacement = self.smmu.tables.replace(attachment, translation)?;
+        let mut steps = 0;
+        while let Some(invalidations) = self.smmu.tables.step(&mut replacement)? {
+            self.invalidate(&invalidations);
+            steps += 1;
+            assert!(steps < 10, "a replacement without an end");
+        }
+        Ok(replacement.attachment())
     }
 
     /// Detaches, and waits until hardware has let go.

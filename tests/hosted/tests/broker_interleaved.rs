@@ -45,7 +45,7 @@ pub use queue::{Answer, Group, Page, Refusal};
 pub use service::{Broker, Expiry, POISONED, Verdict};
 
 use heapless::spsc;
-use hosted::interleave::interrupted;
+use hosted::interleave::{accesses, interrupted};
 use iommu::{GroupTag, Iova, Outcome, PageRequest, PageResponse, Pasid, Perms, StreamId};
 use std::{
     cell::{Cell, RefCell},
@@ -493,4 +493,35 @@ fn a_ring_that_is_connected_late_or_anew_announces_what_waits() {
 
     let indices = std::iter::from_fn(|| world.next()).map(|group| group.tag.index);
     assert_eq!(indices.collect::<Vec<_>>(), [0, 1]);
+}
+
+#[test]
+fn a_cookie_is_refused_with_the_same_work_whatever_is_wrong_with_it() {
+    let world = World::<2, { 2 + POISONED }>::new(false);
+    let settle = |cookie| {
+        let settle = || world.ledger.settle(world.queue, cookie, Outcome::Success, 0).map(drop);
+        let (settled, accesses) = accesses(settle);
+        (settled.expect_err("it is not outstanding"), accesses)
+    };
+    // The first group's slot is used anew; the second was answered, and its slot is free.
+    for _ in 0..3 {
+        world.act(Action::Admit);
+    }
+    let told: Vec<_> = std::iter::from_fn(|| world.next()).map(|group| group.cookie).collect();
+    told.iter().zip(0..).for_each(|(&cookie, number)| world.settle((cookie, number)));
+    world.act(Action::Admit);
+    let again = world.next().expect("a slot is free").cookie;
+    let free = *told.iter().find(|cookie| cookie.slot() != again.slot()).expect("there are two slots");
+    let stale = *told.iter().find(|cookie| cookie.slot() == again.slot()).expect("it was used before");
+    let never = Cookie(again.0 + (1 << 12));
+    let nowhere = Cookie(again.0 | 0xFFF);
+    let foreign = Cookie(again.0 ^ 1 << 40);
+
+    let refused = [free, stale, never, nowhere, foreign].map(settle);
+
+    let reasons = [Refusal::Late, Refusal::Stale, Refusal::Unknown, Refusal::OutOfRange, Refusal::Unknown];
+    assert_eq!(refused.map(|(reason, _)| reason), reasons);
+    let work = refused[0].1;
+    assert!(work > 0, "accesses are counted");
+    assert_eq!(refused.map(|(_, accesses)| accesses), [work; 5]);
 }

@@ -7,7 +7,7 @@
 
 use iommu::{PhysAddr, StreamId};
 use std::{cell::Cell, ops::RangeInclusive};
-use vtd::dmar::{Ats, Dmar, Error, Region, Requester, ScopeKind, Structure, Unit};
+use vtd::dmar::{Ats, Dmar, Error, Region, Requester, Reserved, ScopeKind, Structure, Unit, UsedByFirmware};
 
 /// A header: signature, length, 28 bytes of ACPI's, host address width less one, flags, ten reserved bytes.
 fn table_with(address_bits: u8, flags: u8, structures: &[&[u8]]) -> Vec<u8> {
@@ -490,6 +490,56 @@ mod regions {
     #[test]
     fn xsa_378_regions_of_a_device_that_overlap_are_all_told() {
         assert_eq!(laptop_regions(device(0, 0x14, 0)), [0x7000_0000, 0x7000_8000]);
+    }
+
+    /// What has to stay mapped for `of`, as pairs of the first address and the one behind the last.
+    fn kept(table: &[u8], of: Requester, policy: Reserved) -> Result<Vec<(u64, u64)>, UsedByFirmware> {
+        let kept = read(table).kept_mapped(of, policy, nowhere)?;
+        Ok(kept.map(|range| (range.start.0, range.end.0)).collect())
+    }
+
+    #[test]
+    fn a_device_that_firmware_uses_is_refused_or_keeps_its_regions_and_no_more() {
+        let table = laptop();
+
+        // 00:02.0 has one; 00:1d.0 shares one; those of 00:14.0 overlap; 00:03.0 has none.
+        for (of, regions) in [
+            (device(0, 2, 0), vec![(0x7B80_0000, 0x8000_0000)]),
+            (device(0, 0x1D, 0), vec![(0x7000_0000, 0x7001_0000)]),
+            (device(0, 0x14, 0), vec![(0x7000_0000, 0x7001_8000)]),
+        ] {
+            let error = kept(&table, of, Reserved::Refuse).expect_err("firmware uses it");
+            assert_eq!(error.base.0, regions[0].0);
+            assert!(error.end > error.base && error.to_string().contains(&format!("{:#x}", error.base.0)));
+            assert_eq!(kept(&table, of, Reserved::KeepMapped), Ok(regions));
+        }
+        for policy in [Reserved::Refuse, Reserved::KeepMapped] {
+            assert_eq!(kept(&table, device(0, 3, 0), policy), Ok(vec![]));
+            assert_eq!(kept(&table, Requester::new(1, 0, 2, 0), policy), Ok(vec![]), "another segment");
+        }
+    }
+
+    #[test]
+    fn regions_that_stay_mapped_come_once_and_in_order_however_they_are_listed() {
+        let of = device(0, 2, 0);
+        let region = |(base, end): (u64, u64)| {
+            let mut region = STOLEN;
+            region[8..16].copy_from_slice(&base.to_le_bytes());
+            region[16..24].copy_from_slice(&(end - 1).to_le_bytes());
+            region
+        };
+        let merged = |list: &[(u64, u64)]| {
+            let regions: Vec<_> = list.iter().copied().map(region).collect();
+            let structures: Vec<&[u8]> = regions.iter().map(|region| region.as_slice()).collect();
+            kept(&table(&structures), of, Reserved::KeepMapped).expect("it may be given away")
+        };
+
+        assert_eq!(merged(&[(0x5000, 0x6000), (0x1000, 0x2000)]), [(0x1000, 0x2000), (0x5000, 0x6000)]);
+        assert_eq!(merged(&[(0x1000, 0x2000), (0x2000, 0x3000)]), [(0x1000, 0x3000)], "side by side");
+        assert_eq!(merged(&[(0x2000, 0x3000), (0x1000, 0x5000), (0x2000, 0x3000)]), [(0x1000, 0x5000)]);
+        let chain = [(0x3000, 0x6000), (0x9000, 0xA000), (0x5000, 0x9000), (0x1000, 0x4000)];
+        assert_eq!(merged(&chain), [(0x1000, 0xA000)]);
+        assert_eq!(merged(&[(0, 0x1000), (0x7F_FFFF_F000, 0x80_0000_0000)]).len(), 2);
     }
 
     #[test]

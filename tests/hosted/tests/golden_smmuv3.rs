@@ -10,9 +10,10 @@ use iommu::{
 };
 use smmuv3::{
     commands::{Command, Part},
+    contexts::{ContextDescriptor, ContextTable, FirstLevelContext},
     events::{EventRecord, RequestEntry},
     streams::FirstLevelEntry,
-    tables::{ContextDescriptor, StreamEntry, Walks},
+    tables::{StreamEntry, Walks},
 };
 
 const SID: StreamId = StreamId(0x108);
@@ -41,14 +42,24 @@ mod tables {
     fn a_second_stage_has_its_fields_in_the_places_of_the_manual() {
         let second =
             |vmid, walks, root| StreamEntry::default().with_second_stage(vmid, walks, PhysAddr(root)).0;
-        // w2: VMID | T0SZ 20<<32 | SL0 2<<38 | IR 1<<40 | OR 1<<42 | SH 3<<44 | PS<<48 | AA64 1<<51 | S2R 1<<58.
-        // As S8 but for T0SZ (20 is 0x14) and PTW; FWB is in w1.
+        // w2: VMID | T0SZ<<32 | SL0<<38 | IR 1<<40 | OR 1<<42 | SH 3<<44 | PS<<48 | AA64 1<<51 | PTW 1<<54 | S2R 1<<58.
+        // S8, but for FWB in w1: T0SZ 16 is 0x10, SL0 2.
         assert_eq!(
             second(7, COHERENT, 0x2_0000_1000),
-            [0, 0, 0x040D_3594_0000_0007, 0x2_0000_1000, 0, 0, 0, 0]
+            [0, 0, 0x044D_3590_0000_0007, 0x2_0000_1000, 0, 0, 0, 0]
         );
-        let smaller = Walks { coherent: false, address_size: 4 };
-        assert_eq!(second(0xFFFF, smaller, 0x1000), [0, 0, 0x040C_0094_0000_FFFF, 0x1000, 0, 0, 0, 0]);
+        // 44 bits: T0SZ 20 is 0x14.
+        let smaller = |address_size| Walks { coherent: false, address_size };
+        assert_eq!(second(0xFFFF, smaller(4), 0x1000), [0, 0, 0x044C_0094_0000_FFFF, 0x1000, 0, 0, 0, 0]);
+        // 42, 40, 36 and 32 bits: three levels, SL0 1<<6; T0SZ 25 (0x19), 25, 28 (0x1C), 32 (0x20).
+        for (address_size, w2) in [
+            (3, 0x044B_0059_0000_0001),
+            (2, 0x044A_0059_0000_0001),
+            (1, 0x0449_005C_0000_0001),
+            (0, 0x0448_0060_0000_0001),
+        ] {
+            assert_eq!(second(1, smaller(address_size), 0x1000)[2], w2, "IDR5.OAS {address_size}");
+        }
     }
 
     #[test]
@@ -69,6 +80,55 @@ mod tables {
     }
 
     #[test]
+    fn every_way_to_be_translated_has_its_config() {
+        let blocked =
+            StreamEntry::blocked(false, COHERENT).with_second_stage(0x2A, COHERENT, PhysAddr(0x5000));
+        let [_, w1, w2, w3, ..] = blocked.0;
+
+        // S1, S2: Config 0, and 4<<1.
+        assert_eq!(blocked.silent().0, [0x01, w1, w2, w3, 0, 0, 0, 0]);
+        assert_eq!(blocked.bypass().0, [0x09, w1, w2, w3, 0, 0, 0, 0]);
+        // S10 without a first stage of its own: Config 7<<1, V; MEV 1<<19.
+        assert_eq!(
+            blocked.nested(PhysAddr(0x1_4000_0000)).0,
+            [0x0F, w1 | 0x8_0000, w2, 0x1_4000_0000, 0, 0, 0, 0]
+        );
+    }
+
+    #[test]
+    fn a_table_of_contexts_is_named_with_its_size_and_format() {
+        let blocked = StreamEntry::blocked(true, COHERENT);
+        let contexts =
+            |at, log2, two_levels, bypass| blocked.contexts(ContextTable { at, log2, two_levels }, bypass).0;
+        // As S4, but S1Fmt 1<<4 and S1CDMax 15<<59 = 0x78.. (20 is 0xA0..); S1DSS 2, SHCFG 1<<44.
+        assert_eq!(
+            contexts(0x9_0000_0000, 15, true, false),
+            [0x7800_0009_0000_001B, 0x0000_1000_1000_00D6, 0, 0, 0, 0, 0, 0]
+        );
+        // S6 without S1STALLD: linear, S1CDMax 1, S1DSS 1.
+        assert_eq!(
+            contexts(0x8820_0000, 1, false, true),
+            [0x0800_0000_8820_000B, 0x0000_1000_1000_00D5, 0, 0, 0, 0, 0, 0]
+        );
+    }
+
+    #[test]
+    fn stalls_and_forced_write_back_have_their_bits() {
+        let second = StreamEntry::default().with_second_stage(3, COHERENT, PhysAddr(0x1000));
+        // S1STALLD is [91], 1<<27 of w1 (S3); S2FWB [89], 1<<25 of w1 (S8); S2S [185], 1<<57 of w2 (S11).
+        assert_eq!(StreamEntry::default().never_stalling().0[1], 0x0800_0000);
+        assert_eq!(StreamEntry::default().with_forced_write_back().0[1], 0x0200_0000);
+        assert_eq!(second.stalling().0[2], 0x064D_3590_0000_0003);
+    }
+
+    #[test]
+    fn a_first_level_entry_of_contexts_says_where_a_table_is() {
+        // L3: L2Ptr [55:12], V.
+        assert_eq!(FirstLevelContext::new(PhysAddr(0xB001_0000)).0, [0xB001_0001]);
+        assert_eq!(FirstLevelContext::new(PhysAddr(0xFFFF_FFFF_FFFF_F000)).0, [0x00FF_FFFF_FFFF_F001]);
+    }
+
+    #[test]
     fn a_first_level_entry_says_where_a_table_is_and_how_long() {
         let entry = |table, split| FirstLevelEntry::new(PhysAddr(table), split).0;
         // L1, L2: L2Ptr [55:6], Span [4:0], which is log2 of the entries, and 1.
@@ -86,6 +146,10 @@ mod tables {
         let walks = Walks { coherent: false, address_size: 4 };
         let context = ContextDescriptor::new(PhysAddr(0xFFFF_FFFF_F000), 0xFFFF, walks).0;
         assert_eq!(context, [0xFFFF_E204_C000_0010, 0xFFFF_FFFF_F000, 0, 0xFF, 0, 0, 0, 0]);
+        // S, 1<<44 (C2); not valid, V 1<<31 clear.
+        let stalling = ContextDescriptor::new(PhysAddr(0x1_0203_0000), 1, COHERENT).stalling().0;
+        assert_eq!(stalling, [0x0001_F205_C000_3510, 0x1_0203_0000, 0, 0xFF, 0, 0, 0, 0]);
+        assert_eq!(ContextDescriptor::unused(PhysAddr(0x7000)).0, [0, 0x7000, 0, 0xFF, 0, 0, 0, 0]);
     }
 }
 

@@ -10,6 +10,7 @@ use iommu::{
     Pasid, Perms, PhysAddr, StreamId,
 };
 use vtd::{
+    Reason,
     commands::Descriptor,
     events::{FaultEntry, RequestEntry},
     remap::{Delivery, Destination, Interrupt, Pin, Redirection, Refusal, RemapEntry, Source, message},
@@ -172,6 +173,33 @@ mod invalidation_descriptors {
         assert_eq!(Descriptor::device_tlb(StreamId(0x0300), StreamId(0x0300)).0[0], 0x0300_0300_0000_0003);
         // A unit without ECAP.DIT is told no physical function.
         assert_eq!(Descriptor::device_tlb(StreamId(0x0108), StreamId(0)).0[0], 0x0000_0108_0000_0003);
+    }
+
+    #[test]
+    fn a_device_is_asked_no_more_than_it_takes_at_one_time() {
+        // Rows 29 and 42, first words: MIP 16 in 20:16 of type 3, MIP 8 in 8:4 of type 8.
+        let all = Descriptor::device_tlb(StreamId(0xFA), StreamId(0xF9));
+        assert_eq!(all.at_most(16).0[0], 0x00F0_00FA_0010_9003);
+        let of_pasid = Descriptor::pasid_device_tlb(StreamId(0x0108), StreamId(0x0100), pasid(5));
+        assert_eq!(of_pasid.at_most(8).0[0], 0x0100_0005_0108_0088);
+        // 32 is told as zero.
+        assert_eq!((all.at_most(32), of_pasid.at_most(32)), (all, of_pasid));
+        assert_eq!(
+            (all.at_most(31).0[0], of_pasid.at_most(31).0[0]),
+            (all.0[0] | 31 << 16, of_pasid.0[0] | 31 << 4)
+        );
+    }
+
+    #[test]
+    fn a_context_of_legacy_mode_is_named_with_its_domain() {
+        // Row 23: DID 7, SID 0x03FA.
+        assert_eq!(Descriptor::context_of(7, StreamId(0x03FA)).0, [0x0000_03FA_0007_0031, 0, 0, 0]);
+    }
+
+    #[test]
+    fn what_does_nothing_is_a_wait_without_a_fence() {
+        // Row 33 with data 0: 5 | SW 1<<5.
+        assert_eq!(Descriptor::nothing(PhysAddr(0x1000_0040)).0, [0x25, 0x1000_0040, 0, 0]);
     }
 
     #[test]
@@ -396,6 +424,25 @@ mod fault_records {
 
             assert_eq!((fault.reason, fault.code), (expected, code), "{code:#04x}");
         }
+    }
+
+    #[test]
+    fn each_reason_that_the_sources_explain_has_a_name_and_every_other_keeps_its_code() {
+        let named: Vec<u16> = REASONS.iter().flat_map(|(_, codes)| codes.iter().copied()).collect();
+        for code in 0..0x200 {
+            let reason = Reason::of(code);
+
+            assert_eq!(reason.code(), code);
+            assert_eq!(reason == Reason::Other(code), !named.contains(&code), "{code:#x}: {reason:?}");
+        }
+        // A look at each table of the sheet (4.2).
+        assert_eq!(Reason::of(0x02), Reason::ContextNotPresent, "LCT.2");
+        assert_eq!(Reason::of(0x26), Reason::WrongSource);
+        assert_eq!(Reason::of(0x47), Reason::PageRequestBlocked, "SCT.8");
+        assert_eq!(Reason::of(0x59), Reason::PasidNotPresent, "SPT.2");
+        assert_eq!(Reason::of(0x75), Reason::NestedRootNotReadable, "SFS.6");
+        assert_eq!(Reason::of(0x79), Reason::SecondStageNotPresent, "SSS.2");
+        assert_eq!(Reason::of(0x80), Reason::NotCanonical, "SGN.1");
     }
 }
 

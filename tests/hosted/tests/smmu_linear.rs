@@ -6,7 +6,11 @@ const STREAM_TABLE: hosted::smmu::StreamTable = hosted::smmu::StreamTable::Linea
 
 #[path = "smmu/bring_up.rs"]
 mod bring_up;
+#[path = "smmu/contexts.rs"]
+mod contexts;
 #[path = "smmu/events.rs"]
 mod events;
+#[path = "smmu/nested.rs"]
+mod nested;
 #[path = "smmu/tables.rs"]
 mod tables;

@@ -114,6 +114,127 @@ fn pages_of_a_second_stage_are_invalidated_in_their_domain() {
     assert_eq!(encoded(undrained, pages), [[0x0010_0032, 0x1234_0004, 0, 0]]);
 }
 
+/// Of a nested attachment: what its guest did to the first stage, and what the hypervisor did to the second.
+#[test]
+fn the_stages_of_a_nested_attachment_are_forgotten_each_in_its_own_way() {
+    let config = Config::full().with_nesting();
+    let words = |invalidation| encoded(config, invalidation);
+    let at = attachment(pasid(1), Stages::Nested, true);
+    let second = Some((Iova(0x1234_0000), 16));
+    let first_stage = |pages| Invalidation::FirstStage { attachment: at, asid: None, pages };
+    let device_tlb = |pages| Invalidation::DeviceTlb { attachment: at, pasid: pasid(1), pages };
+    // Rows 37 and 38 in domain 0x10, row 43, row 26, row 40.
+    let all_of_pasid = [0x1_0010_0026, 0, 0, 0];
+    let device = [8 | 0x300 << 16 | 1 << 32 | PFSID, 0x7FFF_FFFF_FFFF_F800, 0, 0];
+
+    assert_eq!(words(first_stage(None)), [all_of_pasid]);
+    assert_eq!(words(first_stage(second)), [[0x1_0010_0036, 0x1234_0004, 0, 0]]);
+    assert_eq!(words(first_stage(Some((Iova(0x1000), 255)))), [all_of_pasid], "too many pieces");
+    assert_eq!(words(device_tlb(None)), [device]);
+    // 16 pages: three ones from bit 12 on, and S.
+    assert_eq!(words(device_tlb(second)), [[device[0], 0x1234_7000 | 1 << 11, 0, 0]]);
+    assert_eq!(words(device_tlb(Some((Iova(0x1000), 255)))), [device]);
+    // Pages of the second stage; then all that the first made of them, in the unit and in the device.
+    let pages = Invalidation::Pages { attachment: at, iova: Iova(0x1234_0000), pages: 16 };
+    assert_eq!(words(pages), [[0x0010_00F2, 0x1234_0004, 0, 0], all_of_pasid, device]);
+    assert_eq!(
+        words(Invalidation::Attachment(at)),
+        [[0x1_0010_0017, 0, 0, 0], [0x0010_00E2, 0, 0, 0], all_of_pasid, device]
+    );
+    // What has no tables is cached by its PASID.
+    let bypass = attachment(pasid(1), Stages::None, false);
+    assert_eq!(words(Invalidation::Attachment(bypass)), [[0x1_0010_0017, 0, 0, 0], all_of_pasid]);
+}
+
+#[test]
+fn what_no_unit_can_forget_is_refused_by_name_and_nothing_of_it_queued() {
+    let mut machine = Machine::new(Config::full());
+    let executed = machine.unit.executed().len();
+    let nested = attachment(pasid(1), Stages::Nested, true);
+    let plain = attachment(pasid(1), Stages::First, false);
+    for (invalidation, name) in [
+        (Invalidation::Contexts { attachment: nested, pasid: None }, "context descriptors"),
+        (Invalidation::FirstStage { attachment: nested, asid: Some(3), pages: None }, "by number"),
+        (Invalidation::FirstStage { attachment: plain, asid: None, pages: None }, "guest's own"),
+        (Invalidation::DeviceTlb { attachment: plain, pasid: pasid(1), pages: None }, "device TLB"),
+        (Invalidation::DeviceTlb { attachment: nested, pasid: pasid(2), pages: None }, "another attachment"),
+        (Invalidation::DeviceTlb { attachment: nested, pasid: None, pages: None }, "another attachment"),
+    ] {
+        let refused = machine.vtd.commands.submit(&[Invalidation::All, invalidation]);
+
+        assert!(
+            matches!(refused, Err(Error::Unsupported { feature }) if feature.contains(name)),
+            "{refused:?}"
+        );
+    }
+    assert_eq!(machine.unit.executed().len(), executed);
+}
+
+/// In legacy mode there are no PASIDs, and entries have 16 bytes.
+#[test]
+fn legacy_mode_is_invalidated_by_domain() {
+    let at = attachment(None, Stages::Second, true);
+    let mut machine = Machine::legacy(Config::full());
+    machine.unit.plug(StreamId(0x0300));
+    let mut words = |invalidation| {
+        let before = machine.unit.executed().len();
+        machine.invalidate(&[invalidation]);
+        let mut words = machine.unit.executed().split_off(before);
+        assert_eq!(words.pop().map(|wait| wait[0] & 0xFFFF_FFFF), Some(0x65));
+        words
+    };
+
+    // Row 28 with its own PFSID; row 23 with DID 0x10; rows 26 and 27; rows 21 and 25.
+    let device = [3 | 0x300 << 32 | PFSID, 0x7FFF_FFFF_FFFF_F001, 0, 0];
+    let domain = [0x0010_00E2, 0, 0, 0];
+    assert_eq!(words(Invalidation::Attachment(at)), [[0x0300_0010_0031, 0, 0, 0], domain, device]);
+    let pages = Invalidation::Pages { attachment: at, iova: Iova(0x1234_0000), pages: 16 };
+    let device_pages = [3 | 0x300 << 32 | PFSID, 0x1234_7001, 0, 0];
+    assert_eq!(words(pages), [[0x0010_00F2, 0x1234_0004, 0, 0], device_pages]);
+    let all = [[0x11, 0, 0, 0], [0xD2, 0, 0, 0]];
+    assert_eq!(words(Invalidation::All), all);
+    let gone = Invalidation::Device { stream: StreamId(0x0300), device_tlb: true };
+    assert_eq!(words(gone), [all[0], all[1], device], "nobody says which domain");
+    assert_eq!(machine.unit.read64(IQT) % 32, 0, "an odd number of 16 bytes");
+    machine.assert_lawful();
+}
+
+#[test]
+fn a_virtual_function_is_invalidated_under_its_physical_one_and_not_faster_than_it_takes() {
+    for config in [Config::full(), Config::qemu()] {
+        let mut machine = Machine::new(config);
+        let (virt, physical) = (StreamId(0x0108), StreamId(0x0100));
+        machine.unit.plug_virtual(virt, physical);
+        assert_eq!(machine.vtd.commands.describe(virt, physical, 8), Ok(()));
+        let at = Attachment { stream: virt, ..attachment(pasid(5), Stages::First, true) };
+        let before = machine.unit.executed().len();
+
+        machine.invalidate(&[Invalidation::DeviceTlb {
+            attachment: at,
+            pasid: pasid(5),
+            pages: Some((Iova(0xFFFF_8000_0000_1000), 1)),
+        }]);
+
+        // Row 42: PFSID 0x0100, MIP 8. A unit without ECAP.DIT (41) is told neither.
+        let told = if config.ecap >> 41 & 1 != 0 { 0x0100_0000_0000_0080 } else { 0 };
+        let expected = [0x0000_0005_0108_0008 | told, 0xFFFF_8000_0000_1000, 0, 0];
+        assert_eq!(machine.unit.executed()[before], expected);
+        machine.assert_lawful();
+    }
+}
+
+#[test]
+fn notes_about_devices_are_replaced_and_their_number_is_limited() {
+    let mut machine = Machine::new(Config::full());
+    for _ in 0..3 {
+        for n in 0..16 {
+            assert_eq!(machine.vtd.commands.describe(StreamId(n), StreamId(0), 1), Ok(()));
+        }
+        let one_more = machine.vtd.commands.describe(StreamId(16), StreamId(0), 1);
+        assert!(matches!(one_more, Err(Error::Exhausted { .. })), "{one_more:?}");
+    }
+}
+
 #[test]
 fn a_range_of_many_pieces_forgets_the_whole_pasid() {
     let tagged = attachment(pasid(1), Stages::First, true);

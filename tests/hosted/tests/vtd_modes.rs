@@ -156,11 +156,55 @@ fn a_legacy_device_reaches_what_is_mapped_for_it_and_nothing_else() {
     check(VtdSecondStage::<3>, Config::qemu());
     check(VtdSecondStage::<4>, Config::full());
     check(VtdSecondStage::<5>, Config::full().with_five_levels());
+    for old in units_of_old() {
+        check(VtdSecondStage::<4>, old);
+    }
+}
+
+/// Units that know no other mode: ECAP.SMTS is bit 43; with a queue, and by registers alone: QI is bit 1, IR bit 3.
+fn units_of_old() -> [Config; 4] {
+    let queued = Config { ecap: Config::qemu().ecap & !(1 << 43), ..Config::qemu() };
+    let by_registers = Config { ecap: queued.ecap & !(1 << 1 | 1 << 2 | 1 << 3 | 1 << 29), ..queued };
+    [queued, by_registers, queued.with_caching_mode(), by_registers.with_write_buffer()]
+}
+
+#[test]
+fn units_of_old_come_into_service_in_the_only_mode_that_they_have() {
+    for old in units_of_old() {
+        let mut machine = Machine::new(old);
+        assert_eq!((machine.vtd.tables.mode(), machine.unit.read64(0x20) >> 10 & 3), (Mode::Legacy, 0));
+        let tree = machine.tree(VtdSecondStage::<4>);
+        machine.map(&tree, HERE, 1);
+        machine.assign(DISK, PLAIN);
+        let attachment = machine.attach_by(DISK, None, second(&tree));
+        assert_eq!(machine.read(DISK, None, HERE), Ok(1));
+
+        machine.unmap(&tree, HERE);
+        assert_eq!(machine.read(DISK, None, HERE), Ok(1));
+        machine.invalidate(&[Invalidation::Pages { attachment, iova: HERE, pages: 1 }]);
+        assert_eq!(machine.read(DISK, None, HERE), refused(0x06));
+        machine.map(&tree, HERE, 2);
+        machine.invalidate(&[Invalidation::Pages { attachment, iova: HERE, pages: 1 }]);
+        assert_eq!(machine.read(DISK, None, HERE), Ok(2));
+
+        // Blocked while it is attached: the context is cached under its domain, and goes.
+        let (device, invalidations) = machine.vtd.tables.block(DISK).expect("it is assigned");
+        machine.invalidate(&invalidations);
+        assert_eq!(machine.read(DISK, None, HERE), refused(0x02));
+        machine.detach(attachment);
+        machine.vtd.tables.finish(device);
+        machine.assign(DISK, PLAIN);
+        machine.attach_by(DISK, None, Translation::Bypass(trust()));
+        let page = machine.page(3);
+        assert_eq!(machine.read(DISK, None, Iova(page.0)), Ok(3));
+        machine.assert_lawful();
+    }
 }
 
 #[test]
 fn legacy_devices_are_found_wherever_they_are() {
     let mut machine = Machine::legacy(Config::full());
+    let frames = machine.vtd.tables.frames_free();
     // Both halves of a bus have one context table in this mode.
     let streams = [0x0000, 0x007F, 0x0080, 0x00FF, 0x0100, 0xFFFF].map(StreamId);
     for stream in streams {
@@ -173,8 +217,7 @@ fn legacy_devices_are_found_wherever_they_are() {
     for stream in streams {
         assert_eq!(machine.read(stream, None, HERE), Ok(stream.0.into()));
     }
-    // Nineteen frames were there, and three buses have a context table each.
-    assert_eq!(machine.vtd.tables.frames_free(), 16);
+    assert_eq!(machine.vtd.tables.frames_free(), frames - 3, "a context table for each of three buses");
     machine.assert_lawful();
 }
 

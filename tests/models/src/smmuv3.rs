@@ -15,9 +15,9 @@
 //! | feature | modelled | note |
 //! |---|---|---|
 //! | registers, access rules, acknowledgement | yes | Non-secure, both pages; the queue indices of page 1 are not aliased in page 0 |
-//! | stream table of one level or two, linear table of context descriptors | yes | two-level tables of context descriptors are refused as illegal |
+//! | stream table and tables of context descriptors, of one level or two | yes | context descriptors of a nested stream are found through stage 2 |
 //! | commands, errors of the command queue | yes | every command of a Non-secure queue; prefetches do nothing |
-//! | stage 1, stage 2, both | yes | VMSAv8-64, 4 KiB granule (others are refused as illegal); memory attributes are not looked at |
+//! | stage 1, stage 2, both | yes | VMSAv8-64, 4 KiB granule (others are refused as illegal); memory attributes are not looked at, but for leaves that S2FWB gives no meaning |
 //! | access flag, dirty state by hardware (HTTU) | no | |
 //! | events, stalls | yes | events are not merged |
 //! | ATS, device TLBs, page requests | yes | full ATS; of an IDR0 that says NS1ATS, so split stages are illegal |
@@ -99,13 +99,14 @@ impl Config {
 
     /// Adds everything else that the model knows.
     ///
-    /// 20-bit substreams, ATS without split stages, a page request queue of up to 2^19 entries, at most 8 stalls, and
+    /// 20-bit substreams in tables of two levels, S2FWB, ATS without split stages, a page request queue of up to 2^19 entries, at most 8 stalls, and
     /// terminated accesses that need not abort.
     pub const fn full() -> Self {
         let qemu = Self::qemu();
         Self {
-            idr0: qemu.idr0 & !(1 << 24 | 1 << 26) | 1 << 10 | 1 << 11 | 1 << 16,
+            idr0: qemu.idr0 & !(1 << 24 | 1 << 26) | 1 << 10 | 1 << 11 | 1 << 16 | 1 << 19,
             idr1: qemu.idr1 | 20 << 6 | 19 << 11,
+            idr3: qemu.idr3 | 1 << 8,
             idr5: qemu.idr5 | 8 << 16,
             ..qemu
         }
@@ -133,6 +134,16 @@ impl Config {
     /// IDR0.PRI.
     const fn pri(&self) -> bool {
         self.has(16)
+    }
+
+    /// IDR0.CD2L: tables of context descriptors may have two levels.
+    const fn two_level_contexts(&self) -> bool {
+        self.has(19)
+    }
+
+    /// IDR3.FWB.
+    const fn forces_write_back(&self) -> bool {
+        self.idr3 & 1 << 8 != 0
     }
 
     /// IDR0.ST_LEVEL=1: stream tables may have two levels.
@@ -169,7 +180,7 @@ const fn address_bits(code: u64) -> u32 {
     }
 }
 
-/// What the model knows, of IDR0: S2P, S1P, AArch64 tables, COHACC, ATS, NS1ATS, ASID16, PRI, VMID16, little-endian
+/// What the model knows, of IDR0: S2P, S1P, AArch64 tables, COHACC, ATS, NS1ATS, ASID16, PRI, VMID16, CD2L, little-endian
 /// tables, no stall, TERM_MODEL, two-level stream tables.
 const MODELLED_IDR0: u32 = 1
     | 1 << 1
@@ -179,14 +190,15 @@ const MODELLED_IDR0: u32 = 1
     | 1 << 12
     | 1 << 16
     | 1 << 18
+    | 1 << 19
     | 2 << 21
     | 1 << 24
     | 1 << 26
     | 1 << 27;
 /// Of IDR1: the sizes.
 const MODELLED_IDR1: u32 = 0x03FF_FFFF;
-/// Of IDR3: HAD, XNX, PPS, RIL, BBML.
-const MODELLED_IDR3: u32 = 1 << 2 | 1 << 4 | 1 << 5 | 1 << 10 | 3 << 11;
+/// Of IDR3: HAD, XNX, PPS, FWB, RIL, BBML.
+const MODELLED_IDR3: u32 = 1 << 2 | 1 << 4 | 1 << 5 | 1 << 8 | 1 << 10 | 3 << 11;
 /// Of IDR5: OAS, granules (of which a driver may use 4 KiB), STALL_MAX.
 const MODELLED_IDR5: u32 = 0xFFFF_0077;
 

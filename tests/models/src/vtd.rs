@@ -27,7 +27,7 @@
 //! | ATS, device TLBs, page requests | yes | |
 //! | interrupt remapping | yes | messages and I/O APIC pins, source validation, x2APIC; entries are cached for ever |
 //! | posted interrupts | no | |
-//! | protected memory ranges | no | PMEN is acknowledged, and no more |
+//! | protected memory ranges | yes | while translation is off |
 
 #[cfg(test)]
 mod bench;
@@ -73,6 +73,8 @@ pub struct Config {
     pub device_tlb_timeout_us: u64,
     /// Whether IQERCD names the device that did not answer (ITESID), or reads as zero as it does on old units.
     pub names_silent_devices: bool,
+    /// Whether the queue goes off only after a wait, as on QEMU; else GSTS.QIES stays.
+    pub ends_queue_after_wait: bool,
     /// Whether fetching resumes only at the next write to IQT after IQE was cleared, as on QEMU, or at once.
     pub resumes_at_tail_write: bool,
 }
@@ -93,6 +95,7 @@ impl Config {
             clock_step_us: 1,
             device_tlb_timeout_us: 50_000,
             names_silent_devices: false,
+            ends_queue_after_wait: false,
             resumes_at_tail_write: true,
         }
     }

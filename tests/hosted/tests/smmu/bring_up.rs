@@ -3,10 +3,10 @@
 use crate::STREAM_TABLE;
 use hosted::{
     Moment,
-    smmu::{Machine, Tapped, needs, unit},
+    smmu::{Machine, Stage, Tapped, needs, unit},
 };
 use iommu::{
-    Bus, DmaBuf, Error, Event, Events, FaultReason, Features, Iova, Pasid, PhysAddr, StreamId, Tables,
+    Bus, DmaBuf, Error, Event, Events, FaultReason, Features, Iova, Pasid, Perms, PhysAddr, StreamId, Tables,
 };
 use models::{
     golden_smmuv3 as golden,
@@ -204,7 +204,9 @@ fn before_it_is_taken_into_service_a_unit_is_only_read() {
     assert!(log.lock().expect("no test panics here").writes.is_empty());
     assert!(capabilities.stage1 && capabilities.stage2 && capabilities.page_requests);
     assert!(capabilities.device_tlb && capabilities.coherent_walks);
-    assert_eq!((capabilities.levels, capabilities.pasid_bits), (4, 0));
+    assert!(capabilities.nested && capabilities.bypass);
+    // A first level of one frame has 512 entries of 64 PASIDs.
+    assert_eq!((capabilities.levels, capabilities.pasid_bits), (4, 15));
     // A granule of 4 KiB has blocks of 2 MiB and 1 GiB, in either stage.
     let leaves = 0x1000 | 0x20_0000 | 0x4000_0000;
     assert_eq!((capabilities.stage1_leaves, capabilities.stage2_leaves), (leaves, leaves));
@@ -214,7 +216,7 @@ fn before_it_is_taken_into_service_a_unit_is_only_read() {
 fn what_a_unit_can_do_is_what_its_bits_say() {
     let full = Config::full();
     let of = |config| Found::probe(unit(config).0).expect("it is there").capabilities();
-    // IDR0: S2P 0, S1P 1, COHACC 4, ATS 10, PRI 16. IDR5.OAS [2:0]: 4 is 44 bits.
+    // IDR0: S2P 0, S1P 1, COHACC 4, ATS 10, PRI 16, CD2L 19. IDR1.SSIDSIZE [10:6]. IDR5.OAS [2:0].
     let without = |bits: u32| of(Config { idr0: full.idr0 & !bits, ..full });
 
     assert!(!without(1 << 0).stage2 && without(1 << 0).stage1);
@@ -223,8 +225,24 @@ fn what_a_unit_can_do_is_what_its_bits_say() {
     assert!(!without(1 << 16).page_requests && without(1 << 16).device_tlb);
     let none = without(1 << 10 | 1 << 16);
     assert!(!none.device_tlb && !none.page_requests);
-    for (size, stage2) in [(0, false), (3, false), (4, true), (5, true)] {
-        assert_eq!(of(Config { idr5: full.idr5 & !7 | size, ..full }).stage2, stage2, "OAS {size}");
+    assert!(!without(1 << 0).nested && !without(1 << 1).nested);
+    for (substreams, two_levels, pasid_bits) in [
+        (0, true, 0),
+        (5, true, 5),
+        (6, true, 6),
+        (8, true, 8),
+        (20, true, 15),
+        (20, false, 6),
+        (5, false, 5),
+    ] {
+        let idr0 = if two_levels { full.idr0 } else { full.idr0 & !(1 << 19) };
+        let config = Config { idr0, idr1: full.idr1 & !(0x1F << 6) | substreams << 6, ..full };
+        assert_eq!(of(config).pasid_bits, pasid_bits, "SSIDSIZE {substreams}, CD2L {two_levels}");
+    }
+    assert_eq!(without(1 << 1).pasid_bits, 0, "PASIDs have a first stage each");
+    // MMU-600 (0x483 of Arm, 0x43B) before variant 2 is known not to nest.
+    for (variant, nested) in [(0, false), (1, false), (2, true)] {
+        assert_eq!(of(Config { iidr: 0x483 << 20 | variant << 16 | 0x43B, ..full }).nested, nested);
     }
 }
 
@@ -354,16 +372,155 @@ fn what_a_unit_lacks_is_named_and_the_unit_left_alone() {
     }
 }
 
+/// Sets up a unit as firmware would: all in bypass by its own stream table of one level, with a queue of commands that it
+/// has not yet executed; returns the memory of firmware's tables.
+fn firmware(unit: &SmmuUnit, memory: &Memory, pending: usize) -> DmaBuf {
+    let mut table = memory.take(4096, 4096);
+    table.clear();
+    for stream in 0..512 {
+        table.store(stream * 8, golden::STE_BYPASS[0]);
+        table.store(stream * 8 + 1, golden::STE_BYPASS[1]);
+    }
+    memory.publish(table.range(0, 4096)).expect("inside");
+    let mut queue = memory.take(512, 512);
+    let commands = [golden::CFGI_ALL, golden::SYNC, golden::TLBI_NSNH_ALL, golden::SYNC];
+    for (at, words) in commands.into_iter().chain([golden::CFGI_ALL; 20]).enumerate() {
+        queue.store_all(at * 2, words);
+    }
+    memory.publish(queue.range(0, 512)).expect("inside");
+    unit.write32(CR2, 2);
+    unit.write64(STRTAB_BASE, table.phys().0);
+    unit.write32(STRTAB_BASE_CFG, 9);
+    unit.write64(CMDQ_BASE, queue.phys().0 | 8);
+    unit.write64(EVENTQ_BASE, memory.take(512, 512).phys().0 | 7);
+    command(unit, CR0, CMDQEN);
+    unit.write32(CMDQ_PROD, 4);
+    command(unit, CR0, CMDQEN | EVENTQEN);
+    command(unit, CR0, CMDQEN | EVENTQEN | SMMUEN);
+    unit.pause();
+    unit.write32(CMDQ_PROD, 4 + pending as u32);
+    table
+}
+
 #[test]
-fn what_firmware_left_on_is_named_and_left_as_it_is() {
+fn a_unit_that_firmware_left_on_is_taken_over_without_a_moment_of_bypass() {
+    // Firmware's last commands: none, some that take their time, some that never complete.
+    for (pending, completes) in [(0, true), (5, true), (5, false)] {
+        let (unit, memory) = unit(Config { clock_step_us: 100, ..Config::full() });
+        firmware(unit, &memory, pending);
+        let page = memory.take(512, 512).phys().0;
+        let read = |unit: &SmmuUnit| unit.dma_read(DISK, None, Iova(page), 1);
+        assert!(read(unit).is_ok(), "firmware lets all");
+        assert_eq!(unit.read32(GBPA), 0x1000, "and would without tables");
+        let log = Arc::new(Mutex::new((Vec::new(), false, false)));
+        let kept = Arc::clone(&log);
+        let bus = Tapped::new(unit, move |unit, moment| {
+            let mut log = kept.lock().expect("no test panics here");
+            if let Moment::Written { offset, value } = moment {
+                log.0.push((offset, value));
+                if completes && log.0.len() == 3 {
+                    unit.resume();
+                }
+            }
+            // From the moment that translation is off, nothing gets through: neither by GBPA, nor by what was cached.
+            if log.2 {
+                return;
+            }
+            let off = unit.read32(CR0ACK) & SMMUEN == 0;
+            log.1 |= off;
+            let through = unit.dma_read(DISK, None, Iova(page), 1).is_ok();
+            assert!(!through || !log.1, "after {:x?}", log.0.last());
+        });
+        let needs = needs(STREAM_TABLE, &memory);
+
+        let mut machine = Machine::enable(unit, memory, bus, needs);
+        log.lock().expect("no test panics here").2 = true;
+        if !completes {
+            // The new queue does not complete either: the unit is out of order, and still refuses everything.
+            assert!(matches!(machine.err(), Some(Error::Timeout { register: "CMDQ_CONS", .. })));
+            assert_eq!(read(unit), Err(Refusal::Aborted));
+            continue;
+        }
+
+        let machine = machine.as_mut().expect("it comes into service");
+        machine.pass();
+        let log = log.lock().expect("no test panics here");
+        let writes: Vec<_> = log.0.iter().filter(|(at, _)| [GBPA, CR0].contains(at)).take(4).collect();
+        // ABORT first; then SMMUEN, EVENTQEN and CMDQEN, one after the other.
+        let on = |bits: u32| (CR0, u64::from(bits));
+        assert_eq!(writes, [&(GBPA, 0x8010_1000), &on(CMDQEN | EVENTQEN), &on(CMDQEN), &on(0)]);
+        let firmwares = unit.executed().iter().filter(|words| **words == golden::CFGI_ALL).count();
+        assert_eq!(firmwares, 1 + pending + 1, "its commands were executed, and ours");
+        drop(log);
+        // What firmware's entries said was cached, and is forgotten.
+        assert_eq!(machine.read(DISK, None, Iova(page)), Err(STREAM_TABLE.untouched()));
+        assert_eq!(machine.pass().len(), 1);
+        machine.assert_lawful();
+    }
+}
+
+#[test]
+fn an_update_that_firmware_left_underway_is_waited_for() {
     let (unit, memory) = unit(Config::qemu());
-    command(unit, CR0, SMMUEN);
+    unit.acknowledge_after(40);
+    unit.write32(CR0, EVENTQEN);
     let needs = needs(STREAM_TABLE, &memory);
 
-    let error = Machine::enable(unit, memory, unit, needs).err();
+    let machine = Machine::enable(unit, memory, unit, needs).expect("it comes into service");
 
-    assert!(matches!(error, Some(Error::InUse { what }) if what.contains("CR0.SMMUEN")), "{error:?}");
-    assert_eq!((unit.read32(CR0), unit.read32(GBPA)), (SMMUEN, 0x1000));
+    // The model notes a bit that changes again before its acknowledgement.
+    machine.assert_lawful();
+}
+
+#[test]
+fn a_unit_that_is_stopped_refuses_everything_and_can_be_taken_into_service_again() {
+    let (unit, memory) = unit(Config::full());
+    let parts = needs(STREAM_TABLE, &memory);
+    let mut machine = Machine::enable(unit, memory.clone(), unit, parts).expect("it comes into service");
+    machine.smmu.events.enable_interrupts().expect("it is acknowledged");
+    let tree = machine.tree(Stage::One);
+    machine.map(&tree, HERE, 7, Perms::READ);
+    machine.assign(DISK, Features::default());
+    machine.attach(DISK, Stage::One, &tree);
+    assert_eq!(machine.read(DISK, None, HERE), Ok(7));
+    let parts = needs(STREAM_TABLE, &memory);
+    let refused = |unit: &SmmuUnit| {
+        assert_eq!(unit.dma_read(DISK, None, HERE, 1), Err(Refusal::Aborted));
+        assert_eq!(unit.dma_read(StreamId(3), None, Iova(0), 1), Err(Refusal::Aborted));
+    };
+
+    let found = machine.smmu.stop().expect("it is acknowledged");
+
+    assert_eq!((unit.read32(CR0ACK), unit.read32(IRQ_CTRLACK)), (0, 0));
+    refused(unit);
+    let mut again =
+        Machine { smmu: found.enable(parts).expect("it comes back"), memory, unit, frames: machine.frames };
+    // What it remembered of the time before is forgotten: the device is nobody's.
+    assert_eq!(again.read(DISK, None, HERE), Err(STREAM_TABLE.untouched()));
+    assert_eq!(again.pass().len(), 1);
+    again.assert_lawful();
+}
+
+#[test]
+fn a_unit_that_does_not_let_itself_be_stopped_is_named_and_refuses_what_comes() {
+    for (update, register) in [
+        (Update::Gbpa, "GBPA.UPDATE"),
+        (Update::Cr0(SMMUEN), "CR0ACK.SMMUEN"),
+        (Update::Cr0(PRIQEN), "CR0ACK.PRIQEN"),
+        (Update::Cr0(EVENTQEN), "CR0ACK.EVENTQEN"),
+        (Update::Cr0(CMDQEN), "CR0ACK"),
+    ] {
+        let machine = Machine::new(STREAM_TABLE, Config { clock_step_us: 100, ..Config::full() });
+        machine.unit.never_acknowledge(&[update]);
+
+        let error = machine.smmu.stop().err();
+
+        assert!(
+            matches!(error, Some(Error::Timeout { register: named, .. }) if named == register),
+            "{register}: {error:?}"
+        );
+        assert!(machine.unit.dma_read(DISK, None, HERE, 1).is_err());
+    }
 }
 
 /// `words` words that are not aligned to their size.
@@ -483,7 +640,7 @@ fn a_unit_whose_queues_do_not_go_off_is_given_up() {
 
     let error = Machine::enable(unit, memory, unit, needs).err();
 
-    assert!(matches!(error, Some(Error::Timeout { register: "CR0ACK", .. })), "{error:?}");
+    assert!(matches!(error, Some(Error::Timeout { register: "CR0ACK.EVENTQEN", .. })), "{error:?}");
     assert_eq!(unit.violations(), Vec::<String>::new(), "what a queue that is on uses stays as it is");
 }
 

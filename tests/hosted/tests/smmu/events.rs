@@ -8,7 +8,7 @@ use hosted::{
 use iommu::{
     Access, Attachment, Bus, Commands, Completion, DomainId, Error, Event, Events, Failure, FailureCause,
     FaultReason, FaultRecord, Features, GroupTag, Invalidation, Iova, Outcome, PAGE_SIZE, PageRequest,
-    PageResponse, Pasid, Perms, PhysAddr, Stages, StreamId,
+    PageResponse, Pasid, Perms, PhysAddr, Stages, StreamId, Tables,
 };
 use models::smmuv3::{Config, Refusal, Requested, SmmuUnit, Wire};
 use smmuv3::events::UnitError;
@@ -409,6 +409,265 @@ mod faults {
     }
 }
 
+mod stalls {
+    use super::*;
+    use models::smmuv3::Ended;
+
+    const HERE: Iova = Iova(0x4_5000);
+    /// Of the event queue, and of stalls at one time, as `Config::full` has them.
+    const STALL_MAX: usize = 8;
+
+    /// A machine whose device DISK is no PCI device: its faults stall.
+    fn machine() -> (Machine, Attachment, hosted::smmu::StageTree) {
+        let (unit, memory) = unit(Config::full());
+        let parts = smmuv3::Memory { stalling: [DISK].into_iter().collect(), ..needs(STREAM_TABLE, &memory) };
+        let mut machine = Machine::enable(unit, memory, unit, parts).expect("it comes into service");
+        machine.smmu.events.enable_interrupts().expect("it is acknowledged");
+        machine.assign(DISK, Features::default());
+        machine.assign(NIC, ALL);
+        let tree = machine.tree(Stage::One);
+        let attachment = machine.attach(DISK, Stage::One, &tree);
+        have_stall(&mut machine, DISK);
+        (machine, attachment, tree)
+    }
+
+    /// Has the context descriptor of a device say that its faults stall (S, bit 44 of its first word).
+    fn have_stall(machine: &mut Machine, stream: StreamId) {
+        let context = PhysAddr(machine.stream_word(stream, 0) & 0x00FF_FFFF_FFFF_FFC0);
+        let word = machine.memory.device_load(context).expect("inside");
+        machine.memory.device_store(context, word | 1 << 44).expect("inside");
+        machine.invalidate(&[Invalidation::Device { stream, device_tlb: false }]);
+    }
+
+    fn requests(events: &[Event]) -> Vec<PageRequest> {
+        let request = |event: &Event| match *event {
+            Event::PageRequest(request) => Some(request),
+            _ => None,
+        };
+        events.iter().filter_map(request).collect()
+    }
+
+    #[test]
+    fn an_access_that_waits_is_a_request_of_its_own_and_ends_as_it_is_answered() {
+        let (mut machine, _, tree) = machine();
+        let stall = |machine: &Machine| machine.unit.dma_write(DISK, None, Iova(HERE.0 + 0x123), &[1]);
+        for (outcome, ended) in [
+            (Outcome::Success, Ended::Retried),
+            (Outcome::Invalid, Ended::Aborted),
+            (Outcome::Failure, Ended::Terminated),
+        ] {
+            let Err(Refusal::Stalled(tag)) = stall(&machine) else { panic!("it stalls") };
+            let perms = Perms { write: true, ..NOTHING };
+            let tag = GroupTag { pasid: None, index: tag };
+            let asked = PageRequest { stream: DISK, tag, iova: HERE, perms, last: true };
+            assert_eq!(machine.pass(), [Event::PageRequest(asked)]);
+            assert_eq!(machine.unit.stalled(), [(DISK, tag.index)]);
+
+            assert_eq!(machine.smmu.commands.respond(answer(asked, outcome)), Ok(()));
+
+            assert_eq!(machine.unit.stalled(), []);
+            assert_eq!(machine.unit.ended_stalls().pop(), Some((DISK, tag.index, ended)));
+        }
+        machine.map(&tree, HERE, 0, Perms::READ_WRITE);
+        assert_eq!(stall(&machine), Ok(()), "it is tried again, and there is a page now");
+        machine.assert_lawful();
+    }
+
+    #[test]
+    fn what_an_access_was_about_to_do_is_what_it_asks_for() {
+        let (mut machine, ..) = machine();
+        // E2 as it is; then RnW (35), InD (34), PnU (33) one by one: F_TRANSLATION of stream 0x108, STALL, STAG 0x1234.
+        let word = |bits: u64| [0x0108_0000_0010, 0x0200_8000_1234 | bits, 0x7F00_0000_1FFF, 0];
+        machine.unit.record([0x0108_0000_5813, 0x0202_8000_0042, 0x7F00_0000_1000, 0]);
+        for bits in [0, 1 << 35, 1 << 35 | 1 << 34, 1 << 33] {
+            machine.unit.record(word(bits));
+        }
+
+        let asked = requests(&machine.pass());
+
+        let write = Perms { write: true, ..NOTHING };
+        let with = |pasid, index, perms| PageRequest {
+            stream: DISK,
+            tag: GroupTag { pasid, index },
+            iova: Iova(0x7F00_0000_1000),
+            perms,
+            last: true,
+        };
+        let expected = [
+            with(pasid(5), 0x42, Perms { privileged: true, ..write }),
+            with(None, 0x1234, write),
+            with(None, 0x1234, Perms::READ),
+            with(None, 0x1234, Perms { execute: true, ..Perms::READ }),
+            with(None, 0x1234, Perms { privileged: true, ..write }),
+        ];
+        assert_eq!(asked, expected);
+    }
+
+    #[test]
+    fn only_faults_of_tables_stall() {
+        let (mut machine, ..) = machine();
+        // The bits of STALL and STAG mean something else elsewhere: R of F_BAD_ATS_TREQ, Reason of others.
+        let others =
+            [0x01, 0x02, 0x03, 0x04, 0x05, 0x06, 0x07, 0x08, 0x09, 0x0A, 0x0B, 0x20, 0x21, 0x24, 0x25];
+        for number in others {
+            machine.unit.record([0x0108_0000_0000 | number, 0x8000_0042, 0, 0]);
+        }
+
+        assert_eq!(count(&machine.pass(), |event| matches!(event, Event::Fault(_))), others.len());
+    }
+
+    #[test]
+    fn accesses_to_one_page_are_told_and_answered_one_by_one() {
+        let (mut machine, ..) = machine();
+        let stalled = [(); 3].map(|()| machine.read(DISK, None, HERE));
+        assert!(stalled.iter().all(|refusal| matches!(refusal, Err(Refusal::Stalled(_)))));
+
+        let asked = requests(&machine.pass());
+
+        assert_eq!(asked.len(), 3);
+        for request in asked {
+            machine.smmu.commands.respond(answer(request, Outcome::Success)).expect("there is room");
+        }
+        assert_eq!((machine.unit.stalled(), machine.unit.ended_stalls().len()), (vec![], 3));
+        machine.assert_lawful();
+    }
+
+    #[test]
+    fn requests_and_stalls_are_answered_each_in_its_manner() {
+        let (mut machine, ..) = machine();
+        // The same number: a group of NIC's, a stall of DISK's.
+        let Err(Refusal::Stalled(tag)) = machine.read(DISK, None, HERE) else { panic!("it stalls") };
+        assert_eq!(machine.unit.page_request(request(NIC, tag, true)), Requested::Queued);
+        fault(machine.unit);
+
+        let mut asked = Vec::new();
+        // All of them are requests of one pass: whoever drains the requests has drained the stalls.
+        while let Some(event) = machine.smmu.events.next_request() {
+            asked.push(event);
+        }
+        assert!(
+            matches!(asked[..], [Event::PageRequest(_), Event::PageRequest(_), Event::Fault(_)]),
+            "{asked:?}"
+        );
+        for request in requests(&asked) {
+            machine.smmu.commands.respond(answer(request, Outcome::Invalid)).expect("there is room");
+        }
+
+        assert_eq!(machine.unit.ended_stalls(), [(DISK, tag, Ended::Aborted)]);
+        let answers = machine.unit.answers();
+        assert_eq!(answers.iter().map(|a| (a.stream, a.tag.index)).collect::<Vec<_>>(), [(NIC, tag)]);
+        machine.assert_lawful();
+    }
+
+    #[test]
+    fn a_device_that_should_not_stall_is_told_so_and_its_access_ends() {
+        let (mut machine, ..) = machine();
+        let tree = machine.tree(Stage::One);
+        machine.attach(NIC, Stage::One, &tree);
+        have_stall(&mut machine, NIC);
+        let Err(Refusal::Stalled(tag)) = machine.read(NIC, None, HERE) else { panic!("it stalls") };
+
+        let asked = requests(&machine.pass());
+
+        assert_eq!((asked.len(), asked[0].stream), (1, NIC));
+        assert!(asked[0].tag.index > 0x1FF, "no group of its page requests is meant");
+        // Even if somebody has it tried again: it would stall again.
+        machine.smmu.commands.respond(answer(asked[0], Outcome::Success)).expect("there is room");
+        assert_eq!(machine.unit.ended_stalls(), [(NIC, tag, Ended::Aborted)]);
+        machine.assert_lawful();
+    }
+
+    #[test]
+    fn a_full_event_queue_loses_no_access_that_waits() {
+        let (mut machine, ..) = machine();
+        (0..EVENTS).for_each(|_| fault(machine.unit));
+        for _ in 0..3 * STALL_MAX {
+            assert!(matches!(machine.read(DISK, None, HERE), Err(Refusal::Stalled(_))));
+        }
+        let mut ended = 0;
+        for _ in 0..10 {
+            for request in requests(&machine.pass()) {
+                machine.smmu.commands.respond(answer(request, Outcome::Invalid)).expect("there is room");
+                ended += 1;
+            }
+        }
+
+        assert_eq!((ended, machine.unit.stalled()), (3 * STALL_MAX, vec![]));
+        machine.assert_lawful();
+    }
+
+    #[test]
+    fn a_device_that_is_taken_away_leaves_no_access_waiting() {
+        let (mut machine, attachment, _) = machine();
+        // More than the unit tells of at one time.
+        for _ in 0..STALL_MAX + 3 {
+            assert!(matches!(machine.read(DISK, None, HERE), Err(Refusal::Stalled(_))));
+        }
+        let known = requests(&machine.pass());
+        assert_eq!(known.len(), STALL_MAX);
+
+        // Blocked, and the unit knows; what was reported is answered; what remains is ended; what comes now is discarded.
+        let (leaving, invalidations) = machine.smmu.tables.block(DISK).expect("it is assigned");
+        machine.invalidate(&invalidations);
+        let (detached, invalidations) = machine.smmu.tables.detach(attachment).expect("it is attached");
+        machine.invalidate(&invalidations);
+        for request in known {
+            machine.smmu.commands.respond(answer(request, Outcome::Invalid)).expect("there is room");
+        }
+        machine.invalidate(&[Invalidation::Stalls { stream: DISK }]);
+        assert_eq!(machine.unit.stalled(), []);
+        machine.pass();
+        machine.smmu.tables.finish(detached);
+        machine.smmu.tables.finish(leaving);
+
+        assert_eq!(machine.unit.ended_stalls().len(), STALL_MAX + 3);
+        // It is whoever's next, and nothing of the time before is left.
+        assert_eq!(machine.pass(), []);
+        machine.assert_lawful();
+    }
+
+    #[test]
+    fn a_device_whose_faults_do_not_stall_has_nothing_to_end() {
+        let (mut machine, ..) = machine();
+        let before = machine.unit.executed().len();
+
+        machine.invalidate(&[Invalidation::Stalls { stream: NIC }]);
+
+        assert_eq!(machine.unit.executed()[before..], [[0x46, 0]]);
+        machine.assert_lawful();
+    }
+
+    #[test]
+    fn a_unit_says_how_many_may_wait_and_one_that_cannot_is_asked_for_none() {
+        let found = |config| smmuv3::Found::probe(unit(config).0).expect("it is there");
+        assert_eq!(usize::from(found(Config::full()).stalls()), STALL_MAX);
+        assert_eq!(found(Config::qemu()).stalls(), 0);
+        // STALL_MAX without stalls (STALL_MODEL 1) says nothing.
+        let none = Config { idr0: Config::full().idr0 | 1 << 24, ..Config::full() };
+        assert_eq!(found(none).stalls(), 0);
+
+        let (unit, memory) = unit(none);
+        let parts = smmuv3::Memory { stalling: [DISK].into_iter().collect(), ..needs(STREAM_TABLE, &memory) };
+        let error = found(none).enable(parts).err();
+        assert!(
+            matches!(error, Some(Error::Unsupported { feature }) if feature.contains("STALL_MODEL")),
+            "{error:?}"
+        );
+        assert_eq!(unit.read32(0x44), 0x1000, "GBPA: it was left alone");
+    }
+
+    #[test]
+    fn an_answer_of_a_kind_that_the_unit_does_not_have_comes_back() {
+        let mut machine = Machine::new(STREAM_TABLE, Config::qemu());
+
+        let back = machine.smmu.commands.respond(answer(request(DISK, 1, true), Outcome::Success));
+
+        assert!(matches!(back, Err((_, Error::Unsupported { .. }))), "{back:?}");
+        assert_eq!(machine.pass(), []);
+        machine.assert_lawful();
+    }
+}
+
 mod answers {
     use super::*;
 
@@ -557,6 +816,119 @@ mod commands {
             encoded(first, pages(at(Stages::First, false), 0x1000, 1)),
             [[0x002A_0000_0000_0012, 0x1001]]
         );
+    }
+
+    #[test]
+    fn a_guest_s_first_stage_is_forgotten_as_far_as_it_says_and_never_less() {
+        let full = Config::full();
+        let at = |pasid, stages, device_tlb| Attachment {
+            serial: 1,
+            stream: DISK,
+            pasid,
+            domain: DomainId(0x2A),
+            stages,
+            device_tlb,
+        };
+        let nested = at(None, Stages::Nested, true);
+        let first = |asid, pages: Option<(u64, u64)>| Invalidation::FirstStage {
+            attachment: nested,
+            asid,
+            pages: pages.map(|(iova, pages)| (Iova(iova), pages)),
+        };
+        let contexts = |pasid| Invalidation::Contexts { attachment: nested, pasid };
+        let device = |pasid, pages: Option<(u64, u64)>| Invalidation::DeviceTlb {
+            attachment: nested,
+            pasid,
+            pages: pages.map(|(iova, pages)| (Iova(iova), pages)),
+        };
+        let (nh_all, sync) = ([0x0000_002A_0000_0010, 0], [0x46, 0]);
+        let everything = [0x0000_0108_0000_0040, 0x34];
+        for (invalidation, expected) in [
+            // K9, K10; K11 and K14 without Leaf. Of many pages, global ones may be meant: K9 again.
+            (first(None, None), vec![nh_all]),
+            (first(Some(7), None), vec![[0x0007_002A_0000_0011, 0]]),
+            (first(Some(7), Some((0x4020_1000, 1))), vec![[0x0007_002A_0000_0012, 0x4020_1000]]),
+            (
+                first(None, Some((0xFFFF_0000_1234_5000, 2))),
+                vec![
+                    [0x0000_002A_0000_0013, 0xFFFF_0000_1234_5000],
+                    [0x0000_002A_0000_0013, 0xFFFF_0000_1234_6000],
+                ],
+            ),
+            (first(Some(7), Some((0x4020_1000, 9))), vec![nh_all]),
+            (first(None, Some((0, u64::MAX))), vec![nh_all]),
+            // The end of the address space.
+            (
+                first(Some(7), Some((0xFFFF_FFFF_FFFF_F000, 2))),
+                vec![[0x0007_002A_0000_0012, 0xFFFF_FFFF_FFFF_F000], [0x0007_002A_0000_0012, 0]],
+            ),
+            // K6 without Leaf, K7.
+            (contexts(pasid(5)), vec![[0x0000_0108_0000_5005, 0]]),
+            (contexts(None), vec![[0x0000_0108_0000_0006, 0]]),
+            // K24, K25, K23.
+            (device(None, None), vec![everything]),
+            (device(pasid(5), Some((0x2000_0000, 512))), vec![[0x0000_0108_0000_5840, 0x2000_0009]]),
+            (device(None, Some((0x1000_0000, 4))), vec![[0x0000_0108_0000_0040, 0x1000_0002]]),
+            // K20 as a range, K34, K9, K34, K24: what came of both stages is cached by the first's addresses.
+            (
+                Invalidation::Pages { attachment: nested, iova: Iova(0x8020_0000), pages: 5 },
+                vec![[0x0000_002A_0000_402A, 0x8020_0401], sync, nh_all, sync, everything],
+            ),
+            // K3, K34, K19, K34, K24.
+            (
+                Invalidation::Attachment(nested),
+                vec![
+                    [0x0000_0108_0000_0003, u64::from(STREAM_TABLE == StreamTable::Linear)],
+                    sync,
+                    [0x0000_002A_0000_0028, 0],
+                    sync,
+                    everything,
+                ],
+            ),
+            // Of one PASID: K6, K34, K10, K34, K24 with the PASID.
+            (
+                Invalidation::Attachment(at(pasid(5), Stages::First, true)),
+                vec![
+                    [0x0000_0108_0000_5005, 0],
+                    sync,
+                    [0x002A_002A_0000_0011, 0],
+                    sync,
+                    [0x0000_0108_0000_5840, 0x34],
+                ],
+            ),
+            (
+                Invalidation::Pages {
+                    attachment: at(pasid(5), Stages::First, true),
+                    iova: Iova(0x1000),
+                    pages: 1,
+                },
+                vec![[0x002A_002A_0000_0012, 0x1001], sync, [0x0000_0108_0000_5840, 0x1000]],
+            ),
+        ] {
+            assert_eq!(encoded(full, invalidation), expected, "{invalidation:?}");
+        }
+    }
+
+    #[test]
+    fn what_an_attachment_does_not_have_is_not_invalidated() {
+        let mut machine = machine();
+        let attachment = Attachment {
+            serial: 1,
+            stream: DISK,
+            pasid: None,
+            domain: DomainId(0x2A),
+            stages: Stages::First,
+            device_tlb: false,
+        };
+        for invalidation in [
+            Invalidation::FirstStage { attachment, asid: None, pages: None },
+            Invalidation::Contexts { attachment, pasid: None },
+            Invalidation::DeviceTlb { attachment, pasid: None, pages: None },
+        ] {
+            let refused = machine.smmu.commands.submit(&[invalidation]);
+            assert!(matches!(refused, Err(Error::Unsupported { .. })), "{refused:?}");
+        }
+        machine.assert_lawful();
     }
 
     #[test]

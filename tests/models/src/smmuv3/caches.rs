@@ -105,8 +105,8 @@ pub(super) enum Forget {
     /// CFGI_STE, CFGI_STE_RANGE, CFGI_ALL: with all context descriptors of the streams. Unless Leaf, the first-level
     /// descriptors that lead to the streams as well.
     Streams { sids: RangeInclusive<u32>, leaf: bool },
-    /// CFGI_CD; without a SubstreamID, CFGI_CD_ALL.
-    Contexts { sid: u32, ssid: Option<u32> },
+    /// CFGI_CD; without a SubstreamID, CFGI_CD_ALL. Unless Leaf, the first-level descriptors that lead there as well.
+    Contexts { sid: u32, ssid: Option<u32>, leaf: bool },
     /// TLBI.
     Translations { of: Of, pages: Pages },
     /// ATC_INV; without a SubstreamID, whatever the substream.
@@ -137,6 +137,9 @@ pub(super) struct Caches {
     pub(super) first_level: BTreeMap<u32, (u32, u64)>,
     /// Context descriptors, by StreamID and SubstreamID.
     pub(super) contexts: BTreeMap<(u32, u32), [u64; 8]>,
+    /// First-level descriptors of tables of context descriptors, the invalid ones too, by StreamID and the first SubstreamID
+    /// of theirs; and their last.
+    pub(super) first_contexts: BTreeMap<(u32, u32), (u32, u64)>,
     /// TLB.
     pub(super) leaves: Vec<Leaf>,
     /// Walk caches: table descriptors, by level and the input address above it.
@@ -178,10 +181,16 @@ impl Caches {
                     }
                     self.streams.retain(|sid, _| !sids.contains(sid));
                     self.contexts.retain(|(sid, _), _| !sids.contains(sid));
+                    self.first_contexts.retain(|(sid, _), _| !sids.contains(sid));
                 }
-                Forget::Contexts { sid, ssid } => self
-                    .contexts
-                    .retain(|&(of, context), _| of != *sid || ssid.is_some_and(|ssid| ssid != context)),
+                Forget::Contexts { sid, ssid, leaf } => {
+                    let named = |first, last| ssid.is_none_or(|ssid| (first..=last).contains(&ssid));
+                    self.contexts.retain(|&(of, context), _| of != *sid || !named(context, context));
+                    if !leaf {
+                        self.first_contexts
+                            .retain(|&(of, first), &mut (last, _)| of != *sid || !named(first, last));
+                    }
+                }
                 Forget::Translations { of, pages } => {
                     self.translations_known |= matches!(of, Of::All);
                     self.forget_translations(*of, *pages);

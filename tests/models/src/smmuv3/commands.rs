@@ -225,8 +225,8 @@ impl State {
                 let below = if range == 31 { u32::MAX } else { (2u32 << range) - 1 };
                 Forget::Streams { sids: sid & !below..=sid | below, leaf: false }
             }
-            0x05 => Forget::Contexts { sid, ssid: Some(ssid) },
-            0x06 => Forget::Contexts { sid, ssid: None },
+            0x05 => Forget::Contexts { sid, ssid: Some(ssid), leaf: w1 & 1 != 0 },
+            0x06 => Forget::Contexts { sid, ssid: None, leaf: false },
             0x10 => everything(Of::Stage1(vmid)),
             0x11 => everything(Of::Asid(vmid, asid)),
             0x12 => self.pages(Of::AsidAndGlobal(vmid, asid), w0, w1),

@@ -28,11 +28,16 @@ pub(super) fn full_ats(ste: &[u64; 8]) -> bool {
     ste[1] >> 28 & 3 == 1 && ste_config(ste) & 3 != 0
 }
 
+/// STE.S2FWB.
+pub(super) fn forces_write_back(ste: &[u64; 8]) -> bool {
+    ste[1] >> 25 & 1 != 0
+}
+
 /// The fields of an STE that this unit has, by word. SHCFG is reserved without ATTR_TYPES_OVR, and harmless.
 const STE_FIELDS: [u64; 8] = [
     0xF8FF_FFFF_FFFF_FFFF,
-    // S1DSS, S1CIR, S1COR, S1CSH; DRE, CONT, DCP, PPAR, MEV, software's, S1STALLD, EATS, SHCFG.
-    0xFF | 0xF << 12 | 0x7F << 17 | 1 << 27 | 3 << 28 | 3 << 44 | 1 << 16,
+    // S1DSS, S1CIR, S1COR, S1CSH; DRE, CONT, DCP, PPAR, MEV, software's, S2FWB, S1STALLD, EATS, SHCFG.
+    0xFF | 0xF << 12 | 0x7F << 17 | 1 << 25 | 1 << 27 | 3 << 28 | 3 << 44 | 1 << 16,
     // S2VMID, VTCR, S2AA64, S2ENDI, S2AFFD, S2PTW, S2HD, S2HA, S2S, S2R.
     0xFFFF | 0x07FF_FFFF << 32,
     // S2TTB.
@@ -207,7 +212,11 @@ impl State {
         if ste_config(ste) < 4 {
             return false;
         }
-        let reserved: Vec<usize> = (0..8).filter(|&word| ste[word] & !STE_FIELDS[word] != 0).collect();
+        let mut fields = STE_FIELDS;
+        if !self.config.forces_write_back() {
+            fields[1] &= !(1 << 25);
+        }
+        let reserved: Vec<usize> = (0..8).filter(|&word| ste[word] & !fields[word] != 0).collect();
         if !reserved.is_empty() {
             self.violation(format!("STE {ste:#x?}: reserved bits are set in words {reserved:?}"));
         }
@@ -230,7 +239,7 @@ impl State {
         if stage_1 {
             let contexts = ste[0] >> 59;
             let substreams = u64::from(config.idr1) >> 6 & 0x1F;
-            let two_level = matches!(ste[0] >> 4 & 3, 1 | 2) && contexts != 0 && substreams != 0;
+            let two_level = self.context_split(ste).is_some() && !config.two_level_contexts();
             let pointer = ste[0] & 0x00FF_FFFF_FFFF_FFC0;
             let beyond = !stage_2 && pointer >> config.output_bits() != 0;
             // Contexts beyond SSIDSIZE are illegal on a part without substreams as well: QEMU rejects them.
@@ -284,7 +293,10 @@ impl State {
         let cd = match self.caches.contexts.get(&key) {
             Some(&cd) => cd,
             None => {
-                let mut at = (ste[0] & 0x00FF_FFFF_FFFF_FFC0) + u64::from(index) * 64;
+                let mut at = match self.context_split(ste) {
+                    None => (ste[0] & 0x00FF_FFFF_FFFF_FFC0) + u64::from(index) * 64,
+                    Some(split) => self.second_level_context(request, ste, index, split)?,
+                };
                 if selects_stage_2(ste) {
                     at = self.stage_2(request, ste, at, Class::Cd)?.phys;
                 }
@@ -297,6 +309,58 @@ impl State {
             return Err(Fault::configuration(0x0A, 0).into());
         }
         Ok(cd)
+    }
+
+    /// Log2 of the context descriptors of a second-level table, if the table of `ste` has two levels (S1Fmt).
+    fn context_split(&self, ste: &[u64; 8]) -> Option<u32> {
+        // With one descriptor, and on a part without substreams, the format is ignored.
+        if ste[0] >> 59 == 0 || self.config.idr1 >> 6 & 0x1F == 0 {
+            return None;
+        }
+        match ste[0] >> 4 & 3 {
+            1 => Some(6),
+            2 => Some(10),
+            _ => None,
+        }
+    }
+
+    /// Finds where CD `index` is in a table of two levels: an address as `ste` has them, which is an IPA with stage 2.
+    fn second_level_context(
+        &mut self,
+        request: &Request,
+        ste: &[u64; 8],
+        index: u32,
+        split: u32,
+    ) -> Result<u64, Stop> {
+        let below = (1u32 << split) - 1;
+        let first = index & !below;
+        let descriptor = match self.caches.first_contexts.get(&(request.sid, first)) {
+            Some(&(_, descriptor)) => descriptor,
+            None => {
+                let mut at = (ste[0] & 0x00FF_FFFF_FFFF_FFC0) + u64::from(index >> split) * 8;
+                if selects_stage_2(ste) {
+                    at = self.stage_2(request, ste, at, Class::Cd)?.phys;
+                }
+                let fetched = self.memory.device_load(PhysAddr(at));
+                let descriptor = fetched.map_err(|_| Fault::configuration(0x09, at))?;
+                self.caches.first_contexts.insert((request.sid, first), (first | below, descriptor));
+                descriptor
+            }
+        };
+        // V is bit 0, L2Ptr is [55:12].
+        let pointer = descriptor & 0x00FF_FFFF_FFFF_F000;
+        let beyond = !selects_stage_2(ste) && pointer >> self.config.output_bits() != 0;
+        if descriptor & 1 == 0 || beyond {
+            return Err(Fault::configuration(0x08, 0).into());
+        }
+        if descriptor & !(0x00FF_FFFF_FFFF_F000 | 1) != 0 {
+            self.violation(format!("L1CD {descriptor:#x}: reserved bits are set"));
+        }
+        let table = pointer & !((64u64 << split) - 1);
+        if table != pointer {
+            self.violation(format!("L1CD.L2Ptr {pointer:#x} is not aligned to its table"));
+        }
+        Ok(table + u64::from(index & below) * 64)
     }
 
     fn cd_is_illegal(&mut self, ste: &[u64; 8], cd: &[u64; 8]) -> bool {
@@ -360,9 +424,21 @@ impl State {
         let mut tables: Vec<_> =
             self.stream_tables().into_iter().map(|(table, bytes)| (Entry::Ste, table, bytes)).collect();
         for ste in self.caches.streams.values().filter(|ste| ste[0] & 1 != 0) {
-            if selects_stage_1(ste) && !selects_stage_2(ste) {
-                tables.push((Entry::Cd, ste[0] & 0x00FF_FFFF_FFFF_FFC0, 64 << (ste[0] >> 59)));
+            if !selects_stage_1(ste) || selects_stage_2(ste) {
+                continue;
             }
+            let (pointer, log2) = (ste[0] & 0x00FF_FFFF_FFFF_FFC0, ste[0] >> 59);
+            let Some(split) = self.context_split(ste) else {
+                tables.push((Entry::Cd, pointer, 64 << log2));
+                continue;
+            };
+            let places = 1u64 << log2.saturating_sub(split.into());
+            let stored = (0..places).filter_map(|n| self.memory.device_load(PhysAddr(pointer + n * 8)).ok());
+            tables.extend(
+                stored
+                    .filter(|first| first & 1 != 0)
+                    .map(|first| (Entry::Cd, first & 0x00FF_FFFF_FFFF_F000, 64 << split)),
+            );
         }
         let mut live = Vec::new();
         for (entry, table, bytes) in tables {
@@ -656,7 +732,6 @@ mod tests {
             (false, |ste| ste[2] = ste[2] & !(0xFF << 32) | 0x90 << 32),
             (false, |ste| *ste = golden::STE_STALL_ATS),
             (true, |ste| ste[0] |= 21 << 59),
-            (true, |ste| ste[0] |= 3 << 59 | 1 << 4),
             (true, |ste| ste[0] |= 1 << 50),
             (true, |ste| ste[1] = ste[1] & !(3 << 28) | 2 << 28),
         ];
@@ -681,6 +756,9 @@ mod tests {
             (Config::qemu(), golden::STE_STALL),
             (Config::qemu(), golden::STE_STAGE_1),
             (Config::qemu(), stage_1(&Config::qemu(), 3)),
+            // Tables of two levels on a part without CD2L, in both formats.
+            (Config { idr0: full.idr0 & !(1 << 19), ..full }, with_format(stage_1(&full, 3), 1)),
+            (Config { idr0: full.idr0 & !(1 << 19), ..full }, with_format(stage_1(&full, 3), 2)),
         ] {
             let bench = Bench::attached(config, ste);
 
@@ -841,5 +919,172 @@ mod tests {
         assert_eq!(publish([w0 + 1, w1, 0, w3, 0, 0, 0, 0]), 1);
 
         bench.assert_broken("Cd at");
+    }
+
+    /// `ste` with S1Fmt.
+    fn with_format(mut ste: [u64; 8], format: u64) -> [u64; 8] {
+        ste[0] = ste[0] & !(3 << 4) | format << 4;
+        ste
+    }
+
+    /// A two-level table of context descriptors at [`CONTEXTS`] and the second-level tables of these SubstreamIDs, each with
+    /// a context of ASID 3.
+    fn with_contexts(bench: &mut Bench, split: u64, ssids: &[u32]) {
+        bench.put(CONTEXTS, &[0; 512]);
+        for &ssid in ssids {
+            let ssid = u64::from(ssid);
+            // A second-level table of 1024 has 64 KiB; those of the bench are at the next such boundary.
+            let table = if split == 6 { bench.page() } else { LARGE };
+            bench.put(CONTEXTS + (ssid >> split) * 8, &[table | 1]);
+            bench.put(table + (ssid & ((1 << split) - 1)) * 64, &context(3));
+        }
+    }
+
+    /// 64 KiB at a boundary of 64 KiB, in which pages of the bench are only handed out late.
+    const LARGE: u64 = crate::memory::BASE.0 + 0x3_0000;
+
+    fn read_with(bench: &Bench, ssid: u32) -> Result<(), Refusal> {
+        bench.unit.dma_read(DEVICE, Some(Pasid::from_low_bits(ssid.into())), IOVA, 1).map(|_| ())
+    }
+
+    #[test]
+    fn a_table_of_two_levels_is_indexed_by_the_upper_and_lower_bits_of_a_substream() {
+        // L5, L6: SSID 0x405 is entry 1 of the first level and 5 of the second with S1Fmt 2, entry 0x10 and 5 with S1Fmt 1.
+        for (format, split, ssid, near, far) in [(1, 6, 0x405, 0x406, 0x445), (2, 10, 0x405, 0x7FF, 0x805)] {
+            let config = Config::full();
+            let mut bench = Bench::attached(config, with_format(stage_1(&config, 12), format));
+            with_contexts(&mut bench, split, &[ssid]);
+            bench.map_page(PAGE);
+
+            assert_eq!(read_with(&bench, ssid), Ok(()), "S1Fmt {format}");
+            assert_eq!(read_with(&bench, near), Err(Refusal::Fault(0x0A)), "S1Fmt {format}");
+            // No table: C_BAD_SUBSTREAMID. So is what S1CDMax does not reach.
+            assert_eq!(read_with(&bench, far), Err(Refusal::Fault(0x08)), "S1Fmt {format}");
+            assert_eq!(read_with(&bench, 1 << 12), Err(Refusal::Fault(0x08)), "S1Fmt {format}");
+            bench.assert_lawful();
+        }
+    }
+
+    #[test]
+    fn a_first_level_descriptor_of_contexts_is_remembered_until_the_way_is_forgotten() {
+        let config = Config::full();
+        let mut bench = Bench::attached(config, with_format(stage_1(&config, 12), 1));
+        with_contexts(&mut bench, 6, &[]);
+        bench.map_page(PAGE);
+        assert_eq!(read_with(&bench, 0x405), Err(Refusal::Fault(0x08)));
+        with_contexts(&mut bench, 6, &[0x405]);
+        assert_eq!(read_with(&bench, 0x405), Err(Refusal::Fault(0x08)), "that there was none is remembered");
+
+        // CFGI_CD of it with Leaf, of another table without, of another stream.
+        for command in [
+            [0x0000_0108_0040_5005, 1],
+            [0x0000_0108_0044_5005, 0],
+            [0x0000_0109_0040_5005, 0],
+            [0x0109 << 32 | 6, 0],
+        ] {
+            bench.submit(&[command, SYNC]);
+            assert_eq!(read_with(&bench, 0x405), Err(Refusal::Fault(0x08)), "{command:x?}");
+        }
+        bench.submit(&[[0x0000_0108_0040_6005, 0], SYNC]);
+        assert_eq!(read_with(&bench, 0x405), Ok(()), "one of the same table");
+
+        // The descriptor itself is remembered longer than the way.
+        bench.put(CONTEXTS + 0x10 * 8, &[0]);
+        bench.submit(&[[0x0000_0108_0040_6005, 0], SYNC]);
+        assert_eq!((read_with(&bench, 0x405), read_with(&bench, 0x407)), (Ok(()), Err(Refusal::Fault(0x08))));
+        bench.submit(&[golden::CFGI_CD_ALL, SYNC]);
+        assert_eq!(read_with(&bench, 0x405), Err(Refusal::Fault(0x08)));
+        bench.assert_lawful();
+    }
+
+    #[test]
+    fn a_context_descriptor_is_remembered_until_it_is_forgotten() {
+        for forget in [golden::CFGI_CD, golden::CFGI_CD_ALL, golden::CFGI_STE] {
+            let config = Config::full();
+            let mut bench = Bench::attached(config, stage_1(&config, 3));
+            bench.map_page(PAGE);
+            assert_eq!(read_with(&bench, 5), Ok(()));
+
+            bench.put(CONTEXTS + 5 * 64, &[0; 8]);
+            bench.submit(&[[0x0000_0108_0000_4005, 0], [0x0000_0109_0000_5005, 0], SYNC]);
+            assert_eq!(read_with(&bench, 5), Ok(()), "another, and another stream's");
+            bench.submit(&[forget, SYNC]);
+
+            assert_eq!(read_with(&bench, 5), Err(Refusal::Fault(0x0A)), "{forget:x?}");
+        }
+    }
+
+    #[test]
+    fn both_levels_of_a_nested_table_of_contexts_are_found_through_stage_2() {
+        let config = Config::full();
+        let second = crate::golden_smmuv3::STE_STAGE_2;
+        let nested = |contexts: u64| {
+            let first = with_format(stage_1(&config, 12), 1);
+            let head = first[0] & !0x00FF_FFFF_FFFF_FFC0 | contexts | 4;
+            [head, first[1], second[2], super::super::bench::STAGE_2, 0, 0, 0, 0]
+        };
+        let mut bench = Bench::attached(config, nested(CONTEXTS));
+        with_contexts(&mut bench, 6, &[0x405]);
+        let leaf = bench.word(CONTEXTS + 0x10 * 8) & !1;
+        let (_, page) = bench.map_page(PAGE);
+        let top = super::super::bench::STAGE_2;
+        // Everything is at its own IPA but for the two levels, which the guest has elsewhere.
+        for at in (crate::memory::BASE.0..crate::memory::BASE.0 + 0x3_8000).step_by(0x1000) {
+            bench.map(top, 1, at, 3, at | PAGE_2);
+        }
+        let [first, table] = [0x10_0000_0000, 0x10_0000_1000];
+        bench.map(top, 1, first, 3, CONTEXTS | PAGE_2);
+        bench.map(top, 1, table, 3, leaf | PAGE_2);
+        bench.put(CONTEXTS + 0x10 * 8, &[table | 1]);
+        bench.set_ste(nested(first));
+        bench.put(page, &[9]);
+
+        assert_eq!(read_with(&bench, 0x405), Ok(()));
+
+        // Either level that stage 2 does not map is a fault of stage 2, on the way to a context (class 0).
+        for gone in [first, table] {
+            bench.map(top, 1, gone, 3, 0);
+            bench.submit(&[golden::CFGI_ALL, SYNC, golden::TLBI_NSNH_ALL, SYNC]);
+            assert_eq!(read_with(&bench, 0x405), Err(Refusal::Fault(0x10)));
+            let at = if gone == first { first + 0x10 * 8 } else { table + 5 * 64 };
+            let event = [SID << 32 | 0x405 << 12 | 1 << 11 | 0x10, 1 << 35 | 1 << 39, IOVA.0, at & !0xFFF];
+            bench.assert_events(&[event]);
+            bench.map(top, 1, gone, 3, if gone == first { CONTEXTS } else { leaf } | PAGE_2);
+        }
+        bench.assert_lawful();
+    }
+
+    #[test]
+    fn forced_write_back_is_a_field_of_parts_that_have_it() {
+        let full = Config::full();
+        let mut ste = stage_2(&full);
+        ste[1] |= 1 << 25;
+        for (config, lawful) in [(full, true), (Config { idr3: full.idr3 & !(1 << 8), ..full }, false)] {
+            let mut bench = Bench::attached(config, ste);
+            // D6: MemAttr 6 is write-back, whatever stage 1 says.
+            bench.map_page_2(golden::STAGE_2_PAGE_FWB & !0x8000_0000);
+
+            assert!(bench.read(IPA).is_ok());
+
+            if lawful {
+                bench.assert_lawful();
+            } else {
+                bench.assert_broken("reserved bits are set in words [1]");
+            }
+        }
+    }
+
+    #[test]
+    fn a_leaf_that_forced_write_back_gives_no_meaning_is_noted() {
+        let config = Config::full();
+        let mut ste = stage_2(&config);
+        ste[1] |= 1 << 25;
+        let mut bench = Bench::attached(config, ste);
+        // MemAttr 0xF, which is write-back without S2FWB.
+        bench.map_page_2(PAGE_2);
+
+        assert!(bench.read(IPA).is_ok());
+
+        bench.assert_broken("S2FWB");
     }
 }

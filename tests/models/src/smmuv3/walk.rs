@@ -3,7 +3,9 @@
 use super::{
     State,
     caches::{Leaf, Tag, level_shift},
-    configuration::{Geometry, first_table_bytes, selects_stage_1, selects_stage_2, ste_config},
+    configuration::{
+        Geometry, first_table_bytes, forces_write_back, selects_stage_1, selects_stage_2, ste_config,
+    },
 };
 use iommu::PhysAddr;
 
@@ -265,6 +267,11 @@ impl State {
                 let Found { descriptor, level, .. } = self.walk(&walk, request, ste, ipa)?;
                 if descriptor & 1 << 10 == 0 && !has(53) {
                     return Err(walk.fault(0x12));
+                }
+                // MemAttr is [5:2]; with S2FWB bit 3 of it is reserved, and so is 4.
+                let attribute = descriptor >> 2 & 0xF;
+                if forces_write_back(ste) && (attribute & 8 != 0 || attribute == 4) {
+                    self.violation(format!("stage-2 leaf {descriptor:#x}: MemAttr is reserved with S2FWB"));
                 }
                 let shift = level_shift(level);
                 let output = descriptor & ADDRESS & !((1 << shift) - 1);

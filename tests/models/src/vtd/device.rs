@@ -127,7 +127,8 @@ impl State {
         kind: Kind,
     ) -> Result<PhysAddr, Refusal> {
         if self.status() & TE == 0 {
-            return if pasid.is_none() { Ok(PhysAddr(iova.0)) } else { Err(Refusal::Unsupported) };
+            let passes = pasid.is_none() && !self.is_protected(iova.0);
+            return if passes { Ok(PhysAddr(iova.0)) } else { Err(Refusal::Unsupported) };
         }
         let request = self.request(stream, pasid, iova.0, kind, At::Untranslated);
         self.permitted(&request).map(|mapping| PhysAddr(mapping.phys))

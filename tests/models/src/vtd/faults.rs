@@ -1,7 +1,7 @@
 //! Fault recording, and the event messages of all three groups.
 
 use super::{
-    State,
+    State, VtdUnit,
     registers::{self, FECTL, FSTS, ICS, IECTL, PECTL, PRS},
     walk::{Fault, Request},
 };
@@ -37,6 +37,15 @@ impl Group {
             Self::Invalidation => (ICS, 1, IECTL),
             Self::PageRequest => (PRS, 3, PECTL),
         }
+    }
+}
+
+impl VtdUnit {
+    /// Passes over `count` fault records: the next fault goes to a later one.
+    pub fn skip_fault_records(&self, count: usize) {
+        let mut state = self.lock();
+        let records = registers::fault_records(state.config.cap) + 1;
+        state.next_fault = (state.next_fault + count) % records;
     }
 }
 

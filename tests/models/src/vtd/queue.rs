@@ -212,6 +212,11 @@ impl State {
         self.run_queue();
     }
 
+    /// Whether the last descriptor was a wait.
+    pub(super) fn ended_with_wait(&self) -> bool {
+        self.queue.executed.last().is_some_and(|words| words[0] & 0xF == 5)
+    }
+
     /// After QIE was cleared.
     pub(super) fn stop_queue(&mut self) {
         self.set(IQH, 0);

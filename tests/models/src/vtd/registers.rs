@@ -333,6 +333,14 @@ impl State {
         self.violation(broken.into());
     }
 
+    /// Whether protected memory is on, and `address` in it. Its limits are the last bytes.
+    pub(super) fn is_protected(&self, address: u64) -> bool {
+        let within = |base: usize, limit: usize| (self.get(base)..=self.get(limit)).contains(&address);
+        let low = self.config.cap & 1 << 5 != 0 && within(0x068, 0x06C);
+        let high = self.config.cap & 1 << 6 != 0 && within(0x070, 0x078);
+        self.get(PMEN) & 1 != 0 && (low || high)
+    }
+
     fn invalidate_by_register(&mut self, name: &str, old: u64, order: Order) {
         if self.status() & QIE != 0 {
             // The command bit stays set and nothing happens.
@@ -373,8 +381,14 @@ impl State {
         while let Some(at) = self.due.iter().position(ready) {
             match self.due.remove(at).what {
                 Order::Global(bit, on) => self.carry_out(bit, on),
-                Order::Context => self.invalidate_contexts_by_register(),
-                Order::Iotlb => self.invalidate_iotlb_by_register(),
+                Order::Context => {
+                    self.flush_write_buffer();
+                    self.invalidate_contexts_by_register();
+                }
+                Order::Iotlb => {
+                    self.flush_write_buffer();
+                    self.invalidate_iotlb_by_register();
+                }
                 Order::ProtectedMemory => {
                     let enabled = self.get(PMEN) & 1 << 31;
                     self.set(PMEN, enabled | enabled >> 31);
@@ -403,6 +417,9 @@ impl State {
             // ESIRTPS: no invalidation has to follow.
             SIRTP => self.remapping.set_table(self.get(IRTA), self.config.cap & 1 << 62 != 0),
             QIE if on => self.run_queue(),
+            QIE if self.config.ends_queue_after_wait && !self.ended_with_wait() => {
+                self.set(GSTS, self.get(GSTS) | u64::from(QIE));
+            }
             QIE => self.stop_queue(),
             _ => {}
         }
@@ -706,6 +723,21 @@ mod tests {
 
         assert_eq!([(); 3].map(|()| bench.unit.read32(PMEN)), [1, 1, 0]);
         bench.assert_lawful();
+    }
+
+    #[test]
+    fn protected_memory_is_reached_by_nobody_while_there_is_no_translation() {
+        let bench = Bench::new(Config { cap: Config::qemu().cap | 3 << 5, ..Config::qemu() });
+        let read = |at: u64| bench.unit.dma_read(DEVICE, None, iommu::Iova(at), 1);
+        bench.unit.write64(0x070, STATUS);
+        bench.unit.write64(0x078, STATUS + 0xFFF);
+        assert_eq!(read(STATUS), Ok(vec![0]));
+
+        bench.unit.write32(PMEN, 1 << 31);
+        (0..3).for_each(|_| bench.unit.advance(0));
+
+        assert_eq!(read(STATUS), Err(super::super::Refusal::Unsupported));
+        assert_eq!(read(STATUS + 0x1000), Ok(vec![0]));
     }
 
     #[test]

@@ -1,0 +1,191 @@
+//! Who may interrupt the processor, and by what.
+
+use super::{PATIENCE_US, Seen, Unexpected, expect, requesters, wait_for};
+use crate::{
+    hypervisor::{Device, Hypervisor, SERVICE_CORE, home_of},
+    memory,
+};
+use arch::{
+    cpu::Locked,
+    interrupts::Source,
+    unit::{InterruptHandle, Remapping},
+};
+use core::sync::atomic::Ordering::Relaxed;
+use iommu::{Bus, FaultRecord, Invalidation, Message};
+
+/// What the unit reports of a message whose entry is not present, is another's, or that names no entry at all.
+const NOT_PRESENT: u16 = 0x22;
+const WRONG_SOURCE: u16 = 0x26;
+const COMPATIBILITY_FORMAT: u16 = 0x25;
+/// How long nothing may happen until nothing has happened, in microseconds.
+const QUIET_US: u64 = 20_000;
+
+/// A `sva-dev` of the hypervisor's own, which it has send its message.
+struct Sender<'h> {
+    hv: &'h Hypervisor,
+    device: &'h Device,
+    registers: arch::bus::Mmio,
+}
+
+/// What became of a message.
+#[derive(Eq, PartialEq)]
+enum Became {
+    /// It interrupted this core, and no other.
+    Arrived(usize),
+    /// The unit refused it, and reported this.
+    Refused(FaultRecord),
+    /// Neither, or both.
+    Unclear,
+}
+
+impl<'h> Sender<'h> {
+    /// `CONTROL` and `STATUS` of lane 0.
+    const CONTROL: usize = 0x118;
+    const STATUS: usize = 0x11C;
+    const GO: u32 = 1;
+    const BUSY: u32 = 1;
+
+    fn new(hv: &'h Hypervisor, number: usize) -> Result<Self, Unexpected> {
+        let device = hv.devices.get(number).ok_or("there is no such device")?;
+        let registers = memory::device(device.registers.clone()).ok_or("a device is out of reach")?;
+        device.function.enable_bus_master(&hv.config);
+        Ok(Self { hv, device, registers })
+    }
+
+    fn use_message(&self, message: Message) -> Result<(), Unexpected> {
+        let enabled = self.device.function.enable_messages(&self.hv.config, message, 0);
+        enabled.map_err(|_| "a device does not take its message")
+    }
+
+    /// Sends the message once; returns what became of it.
+    ///
+    /// An operation of no length ends at once, and as every operation it ends with the message. It touches no memory.
+    fn send(&self) -> Became {
+        let arrivals = || self.hv.device_interrupts.each_ref().map(|count| count.load(Relaxed));
+        let faults = || self.hv.unowned.with(|&mut (count, last)| (count, last));
+        let (arrived_before, (faults_before, _)) = (arrivals(), faults());
+        self.registers.write32(Self::CONTROL, Self::GO);
+        let has_ended = || self.registers.read32(Self::STATUS) & 0xFF != Self::BUSY;
+        let happened = || has_ended() && (arrivals() != arrived_before || faults().0 != faults_before);
+        if !wait_for(self.hv, PATIENCE_US, happened) {
+            return Became::Unclear;
+        }
+        // Perhaps more is on its way.
+        let _ = wait_for(self.hv, QUIET_US, || false);
+        let arrived = arrivals();
+        let cores = || (0..arrived.len()).filter(|&core| arrived[core] != arrived_before[core]);
+        let once = cores().count() == 1 && cores().all(|core| arrived[core] == arrived_before[core] + 1);
+        match (once, faults()) {
+            (true, (count, _)) if count == faults_before => {
+                cores().next().map_or(Became::Unclear, Became::Arrived)
+            }
+            (false, (count, Some(last))) if arrived == arrived_before && count == faults_before + 1 => {
+                Became::Refused(last)
+            }
+            _ => Became::Unclear,
+        }
+    }
+
+    /// Sends the message; returns whether it was refused for `code`, by an entry's number where it names one.
+    fn is_refused(&self, code: u16, number: u16) -> bool {
+        let Became::Refused(fault) = self.send() else { return false };
+        let named = arch::unit::refused_interrupt(&fault).map(|(_, number)| number);
+        fault.stream == self.device.function.id && fault.code == code && named == Some(number)
+    }
+
+    fn stop(&self) {
+        self.device.function.disable_messages(&self.hv.config);
+        self.device.function.disable_bus_master(&self.hv.config);
+    }
+}
+
+/// Lets the interrupt reach `core`, and waits until the unit knows.
+fn open(
+    hv: &Hypervisor,
+    remapping: &Locked<Remapping>,
+    handle: &InterruptHandle,
+    core: usize,
+) -> Result<(), Unexpected> {
+    let told = remapping.with(|remapping| remapping.open(handle, Source::Device, core));
+    let told = told.map_err(|_| "an entry could not be set")?;
+    invalidate(hv, &told)
+}
+
+fn invalidate(hv: &Hypervisor, invalidations: &[Invalidation]) -> Result<(), Unexpected> {
+    hv.invalidate(invalidations).map_err(|_| "the unit did not forget an entry")
+}
+
+/// A device interrupts by its own entry alone, for as long as that is there; what others try is refused and reported.
+pub fn interrupts(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
+    let remapping = hv.remapping.as_ref().ok_or("the unit does not remap interrupts")?;
+    let devices = requesters(hv);
+    let [owner, other] = [Sender::new(hv, devices[0])?, Sender::new(hv, devices[1])?];
+    let shown = show(hv, seen, remapping, &owner, &other);
+    owner.stop();
+    other.stop();
+    shown
+}
+
+fn show(
+    hv: &Hypervisor,
+    seen: &Seen,
+    remapping: &Locked<Remapping>,
+    owner: &Sender<'_>,
+    other: &Sender<'_>,
+) -> Result<&'static str, Unexpected> {
+    let allocated = remapping.with(|remapping| remapping.allocate(owner.device.function.id));
+    let handle = allocated.map_err(|_| "there is no entry")?;
+    let number = remapping.with(|remapping| remapping.number(&handle));
+    let message =
+        remapping.with(|remapping| remapping.message(&handle)).map_err(|_| "there is no message")?;
+    owner.use_message(message)?;
+    seen.count("entry", number.into());
+
+    let absent = owner.is_refused(NOT_PRESENT, number);
+    expect(absent, "a message was not refused although its entry was not present")?;
+    for core in [SERVICE_CORE, home_of(0)] {
+        open(hv, remapping, &handle, core)?;
+        expect(
+            owner.send() == Became::Arrived(core),
+            "a message did not reach the core that its entry names",
+        )?;
+        seen.count("arrived_at_core", core as u64);
+    }
+
+    other.use_message(message)?;
+    let foreign = other.is_refused(WRONG_SOURCE, number);
+    expect(foreign, "a message through another device's entry was not refused, or not reported")?;
+    seen.count("refused_from_stream", other.device.function.id.0.into());
+    seen.count("refused_for", WRONG_SOURCE.into());
+    expect(owner.send() == Became::Arrived(home_of(0)), "the owner cannot interrupt any more")?;
+
+    // The manual has the unit refuse it (CFIS is clear), and the unit of our own model does. QEMU's does not look.
+    other.use_message(remapping.with(|r| r.compatibility_message(Source::Device, SERVICE_CORE)))?;
+    let let_through = match other.send() {
+        Became::Arrived(SERVICE_CORE) => {
+            defmt::warn!(
+                "a message in the compatibility format came through: QEMU's unit does not refuse them"
+            );
+            true
+        }
+        Became::Refused(fault) if fault.code == COMPATIBILITY_FORMAT => false,
+        _ => return Err("what became of a message in the compatibility format is unclear"),
+    };
+    seen.count("compatibility_format_let_through", let_through.into());
+
+    let (leaving, invalidations) = remapping.with(|remapping| remapping.release(handle));
+    invalidate(hv, &invalidations)?;
+    remapping.with(|remapping| remapping.finish(leaving));
+    expect(
+        owner.is_refused(NOT_PRESENT, number),
+        "a message was not refused although its entry was given back",
+    )?;
+    Ok(match let_through {
+        false => {
+            "a device's message arrived by its own entry alone; another's, and the compatibility format, were refused and reported"
+        }
+        true => {
+            "a device's message arrived by its own entry alone; another's was refused and reported (0x26); QEMU lets the compatibility format through"
+        }
+    })
+}

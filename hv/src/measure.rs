@@ -149,6 +149,7 @@ fn measure(
             bench.spurious();
         }
     }
+    bench.meter.beside = BESIDE[0];
     bench.switch()?;
     bench.stack()
 }

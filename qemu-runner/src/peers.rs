@@ -43,7 +43,7 @@ pub(crate) const FAULTS_OF_A_PASS: f64 = 8.0;
 
 /// Where Linux's figures are from.
 const LINUX: &str = "Linux 6.12";
-/// Percent by which a figure may differ beside many streams, and still be flat.
+/// Percent by which instructions may differ beside many streams, and still be flat.
 const FLAT: f64 = 2.0;
 
 /// Puts beside `row` what its peer needs, and what it may need itself; `all` are the rows of the same boot.
@@ -51,7 +51,8 @@ pub(crate) fn judge(machine: Machine, row: &mut Row, all: &[Row]) {
     if let Some((name, _)) = row.name.split_once(BESIDE) {
         // Flat: the same as beside few.
         let alone = all.iter().find(|other| other.name == name && other.unit == row.unit);
-        row.goal = alone.map(|alone| (alone.ours * (1.0 + FLAT / 100.0)).ceil());
+        let margin = if row.unit == INSTRUCTIONS { FLAT / 100.0 } else { 0.0 };
+        row.goal = alone.map(|alone| (alone.ours * (1.0 + margin)).ceil());
         return;
     }
     let (instructions, accesses) = peer(machine, &row.name);

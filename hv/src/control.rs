@@ -493,7 +493,9 @@ impl Space {
         };
         // On an error the tables that went are never used again.
         hv.invalidate(&[invalidation]).map_err(Error::Unit)?;
-        share.with(hv.pool, |frames| unmapped.give_back(frames));
+        if unmapped.tables_went() {
+            share.with(hv.pool, |frames| unmapped.give_back(frames));
+        }
         defmt::debug!(
             "unmap stream={=u32:#x} pasid={=u32:#x} domain={=u16:#x} iova={=u64:#x} pages={=u64}",
             stream.0,

@@ -199,7 +199,8 @@ impl Guest {
         if self.attachments.iter().all(Option::is_some) {
             return Err(Refused(Status::NoRoom));
         }
-        let words = self.words::<8>(entry, 8)?;
+        let mut words = Vec::<u64, 8>::new();
+        self.copy_words(entry, 8, &mut words)?;
         let entry = words.into_array().map_err(|_| Refused(Status::Malformed))?;
         Ok([self.bind(device as u32, FirstStage::Contexts { entry }, opaque)?, 0, 0])
     }
@@ -209,7 +210,8 @@ impl Guest {
         if length > ARRAY {
             return Err(Refused(Status::Malformed));
         }
-        let words = self.words::<{ 2 * ARRAY as usize }>(array, 2 * length as usize)?;
+        let mut words = Vec::<u64, { 2 * ARRAY as usize }>::new();
+        self.copy_words(array, 2 * length as usize, &mut words)?;
         let mut refused = 0;
         for &[cookie, code] in words.as_chunks::<2>().0 {
             let outcome = match Code::from_number(code) {
@@ -238,14 +240,18 @@ impl Guest {
     }
 
     /// Copies `count` words, at most `N`, out of the guest's memory: each is loaded once.
-    fn words<const N: usize>(&self, from: u64, count: usize) -> Result<Vec<u64, N>, Refused> {
-        let mut words = Vec::new();
+    fn copy_words<const N: usize>(
+        &self,
+        from: u64,
+        count: usize,
+        words: &mut Vec<u64, N>,
+    ) -> Result<(), Refused> {
         for at in 0..count {
             let gpa = from.checked_add(at as u64 * 8).ok_or(Refused(Status::NotYours))?;
             let word = self.ram.load(Gpa(gpa)).ok_or(Refused(Status::NotYours))?;
             words.push(word).map_err(|_| Refused(Status::Malformed))?;
         }
-        Ok(words)
+        Ok(())
     }
 
     /// Makes the unit forget what an array names: one batch, and one wait, for all of a call that the unit takes at once.
@@ -258,7 +264,8 @@ impl Guest {
         });
         let layout = layout.ok_or(Refused(Status::UnknownType))?;
         let count = entries.min(ARRAY) as usize;
-        let words = self.words::<{ ARRAY as usize * ENTRY_WORDS }>(array, count * layout.words())?;
+        let mut words = Vec::<u64, { ARRAY as usize * ENTRY_WORDS }>::new();
+        self.copy_words(array, count * layout.words(), &mut words)?;
         // Of a command, one for each of the guest's first stages.
         let mut batch = Vec::<Invalidation, { ARRAY as usize * ATTACHMENTS }>::new();
         let Handled { handled, refusal, .. } = invalidate::handle(layout, &words, count, |request| {

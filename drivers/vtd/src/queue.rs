@@ -151,21 +151,24 @@ impl PageRequestQueue {
         Self { ring, head: 0, tail: 0 }
     }
 
-    /// Takes the oldest entry, copied out, and gives its place back to the unit.
+    /// Learns what the unit has queued by now.
+    pub(crate) fn look<B: Bus>(&mut self, bus: &B) {
+        let tail: LocalRegisterCopy<u64, regs::PQ::Register> = regs::PQT.read(bus);
+        self.tail = tail.read(regs::PQ::INDEX) as usize % self.entries();
+    }
+
+    /// Takes the oldest entry that is known of, copied out. The places of all are given back with the last one.
     pub(crate) fn pop<B: Bus>(&mut self, bus: &B) -> Option<[u64; ENTRY_WORDS]> {
         if self.head == self.tail {
-            let tail: LocalRegisterCopy<u64, regs::PQ::Register> = regs::PQT.read(bus);
-            self.tail = tail.read(regs::PQ::INDEX) as usize % self.entries();
-            if self.head == self.tail {
-                return None;
-            }
+            return None;
         }
         let at = self.head * ENTRY_WORDS;
         bus.observe(self.ring.range(at, ENTRY_WORDS));
         let entry = core::array::from_fn(|i| self.ring.load(at + i));
         self.head = (self.head + 1) % self.entries();
-        // Given back before it is answered: a device that is answered may ask again at once.
-        regs::PQH.write(bus, regs::PQ::INDEX.val(self.head as u64));
+        if self.head == self.tail {
+            regs::PQH.write(bus, regs::PQ::INDEX.val(self.head as u64));
+        }
         Some(entry)
     }
 

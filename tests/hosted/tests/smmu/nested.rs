@@ -3,7 +3,7 @@
 use crate::STREAM_TABLE;
 use hosted::{
     Random, grant, root,
-    smmu::{Machine, Stage, StageTree, stream_word},
+    smmu::{Machine, Stage, StageTree, needs, stream_word, unit},
 };
 use iommu::{
     Attachment, Bus, Error, Event, Events, Features, FirstStage, Gpa, Invalidation, Iova, PAGE_SIZE, Pasid,
@@ -288,6 +288,31 @@ fn a_guest_may_have_its_device_pass_its_first_stage_or_refused() {
         machine.detach(attachment);
         assert_eq!(machine.read(DISK, None, Iova(page)), Err(C_BAD_STE));
         machine.pass();
+    }
+    machine.assert_lawful();
+}
+
+#[test]
+fn a_guest_has_accesses_wait_of_a_device_that_was_named_and_of_no_other() {
+    let (unit, memory) = unit(Config::full());
+    let mut parts = needs(STREAM_TABLE, &memory);
+    parts.stalling.push(NIC).expect("there is room");
+    let mut machine = Machine::enable(unit, memory, unit, parts).expect("it comes into service");
+    for (stream, stalls) in [(DISK, false), (NIC, true)] {
+        let mut guest = Guest::new(&mut machine);
+        let (contexts, (top, _)) = (guest.page(), guest.tables(&machine, 1));
+        guest.context(&machine, contexts, 3, top);
+        // CD.S, and an entry without S1STALLD.
+        guest.store(&machine, contexts, guest.load(&machine, contexts) | 1 << 44);
+        machine.assign(stream, PLAIN);
+        let translation = guest.entry([contexts | 0xB, 0xD4, 0, 0, 0, 0, 0, 0]);
+        machine.attach_to(stream, None, translation).expect("it can be attached");
+
+        let refused = machine.read(stream, None, Iova(0));
+
+        // S = 1 with S1STALLD = 1 is no legal descriptor.
+        assert!(stalls || refused == Err(C_BAD_CD), "{refused:?}");
+        assert_eq!(matches!(refused, Err(Refusal::Stalled(_))), stalls, "{refused:?}");
     }
     machine.assert_lawful();
 }

@@ -1,6 +1,5 @@
 //! One life of a device behind the SMMUv3 driver, on a unit that is slow, on one that falls silent at any moment, and on one
 //! whose queue is always full: it goes well, or it is told; and nothing reaches what it may not.
-#![expect(clippy::expect_used, reason = "a test that is surprised has failed")]
 
 use hosted::smmu::{Machine, Stage, StreamTable, needs, translation, unit};
 use iommu::{

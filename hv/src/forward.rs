@@ -22,8 +22,9 @@ impl Guest {
     pub fn forward(&mut self, inbox: &mut Inbox) -> Result<(), Broken> {
         let mut news = false;
         if let Some(channel) = &mut self.channel {
+            let now_us = cpu::now_us();
             // Whatever was answered before it came here is not shown.
-            while let Some(group) = inbox.groups.peek(cpu::now_us()) {
+            while let Some(group) = inbox.groups.peek(now_us) {
                 match push(channel, group)? {
                     Pushed::Full => break,
                     Pushed::Yes => news = true,
@@ -31,7 +32,7 @@ impl Guest {
                     // either is ever not so the group is answered at its deadline.
                     Pushed::TooLarge | Pushed::Ended => {}
                 }
-                let taken_us = cpu::now_us().saturating_sub(group.reported_us);
+                let taken_us = now_us.saturating_sub(group.reported_us);
                 self.hv.homes[self.index].longest_to_record_us.fetch_max(taken_us, Relaxed);
                 inbox.groups.done();
             }

@@ -1,6 +1,6 @@
 //! What all cores share.
 
-use crate::{memory::Pool, tables::Stage};
+use crate::{memory::Pool, tables::Stage, wanted};
 use arch::{
     cpu::{self, Locked},
     interrupts::{self, Source},
@@ -12,7 +12,7 @@ use channel::call::REPORTS;
 use core::{
     ops::Range,
     sync::atomic::{
-        AtomicBool, AtomicU64,
+        AtomicBool, AtomicU8, AtomicU64,
         Ordering::{AcqRel, Acquire, Relaxed, Release},
     },
 };
@@ -235,6 +235,8 @@ pub struct Hypervisor {
     pub latest_expiry_us: AtomicU64,
     /// Answers that the unit did not take yet; the service core tries again.
     pub unsent: Locked<Vec<Unsent, UNSENT>>,
+    /// There may be such answers.
+    pub unsent_waits: AtomicBool,
     /// The control core sleeps until something that a guest does.
     pub control_waits: AtomicBool,
     /// When the control core wants to be woken, in microseconds.
@@ -243,8 +245,22 @@ pub struct Hypervisor {
     pub devices: Vec<Device, DEVICES>,
     /// Whose each device is: the guest plus one in 31:0, its name for the device in 63:32; 0 if it is nobody's.
     given: [AtomicU64; DEVICES],
+    /// In what condition the last owner left each device, as a [`Condition`].
+    conditions: [AtomicU8; DEVICES],
     /// The guests' program.
     pub image: &'static [u8],
+}
+
+/// In what condition a device is that no guest owns.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[repr(u8)]
+pub enum Condition {
+    /// It never had an owner, or was reset since, or may be given away as it is.
+    Clean,
+    /// It cannot be reset.
+    Unreset,
+    /// It was not blocked, or did not come out of its reset: nobody owns it any more.
+    Broken,
 }
 
 /// The parts of a unit that are told something, rather than telling it.
@@ -300,7 +316,7 @@ impl Hypervisor {
             // Devices past the table are left alone: blocked.
             let _ = devices.push(Device { function, registers });
         }
-        let stage = Stage::of(&capabilities);
+        let stage = Stage::of(&capabilities, boot.command_line());
         HYPERVISOR.call_once(|| Self {
             boot,
             pool: &POOL,
@@ -319,10 +335,12 @@ impl Hypervisor {
             lost: Losses { faults: AtomicU64::new(0), requests: AtomicU64::new(0) },
             latest_expiry_us: AtomicU64::new(0),
             unsent: Locked::new(Vec::new()),
+            unsent_waits: AtomicBool::new(false),
             control_waits: AtomicBool::new(false),
             control_wakes_us: AtomicU64::new(u64::MAX),
             devices,
             given: [const { AtomicU64::new(0) }; DEVICES],
+            conditions: [const { AtomicU8::new(Condition::Clean as u8) }; DEVICES],
             image,
         })
     }
@@ -333,6 +351,23 @@ impl Hypervisor {
             let word = owner.map_or(0, |(guest, name)| (guest as u64 + 1) | u64::from(name) << 32);
             given.store(word, Relaxed);
         }
+    }
+
+    /// Notes in what condition device `number` is when its owner is gone.
+    pub fn mark(&self, number: usize, condition: Condition) {
+        if let Some(of_it) = self.conditions.get(number) {
+            of_it.store(condition as u8, Relaxed);
+        }
+    }
+
+    /// Returns whether device `number` may be given to a guest.
+    pub fn is_clean(&self, number: usize) -> bool {
+        self.conditions.get(number).is_some_and(|of_it| of_it.load(Relaxed) == Condition::Clean as u8)
+    }
+
+    /// Returns whether the command line lets devices that cannot be reset go from one guest to the next.
+    pub fn may_stay_unreset(&self) -> bool {
+        wanted::value(self.boot.command_line(), "unreset") == Some("allow")
     }
 
     /// Returns the guest that owns a device, and its name for the device. Looks at all devices.
@@ -380,6 +415,7 @@ impl Hypervisor {
     /// means that the unit is stuck, or that a device sends more requests than it was allowed.
     fn keep(&self, unsent: Unsent, error: Error) {
         let kept = self.unsent.with(|list| list.push(unsent));
+        self.unsent_waits.store(true, Release);
         match kept {
             Ok(()) => defmt::debug!("an answer waits: {}", error),
             Err(_) => defmt::error!("an answer is lost, and its device may wait for ever: {}", error),
@@ -388,6 +424,9 @@ impl Hypervisor {
 
     /// Tries once more to send what was not sent; returns whether nothing is left.
     pub fn send_unsent(&self) -> bool {
+        if !self.unsent_waits.swap(false, AcqRel) {
+            return true;
+        }
         let mut tries = self.unsent.with(|list| list.len());
         while tries > 0 {
             match self.unsent.with(|list| (!list.is_empty()).then(|| list.remove(0))) {
@@ -397,22 +436,39 @@ impl Hypervisor {
             }
             tries -= 1;
         }
-        self.unsent.with(|list| list.is_empty())
+        let none_left = self.unsent.with(|list| list.is_empty());
+        self.unsent_waits.fetch_or(!none_left, Release);
+        none_left
     }
 
     /// Submits `invalidations` and waits until they have completed. Interrupts are open, and no lock is held.
     ///
     /// On an error nothing that they cover may be used again.
     pub fn invalidate(&self, invalidations: &[Invalidation]) -> Result<(), Error> {
-        let start = cpu::now_us();
-        let in_time = || cpu::now_us().saturating_sub(start) < COMPLETION_LIMIT_US;
-        let ticket = loop {
-            match self.commands.with(|commands| commands.submit(invalidations)) {
-                Err(Error::QueueFull { .. } | Error::Busy { .. }) if in_time() => cpu::relax(),
-                submitted => break submitted?,
-            }
+        let submit = || {
+            self.commands.with(|commands| {
+                let ticket = commands.submit(invalidations)?;
+                Ok((ticket, commands.poll(ticket)))
+            })
         };
-        self.wait(ticket, start)
+        let mut submitted = submit();
+        // A unit may be that quick. The clock is for those that are not.
+        if matches!(submitted, Ok((_, Completion::Done))) {
+            return Ok(());
+        }
+        let start = cpu::now_us();
+        while let Err(Error::QueueFull { .. } | Error::Busy { .. }) = submitted {
+            if cpu::now_us().saturating_sub(start) >= COMPLETION_LIMIT_US {
+                break;
+            }
+            cpu::relax();
+            submitted = submit();
+        }
+        match submitted? {
+            (_, Completion::Done) => Ok(()),
+            (ticket, Completion::Failed) => Err(Error::Failed { ticket }),
+            (ticket, Completion::Pending) => self.wait(ticket, start),
+        }
     }
 
     fn wait(&self, ticket: Ticket, start: u64) -> Result<(), Error> {

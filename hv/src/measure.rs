@@ -149,6 +149,7 @@ fn measure(
             bench.spurious();
         }
     }
+    bench.meter.beside = BESIDE[0];
     bench.switch()?;
     bench.stack()
 }
@@ -163,6 +164,8 @@ struct Bench {
     writer: Mmio,
     /// The guest's name for what the requester is attached to.
     attachment: u64,
+    /// Its name for what the writer is attached to.
+    plain: u64,
     /// How many streams are attached in the ledger.
     attached: u32,
     /// The next page that is asked for: none is asked for twice, which would look like a claim that was false.
@@ -205,7 +208,7 @@ impl Bench {
         let pasid = if hv.capabilities.pasid_bits > 0 { Pasid::new(1) } else { None };
         let attachment =
             guest.attach(1, pasid, 0x51, DEADLINE_US).map_err(|_| "nothing could be attached")?;
-        guest.attach(2, None, 0x52, DEADLINE_US).map_err(|_| "nothing could be attached")?;
+        let plain = guest.attach(2, None, 0x52, DEADLINE_US).map_err(|_| "nothing could be attached")?;
         let requester = Requester { registers: open(requester)?, pasid };
         let writer = open(writer)?;
         Ok(Self {
@@ -216,6 +219,7 @@ impl Bench {
             requester,
             writer,
             attachment,
+            plain,
             attached: 2,
             next_page: REQUESTS_AT,
         })
@@ -243,10 +247,35 @@ impl Bench {
         Ok(())
     }
 
-    /// Mapping, unmapping, invalidating: a page, and a batch.
+    /// Mapping, unmapping, invalidating: a page, and a batch. First for a device without a TLB of its own.
     fn pages(&mut self) -> Result<(), Unexpected> {
-        let Self { guest, meter, hv, attachment, .. } = self;
-        let owned = guest.owned(*attachment).ok_or("the attachment is gone")?;
+        self.pages_of(
+            self.plain,
+            [
+                "map one page",
+                "invalidate one page",
+                "unmap one page, with its invalidation",
+                "map 512 pages in one batch",
+                "invalidate 512 pages in one batch",
+                "unmap 512 pages in one batch, with their invalidation",
+            ],
+        )?;
+        self.pages_of(
+            self.attachment,
+            [
+                "map one page, device with a TLB",
+                "invalidate one page, device with a TLB",
+                "unmap one page, with its invalidation, device with a TLB",
+                "map 512 pages in one batch, device with a TLB",
+                "invalidate 512 pages in one batch, device with a TLB",
+                "unmap 512 pages in one batch, with their invalidation, device with a TLB",
+            ],
+        )
+    }
+
+    fn pages_of(&mut self, attachment: u64, names: [&str; 6]) -> Result<(), Unexpected> {
+        let Self { guest, meter, hv, .. } = self;
+        let owned = guest.owned(attachment).ok_or("the attachment is gone")?;
         let grant = |pages| guest.ram.grant(Gpa(0), pages * PAGE_SIZE).ok_or("the guest has no memory");
         let (one, all) = (grant(1)?, grant(BATCH)?);
         let map = |at, grant| guest.map(owned, Iova(at), grant, Perms::READ_WRITE).map_err(|_| "not mapped");
@@ -257,12 +286,12 @@ impl Bench {
 
         let neighbour = PAGES_AT + PAGE_SIZE;
         map(neighbour, &one)?;
-        meter.figure("map one page", || map(PAGES_AT, &one))?;
-        meter.figure("invalidate one page", || forget(PAGES_AT, 1))?;
-        meter.figure("unmap one page, with its invalidation", || unmap(PAGES_AT, 1))?;
-        meter.figure("map 512 pages in one batch", || map(BATCH_AT, &all))?;
-        meter.figure("invalidate 512 pages in one batch", || forget(BATCH_AT, BATCH))?;
-        meter.figure("unmap 512 pages in one batch, with their invalidation", || unmap(BATCH_AT, BATCH))?;
+        meter.figure(names[0], || map(PAGES_AT, &one))?;
+        meter.figure(names[1], || forget(PAGES_AT, 1))?;
+        meter.figure(names[2], || unmap(PAGES_AT, 1))?;
+        meter.figure(names[3], || map(BATCH_AT, &all))?;
+        meter.figure(names[4], || forget(BATCH_AT, BATCH))?;
+        meter.figure(names[5], || unmap(BATCH_AT, BATCH))?;
         unmap(neighbour, 1)
     }
 

@@ -1,7 +1,7 @@
 //! The service core's routine: drain the unit, admit what it reports, expire what nobody answered.
 //!
 //! It runs in the interrupt handler of the service core alone, never waits, and does a bounded amount of work: at most
-//! [`PASS`] requests, [`FAULTS`] faults and [`PASS`] deadlines a pass. Each costs the same however many there are, and, if
+//! [`PASS`] requests, [`FAULTS`] faults and [`EXPIRIES`] deadlines a pass. Each costs the same however many there are, and, if
 //! it ends in an answer, one hold of the command lock, for which the other cores' short holds may have to end; what it
 //! prints is bounded by [`LOG_LINES`]. What is left makes it interrupt itself, since the unit will not interrupt for it
 //! again.
@@ -16,10 +16,13 @@ use arch::{
 };
 use broker::{Expiry, Verdict};
 use core::sync::atomic::Ordering::Relaxed;
+use heapless::Deque;
 use iommu::{Commands as _, Event, Events as _, FailureCause, FaultRecord, PageRequest};
 
-/// Page requests that one pass takes, at most, and expiries.
-const PASS: usize = 64;
+/// Page requests that one pass takes, at most: as many as the unit's queue may hold.
+const PASS: usize = 128;
+/// Deadlines that one pass looks at, at most.
+const EXPIRIES: usize = 64;
 /// Faults that one pass takes, at most: fewer, since no device waits for them.
 const FAULTS: usize = 16;
 /// Microseconds after which answers that the unit did not take are tried again.
@@ -39,8 +42,18 @@ struct Service {
     events: unit::Events,
     notices: [Notices; GUESTS],
     log: LogBudget,
-    /// Another pass is due, although everything was taken.
-    once_more: bool,
+    /// Page requests that were taken, and not yet dealt with.
+    batch: Deque<Event, PASS>,
+    /// When this pass took what it deals with, in microseconds.
+    now_us: u64,
+    /// A group may have got a deadline since the timer was armed.
+    admitted: bool,
+    /// The homes that there is news for.
+    kicks: [bool; GUESTS],
+    /// When the timer comes, at the latest, in microseconds.
+    timer_us: u64,
+    /// Another pass is due, for everything.
+    behind: bool,
 }
 
 /// Why the unit is not served.
@@ -54,16 +67,27 @@ pub enum Failure {
 
 /// Lets the routine serve the unit, on this core.
 pub fn start(hv: &'static Hypervisor, mut events: unit::Events) -> Result<(), Failure> {
-    interrupts::on(Source::IommuFault, run);
-    interrupts::on(Source::PageRequest, run);
-    interrupts::on(Source::Timer, run);
+    interrupts::on(Source::IommuFault, || run(Source::IommuFault));
+    interrupts::on(Source::PageRequest, || run(Source::PageRequest));
+    interrupts::on(Source::Timer, || run(Source::Timer));
     // A kick ends a sleep, or brings a guest out; what it is about is looked up by whoever was interrupted.
     interrupts::on(Source::Kick, || {});
     interrupts::on(Source::Device, count_device_interrupt);
     let notices = BROKER.with(|broker| hv.connect(broker)).ok_or(Failure::NoMemory)?;
     unit::enable_interrupts(&mut events, SERVICE_CORE).map_err(Failure::Unit)?;
     SERVICE.with(|service| {
-        *service = Some(Service { hv, events, notices, log: LogBudget::new(), once_more: false })
+        *service = Some(Service {
+            hv,
+            events,
+            notices,
+            log: LogBudget::new(),
+            batch: Deque::new(),
+            now_us: 0,
+            admitted: false,
+            kicks: [false; GUESTS],
+            timer_us: u64::MAX,
+            behind: true,
+        })
     });
     // The first pass takes what was reported before anybody listened.
     interrupts::kick(SERVICE_CORE, Source::PageRequest);
@@ -79,13 +103,13 @@ pub fn wake_control_at(hv: &Hypervisor, at_us: u64) {
 /// The handler of everything that the service core serves.
 ///
 /// Elsewhere it does nothing: there the timer only ends a sleep, and a message that claims to be the unit's is not.
-fn run() {
+fn run(source: Source) {
     if cpu::core() != SERVICE_CORE {
         return;
     }
     SERVICE.with(|service| {
         if let Some(service) = service {
-            BROKER.with(|broker| service.pass(broker));
+            BROKER.with(|broker| service.pass(broker, source));
         }
     });
 }
@@ -100,35 +124,69 @@ fn count_device_interrupt() {
 }
 
 impl Service {
-    fn pass(&mut self, broker: &mut Broker) {
+    /// Does what `source` interrupts for: requests, faults, or what time has brought. A pass after one that left something
+    /// does all of it, so that nothing waits behind what keeps coming.
+    fn pass(&mut self, broker: &mut Broker, source: Source) {
+        let all = core::mem::take(&mut self.behind);
         let asked = self.hv.drains.asked();
         let all_sent = self.hv.send_unsent();
-        self.events.acknowledge();
-        let no_requests = self.take_up_to(PASS, broker, |events| events.next_request());
-        let no_faults = self.take_up_to(FAULTS, broker, |events| events.next_fault());
-        let none_due = self.expire(broker);
-        if no_requests && self.hv.drains.are_waited_for(asked) {
-            // Faults do not hold up a drain: nobody waits for an answer to one.
-            broker.discard_leaving();
-            self.hv.drains.done(asked);
+        let mut done = true;
+        if all || source == Source::PageRequest {
+            self.events.acknowledge();
+            done &= self.take_requests(broker);
+            if done && self.hv.drains.are_waited_for(asked) {
+                // Faults do not hold up a drain: nobody waits for an answer to one.
+                broker.discard_leaving();
+                self.hv.drains.done(asked);
+            }
         }
-        let once_more = core::mem::take(&mut self.once_more);
-        if no_requests && no_faults && none_due && !once_more {
-            self.arm_timer(broker, all_sent);
-        } else {
+        if all || source == Source::IommuFault {
+            done &= self.take_faults(broker);
+        }
+        if source == Source::Timer {
+            self.timer_us = u64::MAX;
+        }
+        if all || source == Source::Timer {
+            done &= self.expire(broker);
+        }
+        for (index, kick) in self.kicks.iter_mut().enumerate() {
+            if core::mem::take(kick) {
+                interrupts::kick(home_of(index), Source::Kick);
+            }
+        }
+        self.behind |= !done;
+        if self.behind {
             interrupts::kick(SERVICE_CORE, Source::PageRequest);
+        } else if source != Source::IommuFault || core::mem::take(&mut self.admitted) || !all_sent {
+            self.arm_timer(broker, all_sent);
         }
     }
 
-    /// Takes up to `limit` reports; returns whether there are no more.
-    fn take_up_to(
-        &mut self,
-        limit: usize,
-        broker: &mut Broker,
-        next: impl Fn(&mut unit::Events) -> Option<Event>,
-    ) -> bool {
-        for _ in 0..limit {
-            match next(&mut self.events) {
+    /// Takes up to [`PASS`] page requests; returns whether there are no more.
+    ///
+    /// All are taken before the first is dealt with: a device that is answered may ask again at once, and there is room.
+    fn take_requests(&mut self, broker: &mut Broker) -> bool {
+        let mut empty = false;
+        while !self.batch.is_full() && !empty {
+            match self.events.next_request() {
+                // There is room: it was looked for.
+                Some(event) => drop(self.batch.push_back(event)),
+                None => empty = true,
+            }
+        }
+        // What is taken together is reported at one time.
+        self.now_us = cpu::now_us();
+        while let Some(event) = self.batch.pop_front() {
+            self.take(broker, event);
+        }
+        empty
+    }
+
+    /// Takes up to [`FAULTS`] faults; returns whether there are no more.
+    fn take_faults(&mut self, broker: &mut Broker) -> bool {
+        self.now_us = cpu::now_us();
+        for _ in 0..FAULTS {
+            match self.events.next_fault() {
                 Some(event) => self.take(broker, event),
                 None => return true,
             }
@@ -145,19 +203,19 @@ impl Service {
             Event::RequestsLost => {
                 self.hv.lost.requests.fetch_add(1, Relaxed);
                 defmt::warn!("page requests were lost: half-seen groups are discarded");
-                broker.overflowed(cpu::now_us());
+                broker.overflowed(self.now_us);
             }
             Event::Fault(fault) => self.fault(fault),
             Event::FaultsLost => {
                 self.hv.lost.faults.fetch_add(1, Relaxed);
-                if self.log.allows(cpu::now_us()) {
+                if self.log.allows(self.now_us) {
                     defmt::warn!("an unknown number of faults was lost");
                 }
             }
             Event::Malformed { words: [low, high], group } => {
                 defmt::warn!("the unit reports {=u64:#x} {=u64:#x}, which is nothing known", low, high);
                 if let Some((stream, tag)) = group {
-                    broker.malformed(stream, tag, cpu::now_us());
+                    broker.malformed(stream, tag, self.now_us);
                 }
             }
             Event::CommandsFailed { status } => {
@@ -169,12 +227,13 @@ impl Service {
     }
 
     fn admit(&mut self, broker: &mut Broker, request: PageRequest) {
-        let now_us = cpu::now_us();
+        let now_us = self.now_us;
+        self.admitted = true;
         if self.log.allows(now_us) {
             defmt::debug!("page request: {}", request);
         }
         match broker.admit(request, now_us) {
-            Verdict::Forward { queue } => interrupts::kick(home_of(queue), Source::Kick),
+            Verdict::Forward { queue } => self.kick(queue),
             Verdict::Refuse(response) => {
                 if self.log.allows(now_us) {
                     defmt::debug!("refused at once: {}", response);
@@ -194,7 +253,7 @@ impl Service {
     /// Lets the unit go on with its commands, and quarantines devices that do not answer it: their owners' home cores block
     /// them. Another pass follows: what is left, and what happened meanwhile, does not interrupt.
     fn recover(&mut self) {
-        self.once_more = true;
+        self.behind = true;
         for _ in 0..FAULTS {
             let Some(failure) = self.hv.commands.with(|commands| commands.recover()) else { return };
             defmt::error!("{}", failure);
@@ -205,7 +264,7 @@ impl Service {
             if let (FailureCause::Unanswered, Some(stream)) = (failure.cause, failure.stream) {
                 self.hv.ledger.quarantine(stream);
                 if let Some((index, _)) = self.hv.owner_of(stream) {
-                    interrupts::kick(home_of(index), Source::Kick);
+                    self.kick(index);
                 }
             }
         }
@@ -213,7 +272,7 @@ impl Service {
 
     /// Hands a fault to whoever owns its device.
     fn fault(&mut self, fault: FaultRecord) {
-        if self.log.allows(cpu::now_us()) {
+        if self.log.allows(self.now_us) {
             match unit::refused_interrupt(&fault) {
                 Some((why, number)) => {
                     defmt::info!("interrupt {=u16} of {} was refused: {=str}", number, fault.stream, why);
@@ -232,12 +291,19 @@ impl Service {
             return;
         };
         notices.send(Notice { fault, device, opaque });
-        interrupts::kick(home_of(index), Source::Kick);
+        self.kick(index);
+    }
+
+    /// Notes that there is news for a home: it is told once, when the pass is over.
+    fn kick(&mut self, home: usize) {
+        if let Some(kick) = self.kicks.get_mut(home) {
+            *kick = true;
+        }
     }
 
     /// Answers what nobody answered in time, and what was held back until now; returns whether nothing is left.
     fn expire(&mut self, broker: &mut Broker) -> bool {
-        for _ in 0..PASS {
+        for _ in 0..EXPIRIES {
             let now_us = cpu::now_us();
             match broker.expire(now_us) {
                 Expiry::Done => return true,
@@ -263,7 +329,7 @@ impl Service {
                         defmt::warn!("{} is {} from now on", stream, restraint);
                         // Its owner's home core carries it out.
                         if let Some((index, _)) = self.hv.owner_of(stream) {
-                            interrupts::kick(home_of(index), Source::Kick);
+                            self.kick(index);
                         }
                     }
                 }
@@ -272,15 +338,14 @@ impl Service {
         false
     }
 
-    /// Interrupts this core when the next group runs out of time, when the control core wants to be woken, or when answers
-    /// are to be tried again.
-    fn arm_timer(&self, broker: &Broker, all_sent: bool) {
+    /// Lets the timer come when the next group runs out of time, when the control core wants to be woken, or when answers are
+    /// to be tried again. One that comes too early only arms it anew, so it is never put off.
+    fn arm_timer(&mut self, broker: &Broker, all_sent: bool) {
         let control = self.hv.control_wakes_us.load(Relaxed);
         let retry = if all_sent { u64::MAX } else { cpu::now_us().saturating_add(RETRY_US) };
         let next = broker.next_deadline_us().unwrap_or(u64::MAX).min(control).min(retry);
-        if next == u64::MAX {
-            interrupts::disarm_timer();
-        } else {
+        if next < self.timer_us {
+            self.timer_us = next;
             // One microsecond at least: an interrupt for the past would come at once, and again.
             interrupts::arm_timer(next.saturating_sub(cpu::now_us()).max(1));
         }

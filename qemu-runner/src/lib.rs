@@ -46,5 +46,5 @@ pub use machine::Machine;
 pub use measurement::Measurement;
 pub use options::{HELP, Options, Request};
 pub use report::{Report, SceneReport};
-pub use rows::{BYTES, Comparison, INSTRUCTIONS, MMIO, Row, Rows, rows_path};
+pub use rows::{BYTES, Comparison, HOST, INSTRUCTIONS, MMIO, Row, Rows, rows_path};
 pub use trace::Trace;

@@ -44,11 +44,13 @@ fn measure(options: Options) -> Result<bool, Error> {
     let (mut rows, mut kept) = (Rows::read(&rows_path)?, Rows::read(&kept_path)?);
     let measured = measurement.run()?;
     print(&measured.table())?;
-    rows.renew(measured);
+    rows.replace(measured.clone());
     rows.write(&rows_path)?;
     let comparison = rows.compare(&kept);
     print(&format!("\n{}Figures: {}\n", comparison.text(), rows_path.display()))?;
     if record {
+        kept.replace(measured.kept());
+        // Of the benches, those that were run.
         kept.renew(rows.kept());
         kept.write(&kept_path)?;
         print(&format!("Kept: {}\n", kept_path.display()))?;

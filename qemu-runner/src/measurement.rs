@@ -293,6 +293,9 @@ impl Counted {
         let base = rows.clone();
         for row in &mut rows {
             peers::judge(machine, row, &base);
+            if machine == Machine::Aarch64 && peers::needs_requests(&row.name) {
+                row.name.push_str(peers::TEST_DOUBLE);
+            }
         }
         rows
     }
@@ -469,8 +472,9 @@ mod tests {
 
         let rows = counted.rows(Machine::Aarch64);
 
-        let many =
-            rows.iter().find(|row| row.name == "answer, beside 4096 streams" && row.unit == INSTRUCTIONS);
+        // On this machine the requests are our own model's, and the name says so.
+        let name = "answer, beside 4096 streams (test double)";
+        let many = rows.iter().find(|row| row.name == name && row.unit == INSTRUCTIONS);
         assert_eq!(many.map(|row| (row.ours, row.goal)), Some((103.0, Some(102.0))));
     }
 

@@ -11,6 +11,7 @@ use crate::{
 use core::{fmt, ops::Range};
 use heapless::Vec;
 use iommu::{Capabilities, DmaBuf, FaultRecord, Invalidations, Message, PhysAddr, StreamId};
+use pcie::DeviceTlb;
 use smmuv3::tree::{self, Wire};
 
 /// The event side of the unit.
@@ -26,6 +27,14 @@ pub type FirstStage = pgtable::Stage1<12, 48>;
 pub type SecondStage = pgtable::Stage2<12, 44>;
 /// The format of tables that translate what guests issue: 4 levels of 4 KiB, 44 bits.
 pub type GuestTables = pgtable::Stage2<12, 44>;
+
+/// Whether the unit refuses translation requests for less than a page, so that a device must send none such.
+pub const WHOLE_PAGES_ALONE: bool = false;
+
+/// Tells the unit what invalidations of a device TLB need: an SMMU asks for nothing but the stream.
+pub fn describe_device_tlb(_: &mut Commands, _: StreamId, _: &DeviceTlb) -> Result<(), iommu::Error> {
+    Ok(())
+}
 
 /// Why there is no IOMMU in service.
 #[derive(Clone, Copy, Debug, defmt::Format)]

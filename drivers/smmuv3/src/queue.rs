@@ -135,7 +135,7 @@ impl<const WORDS: usize> ReportQueue<WORDS> {
         (self.ring.words() / WORDS) as u32
     }
 
-    /// Takes the oldest entry, copied out, and gives its place back to the unit.
+    /// Takes the oldest entry, copied out. The places of all that are known of are given back with the last one.
     pub(crate) fn pop<B: Bus>(&mut self, bus: &B) -> Option<[u64; WORDS]> {
         if self.cons == self.prod {
             let prod = self.registers.prod.read(bus);
@@ -150,8 +150,9 @@ impl<const WORDS: usize> ReportQueue<WORDS> {
         bus.observe(self.ring.range(at, WORDS));
         let entry = core::array::from_fn(|i| self.ring.load(at + i));
         self.cons = (self.cons + 1) % (2 * self.entries());
-        // Given back before it is answered: a device that is answered may ask again at once.
-        self.write_cons(bus);
+        if self.cons == self.prod {
+            self.write_cons(bus);
+        }
         Some(entry)
     }
 

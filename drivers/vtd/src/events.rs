@@ -108,11 +108,13 @@ pub struct Events<B> {
     next_record: Option<usize>,
     /// Whether this pass has told that commands failed.
     told: bool,
+    /// Whether this pass has looked what page requests there are.
+    looked: bool,
 }
 
 impl<B: Bus> Events<B> {
     pub(crate) fn new(bus: B, requests: Option<PageRequestQueue>, records: (usize, usize)) -> Self {
-        Self { bus, requests, records, next_record: None, told: false }
+        Self { bus, requests, records, next_record: None, told: false, looked: false }
     }
 
     /// Lets the unit interrupt: by `faults` for faults and command errors, by `requests` for page requests.
@@ -130,6 +132,7 @@ impl<B: Bus> iommu::Events for Events<B> {
     /// Clears `PRS.PPR`, before the tail is read: a request that arrives later sets it again, and interrupts.
     fn acknowledge(&mut self) {
         self.told = false;
+        self.looked = false;
         if self.requests.is_some() {
             regs::PRS.clear(&self.bus, PRS::PPR::SET);
         }
@@ -137,18 +140,31 @@ impl<B: Bus> iommu::Events for Events<B> {
 
     fn next_request(&mut self) -> Option<Event> {
         let requests = self.requests.as_mut()?;
+        if !core::mem::replace(&mut self.looked, true) {
+            requests.look(&self.bus);
+        }
         if let Some(entry) = requests.pop(&self.bus) {
             return Some(RequestEntry(entry).decode());
         }
-        // PRO is looked at after the queue was found empty, not when the interrupt came: while it is set the unit neither
-        // queues nor interrupts.
-        if !regs::PRS.read(&self.bus).is_set(PRS::PRO) {
+        // What came after the last look has set PPR again. PRO is looked at after the queue was found empty, not when the
+        // interrupt came: while it is set the unit neither queues nor interrupts.
+        let status = regs::PRS.read(&self.bus);
+        let (more, lost) = (status.is_set(PRS::PPR), status.is_set(PRS::PRO));
+        if !more && !lost {
             return None;
         }
-        // Between the two reads the queue may have filled, and only then overflowed. Once PRO is seen nothing comes any
-        // more, so a queue that is empty now stays so until PRO is cleared.
+        // PPR before the look, so that what comes after it interrupts. Between the look before and the status the queue may
+        // have filled, and only then overflowed. Once PRO is seen nothing comes any more, so a queue that is empty now stays
+        // so until PRO is cleared.
+        if more {
+            regs::PRS.clear(&self.bus, PRS::PPR::SET);
+        }
+        requests.look(&self.bus);
         if let Some(entry) = requests.pop(&self.bus) {
             return Some(RequestEntry(entry).decode());
+        }
+        if !lost {
+            return None;
         }
         regs::PRS.clear(&self.bus, PRS::PRO::SET);
         Some(Event::RequestsLost)

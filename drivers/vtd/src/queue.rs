@@ -9,9 +9,6 @@ pub(crate) const ENTRY_WORDS: usize = 4;
 /// 64-bit words of an entry of the invalidation queue where it is not.
 pub(crate) const NARROW_WORDS: usize = 2;
 
-/// Entries of the invalidation queue that are free for what an error makes necessary, and for nothing else.
-pub(crate) const SPARE: usize = 1;
-
 /// The invalidation queue: the driver fills it at the tail, the unit empties it at the head.
 #[derive(Debug)]
 pub(crate) struct InvalidationQueue {
@@ -49,6 +46,25 @@ impl InvalidationQueue {
     /// Returns how many entries `at` is after the oldest one that is in use.
     pub(crate) fn age(&self, at: usize) -> usize {
         (at + self.entries() - self.oldest) % self.entries()
+    }
+
+    /// Returns the place before `at`.
+    pub(crate) fn before(&self, at: usize) -> usize {
+        (at + self.entries() - 1) % self.entries()
+    }
+
+    /// Returns the descriptors from `start` to before `end`.
+    pub(crate) fn between(&self, start: usize, end: usize) -> impl Iterator<Item = Descriptor> {
+        let count = (end + self.entries() - start) % self.entries();
+        (0..count).map(move |n| {
+            let at = (start + n) % self.entries() * self.width;
+            Descriptor(core::array::from_fn(|i| if i < self.width { self.ring.load(at + i) } else { 0 }))
+        })
+    }
+
+    /// Takes all that was fetched, up to `head`, for free.
+    pub(crate) fn release_fetched(&mut self, head: usize) {
+        self.oldest = head;
     }
 
     /// Reads where the unit fetches next. The value is reduced: what hardware says must not lead outside the ring.
@@ -135,21 +151,24 @@ impl PageRequestQueue {
         Self { ring, head: 0, tail: 0 }
     }
 
-    /// Takes the oldest entry, copied out, and gives its place back to the unit.
+    /// Learns what the unit has queued by now.
+    pub(crate) fn look<B: Bus>(&mut self, bus: &B) {
+        let tail: LocalRegisterCopy<u64, regs::PQ::Register> = regs::PQT.read(bus);
+        self.tail = tail.read(regs::PQ::INDEX) as usize % self.entries();
+    }
+
+    /// Takes the oldest entry that is known of, copied out. The places of all are given back with the last one.
     pub(crate) fn pop<B: Bus>(&mut self, bus: &B) -> Option<[u64; ENTRY_WORDS]> {
         if self.head == self.tail {
-            let tail: LocalRegisterCopy<u64, regs::PQ::Register> = regs::PQT.read(bus);
-            self.tail = tail.read(regs::PQ::INDEX) as usize % self.entries();
-            if self.head == self.tail {
-                return None;
-            }
+            return None;
         }
         let at = self.head * ENTRY_WORDS;
         bus.observe(self.ring.range(at, ENTRY_WORDS));
         let entry = core::array::from_fn(|i| self.ring.load(at + i));
         self.head = (self.head + 1) % self.entries();
-        // Given back before it is answered: a device that is answered may ask again at once.
-        regs::PQH.write(bus, regs::PQ::INDEX.val(self.head as u64));
+        if self.head == self.tail {
+            regs::PQH.write(bus, regs::PQ::INDEX.val(self.head as u64));
+        }
         Some(entry)
     }
 

@@ -2,7 +2,13 @@
 
 pub mod pgtable;
 
-use std::{fs, path::Path, process::Command, time::Instant};
+use qemu_runner::{HOST, Row as Figure, Rows};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Instant,
+};
 
 /// The programs that count instructions, and what installs each.
 const TOOLS: [(&str, &str); 2] = [
@@ -44,8 +50,56 @@ pub struct Row {
     pub goal: Option<f64>,
 }
 
-/// Prints a table whose columns are called `names`.
-pub fn print(title: &str, names: &[&str], rows: &[Row]) {
+/// Prints a table whose columns are called `names`, and puts its first column beside the best of the others into
+/// `portcullis/measure.json` of cargo's build directory; `unit` is what is counted.
+pub fn print(unit: &str, names: &[&str], rows: &[Row]) {
+    show(unit, names, rows);
+    record(figures(unit, names, rows));
+}
+
+/// Turns a table into figures.
+fn figures(unit: &str, names: &[&str], rows: &[Row]) -> Rows {
+    let figure = |row: &Row| {
+        let figure = Figure::new(&row.what, HOST, unit, row.costs.first().copied().flatten()?);
+        let others = names.iter().zip(&row.costs).skip(1);
+        let best =
+            others.filter_map(|(name, cost)| Some((name, (*cost)?))).min_by(|a, b| a.1.total_cmp(&b.1));
+        let figure = match best {
+            Some((name, cost)) => figure.beside(cost, name),
+            None => figure,
+        };
+        Some(match row.goal {
+            Some(goal) => figure.aiming_at(goal),
+            None => figure,
+        })
+    };
+    Rows(rows.iter().filter_map(figure).collect())
+}
+
+/// Puts `rows` among the figures of this build.
+pub fn record(rows: Rows) {
+    let path = qemu_runner::rows_path(&target());
+    let merged = Rows::read(&path).and_then(|mut all| {
+        all.renew(rows);
+        if let Some(directory) = path.parent() {
+            // If it cannot be made, the file cannot be written, and that is told.
+            let _ = fs::create_dir_all(directory);
+        }
+        all.write(&path)
+    });
+    if let Err(error) = merged {
+        eprintln!("the figures are not recorded: {error}");
+        std::process::exit(1);
+    }
+}
+
+/// Cargo's build directory.
+fn target() -> PathBuf {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    std::env::var_os("CARGO_TARGET_DIR").map_or(root.join("target"), Into::into)
+}
+
+fn show(title: &str, names: &[&str], rows: &[Row]) {
     let what = rows.iter().map(|row| row.what.len()).chain([title.len()]).max().unwrap_or(0);
     let widths: Vec<_> = names.iter().map(|name| name.len().max(8)).collect();
     print!("\n{title:what$}");
@@ -72,11 +126,9 @@ pub fn print(title: &str, names: &[&str], rows: &[Row]) {
 ///
 /// `None` if that cannot be read.
 pub fn instructions(bench: &str, function: &str, case: &str, operations: usize) -> Option<f64> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
-    let target = std::env::var_os("CARGO_TARGET_DIR").map_or(root.join("target"), Into::into);
     let case = format!("gungraun/bench/{bench}/counted/all/{function}.{case}/summary.json");
     let summary: serde_json::Value =
-        serde_json::from_str(&fs::read_to_string(target.join(case)).ok()?).ok()?;
+        serde_json::from_str(&fs::read_to_string(target().join(case)).ok()?).ok()?;
     let counted = summary.pointer("/profiles/0/data/total/metrics/Ir/values/new")?.as_f64()?;
     Some(counted / operations as f64)
 }

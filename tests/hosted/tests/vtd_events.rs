@@ -116,17 +116,19 @@ fn the_queue_wraps_many_times() {
 }
 
 #[test]
-fn every_place_is_given_back_before_the_next_entry_is_looked_at() {
+fn every_place_is_given_back_with_the_last_entry_that_was_there() {
     let mut machine = machine(Config::full());
-    for index in 0..USABLE {
-        assert_eq!(machine.unit.page_request(request(DISK, index, false)), Requested::Queued);
-    }
     machine.vtd.events.acknowledge();
-    // Full. Each entry that is taken makes room for one more, at once: nothing overflows.
-    for n in 0..300 {
-        assert!(matches!(machine.vtd.events.next_event(), Some(Event::PageRequest(_))));
-        let more = request(DISK, (USABLE + n) % 512, false);
-        assert_eq!(machine.unit.page_request(more), Requested::Queued, "the {n}th");
+    let mut next = 0..;
+    // Full, five times over: nothing overflows, although the driver has not yet found the queue empty.
+    for round in 0..5 {
+        for index in next.by_ref().take(USABLE.into()) {
+            let queued = machine.unit.page_request(request(DISK, index % 512, false));
+            assert_eq!(queued, Requested::Queued, "round {round}");
+        }
+        for _ in 0..USABLE {
+            assert!(matches!(machine.vtd.events.next_event(), Some(Event::PageRequest(_))));
+        }
     }
     machine.assert_lawful();
 }

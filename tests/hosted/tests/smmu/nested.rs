@@ -172,7 +172,7 @@ fn a_guest_s_page_table_translates_behind_the_second_stage() {
         machine.invalidate(&[Invalidation::FirstStage { attachment, asid: Some(0), pages: Some((HERE, 1)) }]);
         assert_eq!(machine.read(DISK, pasid, HERE), Err(F_TRANSLATION));
         machine.detach(attachment);
-        assert!(machine.read(DISK, pasid, HERE).is_err());
+        assert_eq!(machine.read(DISK, pasid, HERE), Err(C_BAD_STE));
         assert_eq!(machine.unit.device_tlb(DISK), []);
         machine.assert_lawful();
     }

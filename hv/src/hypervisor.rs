@@ -57,8 +57,14 @@ const DEVICES: usize = 16;
 /// Answers that may wait for the unit, at most: each group's, and some of those that waited nowhere.
 const UNSENT: usize = SLOTS * GUESTS + 64;
 
-/// How long the unit may take to complete an invalidation, in microseconds.
-const COMPLETION_LIMIT_US: u64 = 100_000;
+/// How long the driver may take to say what became of an invalidation, in microseconds: longer than it ever does.
+///
+/// Each core waits for the one that it submitted before it submits another, so at most one of each other core is ahead of it
+/// in the unit's queue. The unit or its driver has an end for what is at the head within [`unit::HEAD_LIMIT_US`], and what is
+/// behind comes to the head then: after as many of those as there are cores everything has an end. This is one more.
+const BACKSTOP_US: u64 = (1 + GUESTS as u64 + 1) * unit::HEAD_LIMIT_US;
+/// How long the service core may take for a pass that is waited for, in microseconds.
+const DRAIN_LIMIT_US: u64 = 100_000;
 
 /// Returns the core that is the home of guest `index`.
 ///
@@ -227,6 +233,8 @@ pub struct Hypervisor {
     pub drains: Drains,
     /// Faults of devices that no guest owns: how many, and the last.
     pub unowned: Locked<(u64, Option<FaultRecord>)>,
+    /// A ticket has failed, and nobody has asked yet why.
+    pub failed: AtomicBool,
     /// What stopped the unit's commands: how often, and the last.
     pub failures: Locked<(u64, Option<Failure>)>,
     /// How often the unit said that it lost reports.
@@ -331,6 +339,7 @@ impl Hypervisor {
             homes: &HOMES,
             drains: Drains::new(),
             unowned: Locked::new((0, None)),
+            failed: AtomicBool::new(false),
             failures: Locked::new((0, None)),
             lost: Losses { faults: AtomicU64::new(0), requests: AtomicU64::new(0) },
             latest_expiry_us: AtomicU64::new(0),
@@ -443,7 +452,8 @@ impl Hypervisor {
 
     /// Submits `invalidations` and waits until they have completed. Interrupts are open, and no lock is held.
     ///
-    /// On an error nothing that they cover may be used again.
+    /// That they failed is the driver's to say: another device's may be at the head of the queue, and that is no reason to
+    /// give up on these. On an error nothing that they cover may be used again.
     pub fn invalidate(&self, invalidations: &[Invalidation]) -> Result<(), Error> {
         let submit = || {
             self.commands.with(|commands| {
@@ -458,29 +468,38 @@ impl Hypervisor {
         }
         let start = cpu::now_us();
         while let Err(Error::QueueFull { .. } | Error::Busy { .. }) = submitted {
-            if cpu::now_us().saturating_sub(start) >= COMPLETION_LIMIT_US {
+            if cpu::now_us().saturating_sub(start) >= BACKSTOP_US {
                 break;
             }
             cpu::relax();
             submitted = submit();
         }
-        match submitted? {
-            (_, Completion::Done) => Ok(()),
-            (ticket, Completion::Failed) => Err(Error::Failed { ticket }),
-            (ticket, Completion::Pending) => self.wait(ticket, start),
+        let (ticket, completion) = submitted?;
+        match completion {
+            Completion::Done => Ok(()),
+            Completion::Failed => Err(self.has_failed(ticket)),
+            Completion::Pending => self.wait(ticket),
         }
     }
 
-    fn wait(&self, ticket: Ticket, start: u64) -> Result<(), Error> {
+    /// Has the service core find out why: not everything that fails interrupts.
+    fn has_failed(&self, ticket: Ticket) -> Error {
+        self.failed.store(true, Release);
+        interrupts::kick(SERVICE_CORE, Source::IommuFault);
+        Error::Failed { ticket }
+    }
+
+    fn wait(&self, ticket: Ticket) -> Result<(), Error> {
+        let start = cpu::now_us();
         loop {
             // The clock is read first: a wait that was preempted for long looks once more before it gives up.
             let waited_us = cpu::now_us().saturating_sub(start);
             match self.commands.with(|commands| commands.poll(ticket)) {
                 Completion::Done => return Ok(()),
-                Completion::Failed => return Err(Error::Failed { ticket }),
+                Completion::Failed => return Err(self.has_failed(ticket)),
                 Completion::Pending => {}
             }
-            if waited_us >= COMPLETION_LIMIT_US {
+            if waited_us >= BACKSTOP_US {
                 return Err(Error::Timeout { register: "the invalidation queue", waited_us });
             }
             cpu::relax();
@@ -499,7 +518,7 @@ impl Hypervisor {
             if self.drains.done.load(Acquire) >= wanted {
                 return Ok(());
             }
-            if waited_us >= COMPLETION_LIMIT_US {
+            if waited_us >= DRAIN_LIMIT_US {
                 return Err(Error::Timeout { register: "the service core", waited_us });
             }
             cpu::relax();

@@ -15,7 +15,7 @@ use arch::{
     unit,
 };
 use broker::{Expiry, Verdict};
-use core::sync::atomic::Ordering::Relaxed;
+use core::sync::atomic::Ordering::{AcqRel, Relaxed};
 use heapless::Deque;
 use iommu::{Commands as _, Event, Events as _, FailureCause, FaultRecord, PageRequest};
 
@@ -130,6 +130,9 @@ impl Service {
         let all = core::mem::take(&mut self.behind);
         let asked = self.hv.drains.asked();
         let all_sent = self.hv.send_unsent();
+        if self.hv.failed.swap(false, AcqRel) {
+            self.recover();
+        }
         let mut done = true;
         if all || source == Source::PageRequest {
             self.events.acknowledge();

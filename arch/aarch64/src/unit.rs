@@ -31,6 +31,12 @@ pub type GuestTables = pgtable::Stage2<12, 44>;
 /// Whether the unit refuses translation requests for less than a page, so that a device must send none such.
 pub const WHOLE_PAGES_ALONE: bool = false;
 
+/// How long something may be at the head of the unit's queue before the unit has an end for it, in microseconds.
+///
+/// The driver sets no limit: the unit itself reports a device that does not answer (`CERROR_ATC_INV_SYNC`), within a time
+/// that is the implementer's. PCI Express, "Address Translation Services", gives a device one minute and a half at most.
+pub const HEAD_LIMIT_US: u64 = 90_000_000;
+
 /// Tells the unit what invalidations of a device TLB need: an SMMU asks for nothing but the stream.
 pub fn describe_device_tlb(_: &mut Commands, _: StreamId, _: &DeviceTlb) -> Result<(), iommu::Error> {
     Ok(())

@@ -33,6 +33,9 @@ pub type GuestTables = pgtable::SvmNested;
 /// Whether the unit refuses translation requests for less than a page, so that a device must send none such.
 pub const WHOLE_PAGES_ALONE: bool = true;
 
+/// How long something may be at the head of the unit's queue before unit or driver has an end for it, in microseconds.
+pub const HEAD_LIMIT_US: u64 = vtd::HEAD_LIMIT_US;
+
 /// Tells the unit what invalidations of a device TLB need: the physical function of `stream`, and how many may be
 /// outstanding there.
 pub fn describe_device_tlb(

@@ -349,7 +349,8 @@ fn reset(hv: &Hypervisor, device: &Device) -> Condition {
     let mut reset = match pcie::Reset::begin(&hv.config, &device.function, start_us) {
         Ok(reset) => reset,
         Err(pcie::Error::Unsupported { .. }) => {
-            let allowed = hv.may_stay_unreset();
+            // What it remembers nobody could make it forget.
+            let allowed = hv.may_stay_unreset() && !hv.is_unasked(stream);
             match allowed {
                 true => defmt::warn!(
                     "{} has no reset, and is given to the next guest as the last one left it",
@@ -623,9 +624,10 @@ fn attach(
     Ok(Owned { id, device: policy.device, space })
 }
 
-/// Blocks all of a device, and returns when the unit knows.
+/// Blocks all of a device, and returns when the unit knows; and the device, unless it did not answer before.
 pub fn block(hv: &Hypervisor, stream: StreamId) -> Result<Leaving, Error> {
     let (leaving, invalidations) = hv.tables.with(|tables| tables.block(stream)).map_err(Error::Unit)?;
+    hv.note_blocked(stream);
     hv.invalidate(&invalidations).map_err(Error::Unit)?;
     defmt::debug!("block stream={=u32:#x}", stream.0);
     Ok(leaving)

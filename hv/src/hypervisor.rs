@@ -53,6 +53,7 @@ pub type Answer = broker::Answer<'static, SLOTS>;
 const NOTICES: usize = 32;
 /// Devices that are looked at.
 const DEVICES: usize = 16;
+const _: () = assert!(DEVICES <= u64::BITS as usize, "there is a bit for each device");
 
 /// Answers that may wait for the unit, at most: each group's, and some of those that waited nowhere.
 const UNSENT: usize = SLOTS * GUESTS + 64;
@@ -253,6 +254,10 @@ pub struct Hypervisor {
     pub devices: Vec<Device, DEVICES>,
     /// Whose each device is: the guest plus one in 31:0, its name for the device in 63:32; 0 if it is nobody's.
     given: [AtomicU64; DEVICES],
+    /// Devices that did not answer when they were to forget something, by their place in `devices`: bit n set, device n.
+    silent: AtomicU64,
+    /// Those of them that are blocked, and are not asked again.
+    unasked: AtomicU64,
     /// In what condition the last owner left each device, as a [`Condition`].
     conditions: [AtomicU8; DEVICES],
     /// The guests' program.
@@ -349,6 +354,8 @@ impl Hypervisor {
             control_wakes_us: AtomicU64::new(u64::MAX),
             devices,
             given: [const { AtomicU64::new(0) }; DEVICES],
+            silent: AtomicU64::new(0),
+            unasked: AtomicU64::new(0),
             conditions: [const { AtomicU8::new(Condition::Clean as u8) }; DEVICES],
             image,
         })
@@ -367,6 +374,35 @@ impl Hypervisor {
         if let Some(of_it) = self.conditions.get(number) {
             of_it.store(condition as u8, Relaxed);
         }
+        if condition == Condition::Clean {
+            self.silent.fetch_and(!(1 << number), Relaxed);
+            self.unasked.fetch_and(!(1 << number), Relaxed);
+        }
+    }
+
+    /// Notes that a device did not answer when it was to forget something.
+    pub fn note_silent(&self, stream: StreamId) {
+        if let Some(number) = self.place_of(stream) {
+            self.silent.fetch_or(1 << number, Relaxed);
+        }
+    }
+
+    /// Notes that a device is blocked: if it did not answer before, it is not asked again until it was reset.
+    pub fn note_blocked(&self, stream: StreamId) {
+        if let Some(number) = self.place_of(stream) {
+            self.unasked.fetch_or(self.silent.load(Relaxed) & 1 << number, Relaxed);
+        }
+    }
+
+    /// Returns whether a device is blocked that did not answer.
+    pub fn is_unasked(&self, stream: StreamId) -> bool {
+        let unasked = self.unasked.load(Relaxed);
+        unasked != 0 && self.place_of(stream).is_some_and(|number| unasked & 1 << number != 0)
+    }
+
+    /// Returns the place of a device in `devices`. Looks at all of them.
+    fn place_of(&self, stream: StreamId) -> Option<usize> {
+        self.devices.iter().position(|device| device.function.id == stream)
     }
 
     /// Returns whether device `number` may be given to a guest.
@@ -381,8 +417,7 @@ impl Hypervisor {
 
     /// Returns the guest that owns a device, and its name for the device. Looks at all devices.
     pub fn owner_of(&self, stream: StreamId) -> Option<(usize, u32)> {
-        let number = self.devices.iter().position(|device| device.function.id == stream)?;
-        let word = self.given.get(number)?.load(Relaxed);
+        let word = self.given.get(self.place_of(stream)?)?.load(Relaxed);
         let guest = (word as u32).checked_sub(1)?;
         Some((guest as usize, (word >> 32) as u32))
     }
@@ -454,7 +489,23 @@ impl Hypervisor {
     ///
     /// That they failed is the driver's to say: another device's may be at the head of the queue, and that is no reason to
     /// give up on these. On an error nothing that they cover may be used again.
+    ///
+    /// A device that is blocked because it did not answer is not asked again: the unit lets nothing of it through, whatever it
+    /// remembers, and it is reset before anybody else gets it.
     pub fn invalidate(&self, invalidations: &[Invalidation]) -> Result<(), Error> {
+        const PART: usize = 8;
+        let is_unasked = |it: &Invalidation| it.asks().is_some_and(|stream| self.is_unasked(stream));
+        if !invalidations.iter().any(is_unasked) {
+            return self.submit_and_wait(invalidations);
+        }
+        for part in invalidations.chunks(PART) {
+            let unasked = part.iter().filter_map(|it| if is_unasked(it) { it.unasked() } else { Some(*it) });
+            self.submit_and_wait(&unasked.collect::<Vec<_, PART>>())?;
+        }
+        Ok(())
+    }
+
+    fn submit_and_wait(&self, invalidations: &[Invalidation]) -> Result<(), Error> {
         let submit = || {
             self.commands.with(|commands| {
                 let ticket = commands.submit(invalidations)?;

@@ -265,6 +265,7 @@ impl Service {
                 *last = Some(failure);
             });
             if let (FailureCause::Unanswered, Some(stream)) = (failure.cause, failure.stream) {
+                self.hv.note_silent(stream);
                 self.hv.ledger.quarantine(stream);
                 if let Some((index, _)) = self.hv.owner_of(stream) {
                     self.kick(index);

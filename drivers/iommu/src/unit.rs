@@ -307,6 +307,37 @@ impl Invalidation {
         let last = iova.0.saturating_add(bytes.saturating_sub(1)) / PAGE_SIZE;
         Self::Pages { attachment, iova: Iova(first * PAGE_SIZE), pages: last - first + 1 }
     }
+
+    /// Returns the device that has to forget something, too; `None` if it is the unit alone.
+    pub const fn asks(&self) -> Option<StreamId> {
+        match *self {
+            Self::Device { stream, device_tlb: true } => Some(stream),
+            Self::Attachment(attachment)
+            | Self::Pages { attachment, .. }
+            | Self::DeviceTlb { attachment, .. }
+                if attachment.device_tlb =>
+            {
+                Some(attachment.stream)
+            }
+            _ => None,
+        }
+    }
+
+    /// Returns the part of it that the unit does alone, without its device; `None` if there is no such part.
+    ///
+    /// For a device that does not answer ([`FailureCause::Unanswered`]), once it is blocked: what it remembers it can use no
+    /// more, so nobody has to wait for it again. It has to be reset before it is let through to anything.
+    pub const fn unasked(self) -> Option<Self> {
+        Some(match self {
+            Self::Device { stream, .. } => Self::Device { stream, device_tlb: false },
+            Self::Attachment(attachment) => Self::Attachment(Attachment { device_tlb: false, ..attachment }),
+            Self::Pages { attachment, iova, pages } => {
+                Self::Pages { attachment: Attachment { device_tlb: false, ..attachment }, iova, pages }
+            }
+            Self::DeviceTlb { .. } => return None,
+            other => other,
+        })
+    }
 }
 
 /// The invalidations that one change of the tables asks for, in their order.
@@ -530,6 +561,30 @@ mod tests {
         assert_eq!(pages(0x1000, 0x1000), (0x1000, 1));
         assert_eq!(pages(0x1FFF, 2), (0x1000, 2));
         assert_eq!(pages(u64::MAX - 1, 0x1_0000), (u64::MAX - 0xFFF, 1), "the end does not wrap");
+    }
+
+    #[test]
+    fn unasked_an_invalidation_is_the_same_for_the_unit_and_asks_no_device() {
+        let of = |device_tlb| {
+            let attachment = Attachment { device_tlb, ..ATTACHMENT };
+            [
+                Invalidation::Device { stream: ATTACHMENT.stream, device_tlb },
+                Invalidation::Attachment(attachment),
+                Invalidation::Pages { attachment, iova: Iova(0x1000), pages: 2 },
+            ]
+        };
+        let device_tlb = |device_tlb| {
+            let attachment = Attachment { device_tlb, ..ATTACHMENT };
+            Invalidation::DeviceTlb { attachment, pasid: None, pages: None }
+        };
+
+        for (asking, not) in of(true).into_iter().zip(of(false)) {
+            assert_eq!((asking.asks(), asking.unasked()), (Some(ATTACHMENT.stream), Some(not)));
+            assert_eq!((not.asks(), not.unasked()), (None, Some(not)));
+        }
+        assert_eq!((device_tlb(true).asks(), device_tlb(true).unasked()), (Some(ATTACHMENT.stream), None));
+        let all = Invalidation::All;
+        assert_eq!((all.asks(), all.unasked()), (None, Some(all)));
     }
 
     /// A unit that can do everything, and asks for nothing.

@@ -573,17 +573,10 @@ impl PassedThrough {
         Ok(Self { attachment })
     }
 
-    /// Blocks the device again, and returns when the unit knows.
-    ///
-    /// All of the device: QEMU's VT-d in scalable mode goes on to let a device through whose PASID table entry went, until
-    /// it is told to forget the context entry.
+    /// Detaches it again, and returns when the unit knows. What is left of the device is blocked.
     pub fn end(self, hv: &Hypervisor) -> Result<(), Error> {
-        let device = block(hv, self.attachment.stream)?;
-        let attachment = detach_and_wait(hv, self.attachment)?;
-        hv.tables.with(|tables| {
-            tables.finish(attachment);
-            tables.finish(device);
-        });
+        let leaving = detach_and_wait(hv, self.attachment)?;
+        hv.tables.with(|tables| tables.finish(leaving));
         Ok(())
     }
 }

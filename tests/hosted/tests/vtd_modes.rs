@@ -435,6 +435,12 @@ fn a_device_that_bypasses_reaches_all_of_memory_until_it_is_detached() {
         assert!(machine.read(NIC, None, there).is_err(), "the other does not");
         let (leaving, invalidations) = machine.vtd.tables.detach(attachment).expect("it is attached");
         assert_eq!(machine.read(DISK, None, there), Ok(0x77), "the entry is remembered");
+        // QEMU remembers by the context that a device bypasses, whatever becomes of the entry of its PASID.
+        let of_context = match machine.vtd.tables.mode() {
+            Mode::Legacy => Invalidation::Attachment(attachment),
+            Mode::Scalable => Invalidation::Device { stream: DISK, device_tlb: false },
+        };
+        assert!(invalidations.contains(&of_context), "{invalidations:?}");
         machine.invalidate(&invalidations);
 
         assert_eq!(machine.read(DISK, None, there), refused(absent));

@@ -422,6 +422,11 @@ impl Hypervisor {
         Some((guest as usize, (word >> 32) as u32))
     }
 
+    /// Returns whether guest `index` owns a device.
+    pub fn owns_a_device(&self, index: usize) -> bool {
+        self.given.iter().any(|given| given.load(Relaxed) as u32 as usize == index + 1)
+    }
+
     /// Makes the rings between the service core and the home cores. Called once.
     pub fn connect(&self, broker: &mut Broker) -> Option<[Notices; GUESTS]> {
         let mut connect = |index: usize| {

@@ -44,6 +44,7 @@ mod task {
     pub const BATCH: u64 = 14;
     pub const NESTED: u64 = 15;
     pub const REFUSED_INTERRUPT: u64 = 16;
+    pub const LOSSES: u64 = 17;
 }
 
 /// How long a scene waits for a guest, in microseconds of the machine's time.
@@ -92,7 +93,7 @@ static FURTHER: &[SceneOf] = &[
     ("recovery", false, recovery::recovery),
     ("restart", true, restart::restart),
     ("nested", true, nested::nested),
-    ("storm", false, pressure::storm),
+    ("storm", true, pressure::storm),
     ("overflow", true, pressure::overflow),
     ("staleness", true, pressure::staleness),
     ("batch", true, pressure::batch),

@@ -214,6 +214,7 @@ impl Service {
                 if self.log.allows(self.now_us) {
                     defmt::warn!("an unknown number of faults was lost");
                 }
+                self.lose_faults();
             }
             Event::Malformed { words: [low, high], group } => {
                 defmt::warn!("the unit reports {=u64:#x} {=u64:#x}, which is nothing known", low, high);
@@ -296,6 +297,18 @@ impl Service {
         };
         notices.send(Notice { fault, device, opaque });
         self.kick(index);
+    }
+
+    /// Tells every guest that owns a device: what the unit lost may have been about that.
+    fn lose_faults(&mut self) {
+        for (index, notices) in self.notices.iter_mut().enumerate() {
+            if self.hv.owns_a_device(index) {
+                notices.lose();
+                if let Some(kick) = self.kicks.get_mut(index) {
+                    *kick = true;
+                }
+            }
+        }
     }
 
     /// Notes that there is news for a home: it is told once, when the pass is over.

@@ -217,7 +217,7 @@ pub(crate) static VARIANTS: &[Variant] = &[
         devices: SECOND_WRITER,
         scenes: &[
             Scene::plain("recovery").witnessed("Page group response without PASID"),
-            Scene::plain("storm").witnessed("new fault is not recorded, set PFO field"),
+            Scene::requests("storm").witnessed("new fault is not recorded, set PFO field"),
             Scene::requests("overflow"),
             Scene::requests("staleness"),
             Scene::requests("batch"),
@@ -232,7 +232,7 @@ pub(crate) static VARIANTS: &[Variant] = &[
             // GERROR.CMDQ_ERR. The plugin makes the command wrong; refusal and recovery are QEMU's own.
             Scene::doubled("recovery").witnessed("smmuv3_write_gerror toggled=0x1"),
             // GERROR.EVENTQ_ABT_ERR.
-            Scene::plain("storm").witnessed("smmuv3_write_gerror toggled=0x4"),
+            Scene::requests("storm").witnessed("smmuv3_write_gerror toggled=0x4"),
             Scene::doubled("overflow"),
             Scene::doubled("staleness"),
             Scene::doubled("batch"),

@@ -213,6 +213,7 @@ fn what_was_counted_under_pressure_adds_up() {
                 // VT-d has one register for a fault, and SMMUv3 a queue of 128.
                 let room = if machine == "x86_64" { 1 } else { 128 };
                 assert_eq!(count("recorded"), room, "{scene:?}");
+                assert_eq!(count("guests_told_of_loss"), 2, "{scene:?}");
             }
             (machine, "overflow", None) => {
                 assert!(count("notices_of_loss") > 0, "{scene:?}");

@@ -9,6 +9,7 @@ mod forgery;
 mod hold;
 mod isolation;
 mod leave;
+mod losses;
 mod neighbour;
 mod nested;
 mod refused;
@@ -62,6 +63,7 @@ const FLOOD: u64 = 13;
 const BATCH: u64 = 14;
 const NESTED: u64 = 15;
 const REFUSED_INTERRUPT: u64 = 16;
+const LOSSES: u64 = 17;
 
 /// Asks for the task, and does it.
 pub fn run() -> Result<(), Failed> {
@@ -84,6 +86,7 @@ pub fn run() -> Result<(), Failed> {
         BATCH => batch::run(),
         NESTED => nested::run(first),
         REFUSED_INTERRUPT => refused::run(),
+        LOSSES => losses::run(),
         _ => {
             say!("this guest knows no task {task}");
             Err(Failed)

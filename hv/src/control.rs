@@ -419,7 +419,9 @@ impl Space {
         let tree =
             share.with(hv.pool, |frames| DeviceTables::of_guest(frames, memory)).map_err(Error::Tables)?;
         let translation = tree.behind(first);
-        Self::attach(hv, share, stream, None, tree, translation)
+        // Before the first access: a fault of the second stage is none of the guest's.
+        hv.note_bound(stream, true);
+        Self::attach(hv, share, stream, None, tree, translation).inspect_err(|_| hv.note_bound(stream, false))
     }
 
     fn attach(
@@ -525,6 +527,9 @@ impl Space {
 
     /// Gives the tables of a space that was blocked back.
     fn free(self, hv: &Hypervisor, share: &Share, leaving: Leaving) {
+        if self.attachment.stages == Stages::Nested {
+            hv.note_bound(self.attachment.stream, false);
+        }
         hv.tables.with(|tables| tables.finish(leaving));
         share.with(hv.pool, |frames| self.tree.take_down(frames));
     }

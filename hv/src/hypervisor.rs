@@ -234,6 +234,8 @@ pub struct Hypervisor {
     pub drains: Drains,
     /// Faults of devices that no guest owns: how many, and the last.
     pub unowned: Locked<(u64, Option<FaultRecord>)>,
+    /// Faults of the second stage behind a first stage that a guest owns, which are not the guest's: how many, and the last.
+    pub second_stage: Locked<(u64, Option<FaultRecord>)>,
     /// A ticket has failed, and nobody has asked yet why.
     pub failed: AtomicBool,
     /// What stopped the unit's commands: how often, and the last.
@@ -254,7 +256,9 @@ pub struct Hypervisor {
     pub devices: Vec<Device, DEVICES>,
     /// Whose each device is: the guest plus one in 31:0, its name for the device in 63:32; 0 if it is nobody's.
     given: [AtomicU64; DEVICES],
-    /// Devices that did not answer when they were to forget something, by their place in `devices`: bit n set, device n.
+    /// Devices whose first stage a guest owns, by their place in `devices`: bit n set, device n.
+    bound: AtomicU64,
+    /// Devices that did not answer when they were to forget something, in the same way.
     silent: AtomicU64,
     /// Those of them that are blocked, and are not asked again.
     unasked: AtomicU64,
@@ -344,6 +348,7 @@ impl Hypervisor {
             homes: &HOMES,
             drains: Drains::new(),
             unowned: Locked::new((0, None)),
+            second_stage: Locked::new((0, None)),
             failed: AtomicBool::new(false),
             failures: Locked::new((0, None)),
             lost: Losses { faults: AtomicU64::new(0), requests: AtomicU64::new(0) },
@@ -354,6 +359,7 @@ impl Hypervisor {
             control_wakes_us: AtomicU64::new(u64::MAX),
             devices,
             given: [const { AtomicU64::new(0) }; DEVICES],
+            bound: AtomicU64::new(0),
             silent: AtomicU64::new(0),
             unasked: AtomicU64::new(0),
             conditions: [const { AtomicU8::new(Condition::Clean as u8) }; DEVICES],
@@ -378,6 +384,22 @@ impl Hypervisor {
             self.silent.fetch_and(!(1 << number), Relaxed);
             self.unasked.fetch_and(!(1 << number), Relaxed);
         }
+    }
+
+    /// Notes that a guest owns the first stage of a device, or does no longer.
+    pub fn note_bound(&self, stream: StreamId, bound: bool) {
+        let Some(number) = self.place_of(stream) else { return };
+        if bound {
+            self.bound.fetch_or(1 << number, Relaxed);
+        } else {
+            self.bound.fetch_and(!(1 << number), Relaxed);
+        }
+    }
+
+    /// Returns whether a guest owns the first stage of a device.
+    pub fn is_bound(&self, stream: StreamId) -> bool {
+        let bound = self.bound.load(Relaxed);
+        bound != 0 && self.place_of(stream).is_some_and(|number| bound & 1 << number != 0)
     }
 
     /// Notes that a device did not answer when it was to forget something.

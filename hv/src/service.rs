@@ -17,7 +17,7 @@ use arch::{
 use broker::{Expiry, Verdict};
 use core::sync::atomic::Ordering::{AcqRel, Relaxed};
 use heapless::Deque;
-use iommu::{Commands as _, Event, Events as _, FailureCause, FaultRecord, PageRequest};
+use iommu::{Commands as _, Event, Events as _, FailureCause, FaultRecord, PageRequest, Stages};
 
 /// Page requests that one pass takes, at most: as many as the unit's queue may hold.
 const PASS: usize = 128;
@@ -275,7 +275,7 @@ impl Service {
         }
     }
 
-    /// Hands a fault to whoever owns its device.
+    /// Hands a fault to whoever owns the tables that it failed in.
     fn fault(&mut self, fault: FaultRecord) {
         if self.log.allows(self.now_us) {
             match unit::refused_interrupt(&fault) {
@@ -284,6 +284,14 @@ impl Service {
                 }
                 None => defmt::info!("fault: {}", fault),
             }
+        }
+        if self.hv.is_bound(fault.stream) && self.events.refused_by(&fault) == Stages::Second {
+            // Behind the guest's own tables: what they lead to is the hypervisor's, and is not told.
+            self.hv.second_stage.with(|(count, last)| {
+                *count += 1;
+                *last = Some(fault);
+            });
+            return;
         }
         let attached = self.hv.ledger.owner_of(fault.stream, fault.pasid);
         let owner = attached.or_else(|| self.hv.owner_of(fault.stream).map(|(guest, name)| (guest, name, 0)));

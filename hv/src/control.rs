@@ -3,18 +3,18 @@
 
 use crate::{
     guest::Guest,
-    hypervisor::{DEVICES_PER_GUEST, Device, GUESTS, Hypervisor},
+    hypervisor::{Condition, DEVICES_PER_GUEST, Device, GUESTS, Hypervisor},
     memory::{self, Share},
     tables::{DeviceTables, Unmapped},
     wanted,
 };
-use arch::{cpu, unit};
+use arch::{cpu, interrupts, unit};
 use broker::{AttachmentId, DeviceId, Limits, Policy, QueueId, Restraint, Whose};
 use core::sync::atomic::Ordering::Relaxed;
 use heapless::Vec;
 use iommu::{
-    Attachment, Features, Grant, Invalidation, Iova, Leaving, PAGE_SIZE, Pasid, Perms, StreamId, Tables as _,
-    Translation,
+    Attachment, Completion, Features, FirstStage, Gpa, Grant, Invalidation, Iova, Leaving, PAGE_SIZE, Pasid,
+    Perms, Stages, StreamId, Tables as _, Translation,
 };
 
 /// Page requests that one device may have outstanding. All devices together stay below what the unit's queue holds.
@@ -45,6 +45,18 @@ pub enum Error {
     Attached,
     /// The broker says so.
     Broker(broker::Error),
+    /// Firmware goes on using memory through the device.
+    Firmwares {
+        /// Which.
+        stream: StreamId,
+    },
+    /// What the last owner left in the device may still act: it was not reset since.
+    NotReset {
+        /// Which.
+        stream: StreamId,
+    },
+    /// The guest owns the first stage: nothing is mapped there by call.
+    Bound,
     /// The device is not one that may reach all of memory: the command line does not say `trusted=` of it.
     NotTrusted {
         /// Which.
@@ -90,16 +102,27 @@ impl Guest {
         if registers > crate::guest::WINDOW || !registers.is_multiple_of(PAGE_SIZE) {
             return Err(Error::Registers);
         }
+        let stream = device.function.id;
+        if self.hv.boot.firmware_uses(&self.hv.config, stream) {
+            return Err(Error::Firmwares { stream });
+        }
+        if !self.hv.is_clean(number) {
+            return Err(Error::NotReset { stream });
+        }
         let requests = self.asks_for_pages(device);
         let pasids = requests && self.hv.capabilities.pasid_bits > 0;
         let features = Features { device_tlb: requests, page_requests: requests, pasid: pasids };
         // Without page requests the broker has nothing to admit.
         let limits = Limits::with_requests(if requests { ALLOCATION } else { 0 });
-        let stream = device.function.id;
         let id = self.hv.ledger.add_device(stream, &limits).map_err(Error::Broker)?;
         // Whatever fails from here on, the device is the guest's to give back.
         let _ = self.devices.push(Given { number, id, restraint: Restraint::None, blocked: None });
         self.hv.give(number, Some((self.index, self.devices.len() as u32)));
+        if requests {
+            let tlb = device.function.device_tlb(&self.hv.config).map_err(Error::Device)?;
+            let describe = |commands: &mut _| unit::describe_device_tlb(commands, stream, &tlb);
+            self.hv.commands.with(describe).map_err(Error::Unit)?;
+        }
         self.stuck_if_late(assign(self.hv, stream, features))?;
         if pasids {
             // Accesses without PASID reach an empty space. It also has to be there: QEMU's unit refuses every PASID of a
@@ -117,9 +140,13 @@ impl Guest {
         Ok(())
     }
 
-    /// Returns whether `device` sends page requests, and the unit serves them.
+    /// Returns whether `device` sends page requests, and the unit serves them, and translates for it.
     pub fn asks_for_pages(&self, device: &Device) -> bool {
-        device.function.has_page_requests() && self.hv.capabilities.page_requests
+        let can = device.function.has_page_requests() && self.hv.capabilities.page_requests;
+        can && match device.function.device_tlb(&self.hv.config) {
+            Ok(tlb) => tlb.page_aligned || !unit::WHOLE_PAGES_ALONE,
+            Err(_) => false,
+        }
     }
 
     /// Attaches a device of the guest; returns the guest's name for the attachment.
@@ -143,9 +170,38 @@ impl Guest {
             name: device,
             opaque,
         };
-        let attached = attach(self.hv, &self.share, &policy, pasid);
+        let space = || Space::new(self.hv, &self.share, policy.stream, pasid);
+        let attached = attach(self.hv, &policy, space);
         self.attachments[place] = Some(self.stuck_if_late(attached)?);
         Ok(place as u64 + 1)
+    }
+
+    /// Attaches a device of the guest by a first stage of the guest's own, over a second in which the guest's addresses are
+    /// what they are for its virtual CPU: its memory, and nothing else. Returns the guest's name for the attachment.
+    pub fn bind(&mut self, device: u32, first: FirstStage, opaque: u64) -> Result<u64, Error> {
+        let given = (device as usize).checked_sub(1).and_then(|at| self.devices.get(at));
+        let given = given.ok_or(Error::Attached)?;
+        let device_of = self.hv.devices.get(given.number).ok_or(Error::Attached)?;
+        let place = self.attachments.iter().position(Option::is_none).ok_or(Error::Attached)?;
+        let policy = Policy {
+            stream: device_of.function.id,
+            requests: None.into(),
+            device: given.id,
+            queue: self.queue,
+            name: device,
+            opaque,
+        };
+        let memory = self.ram.grant(Gpa(0), self.ram.bytes()).ok_or(Error::Registers)?;
+        let space = || Space::behind(self.hv, &self.share, policy.stream, first, &memory);
+        let attached = attach(self.hv, &policy, space);
+        self.attachments[place] = Some(self.stuck_if_late(attached)?);
+        Ok(place as u64 + 1)
+    }
+
+    /// Returns the attachments whose first stage the guest owns.
+    pub fn bound(&self) -> impl Iterator<Item = Attachment> {
+        let attachments = self.attachments.iter().flatten().map(|owned| owned.space.attachment);
+        attachments.filter(|attachment| attachment.stages == Stages::Nested)
     }
 
     /// Detaches; on an error the attachment stays blocked, and its tables are never used again.
@@ -177,11 +233,13 @@ impl Guest {
 
     /// Maps `grant` for an attachment.
     pub fn map(&self, owned: &Owned, iova: Iova, grant: &Grant, perms: Perms) -> Result<(), Error> {
+        owned.space.is_the_hypervisors()?;
         owned.space.map(self.hv, &self.share, iova, grant, perms)
     }
 
     /// Unmaps, and returns when nothing reaches the memory any more.
     pub fn unmap(&self, owned: &Owned, iova: Iova, bytes: u64) -> Result<(), Error> {
+        owned.space.is_the_hypervisors()?;
         owned.space.unmap(self.hv, &self.share, iova, bytes)?;
         self.hv.ledger.unmapped(owned.device, owned.space.attachment.pasid, iova, bytes / PAGE_SIZE);
         self.home().unmapped.fetch_add(1, Relaxed);
@@ -225,6 +283,8 @@ impl Guest {
                 self.home().answer_times.with(|sums| sums.iter_mut().zip(latencies.answer).for_each(add));
             }
             self.hv.ledger.remove_device(id);
+            // Nothing may be invalidated there while it is reset, and by now nothing has to.
+            self.hv.mark(number, if blocked.is_ok() { reset(self.hv, device) } else { Condition::Broken });
             self.hv.give(number, None);
             match blocked {
                 Ok(leaving) if released => self.hv.tables.with(|tables| tables.finish(leaving)),
@@ -278,6 +338,55 @@ impl Guest {
     }
 }
 
+/// Resets a device that is blocked and asks for nothing, so that nothing of its last owner's acts in the next one's memory.
+///
+/// Takes a tenth of a second, and two at most, so it runs on the core that takes the device away, never on the service core.
+fn reset(hv: &Hypervisor, device: &Device) -> Condition {
+    /// How long the core sleeps between two looks, in microseconds.
+    const STEP_US: u64 = 5_000;
+    let stream = device.function.id;
+    let start_us = cpu::now_us();
+    let mut reset = match pcie::Reset::begin(&hv.config, &device.function, start_us) {
+        Ok(reset) => reset,
+        Err(pcie::Error::Unsupported { .. }) => {
+            let allowed = hv.may_stay_unreset();
+            match allowed {
+                true => defmt::warn!(
+                    "{} has no reset, and is given to the next guest as the last one left it",
+                    stream
+                ),
+                false => defmt::warn!(
+                    "{} has no reset: it is given to no other guest (unreset=allow on the command line lets it be)",
+                    stream
+                ),
+            }
+            return if allowed { Condition::Clean } else { Condition::Unreset };
+        }
+        Err(error) => {
+            defmt::error!("{} cannot be reset, and is given to nobody any more: {}", stream, error);
+            return Condition::Broken;
+        }
+    };
+    loop {
+        match reset.poll(&hv.config, cpu::now_us()) {
+            Ok(Completion::Done) => {
+                defmt::info!("{} was reset in {=u64} us", stream, cpu::now_us().saturating_sub(start_us));
+                return Condition::Clean;
+            }
+            Ok(_) => {
+                let _masked = cpu::mask();
+                interrupts::arm_timer(STEP_US);
+                cpu::wait_for_interrupt();
+                interrupts::disarm_timer();
+            }
+            Err(error) => {
+                defmt::error!("{} was not reset, and is given to nobody any more: {}", stream, error);
+                return Condition::Broken;
+            }
+        }
+    }
+}
+
 /// Gives `stream` tables of its own, in which everything is blocked.
 pub fn assign(hv: &Hypervisor, stream: StreamId, features: Features) -> Result<(), Error> {
     let invalidations = hv.tables.with(|tables| tables.assign(stream, features)).map_err(Error::Unit)?;
@@ -294,7 +403,33 @@ impl Space {
     ) -> Result<Self, Error> {
         let tree =
             share.with(hv.pool, |frames| DeviceTables::new(frames, hv.stage)).map_err(Error::Tables)?;
-        match hv.tables.with(|tables| tables.attach(stream, pasid, tree.translation())) {
+        let translation = tree.translation();
+        Self::attach(hv, share, stream, pasid, tree, translation)
+    }
+
+    /// Lets accesses of `stream` without PASID through the tables that a guest has, and then through its `memory`.
+    fn behind(
+        hv: &Hypervisor,
+        share: &Share,
+        stream: StreamId,
+        first: FirstStage,
+        memory: &Grant,
+    ) -> Result<Self, Error> {
+        let tree =
+            share.with(hv.pool, |frames| DeviceTables::of_guest(frames, memory)).map_err(Error::Tables)?;
+        let translation = tree.behind(first);
+        Self::attach(hv, share, stream, None, tree, translation)
+    }
+
+    fn attach(
+        hv: &Hypervisor,
+        share: &Share,
+        stream: StreamId,
+        pasid: Option<Pasid>,
+        tree: DeviceTables,
+        translation: Translation,
+    ) -> Result<Self, Error> {
+        match hv.tables.with(|tables| tables.attach(stream, pasid, translation)) {
             Ok((attachment, invalidations)) => {
                 // On an error the unit may know of the tables, so their frames are not used again.
                 hv.invalidate(&invalidations).map_err(Error::Unit)?;
@@ -305,6 +440,11 @@ impl Space {
                 Err(Error::Unit(error))
             }
         }
+    }
+
+    /// Checks that what is mapped in it is mapped by call.
+    fn is_the_hypervisors(&self) -> Result<(), Error> {
+        if self.attachment.stages == Stages::Nested { Err(Error::Bound) } else { Ok(()) }
     }
 
     /// Maps `grant` at `iova`.
@@ -465,14 +605,18 @@ pub fn tell_invalidated(entry: usize, invalidation: &Invalidation) {
     );
 }
 
-/// Attaches a device, or a PASID of it, to empty tables of its own.
-fn attach(hv: &Hypervisor, share: &Share, policy: &Policy, pasid: Option<Pasid>) -> Result<Owned, Error> {
+/// Attaches a device, or a PASID of it, by what `space` makes for it.
+fn attach(
+    hv: &Hypervisor,
+    policy: &Policy,
+    space: impl FnOnce() -> Result<Space, Error>,
+) -> Result<Owned, Error> {
     // The broker first: a request that comes as soon as the unit lets it must find its owner.
     let id = hv.ledger.attach(policy).map_err(|error| match error {
         broker::Error::NoRoomForAttachment => Error::Attached,
         error => Error::Broker(error),
     })?;
-    let space = Space::new(hv, share, policy.stream, pasid).inspect_err(|_| {
+    let space = space().inspect_err(|_| {
         hv.ledger.leave(id);
         hv.ledger.detach(id);
     })?;

@@ -2,8 +2,8 @@
 //! memory is copied once before it is looked at.
 
 use crate::{
-    control,
-    guest::{CHANNEL, Guest, REGISTERS, WINDOW},
+    control::{self, Given},
+    guest::{ATTACHMENTS, CHANNEL, Guest, REGISTERS, WINDOW},
     hypervisor::{Ending, Inbox, SERVICE_CORE},
 };
 use arch::{
@@ -21,7 +21,7 @@ use channel::{
 };
 use core::sync::atomic::Ordering::{AcqRel, Relaxed, Release};
 use heapless::Vec;
-use iommu::{Gpa, Invalidation, Iova, Outcome, PAGE_SIZE, Pasid, Perms};
+use iommu::{Attachment, FirstStage, Gpa, Invalidation, Iova, Outcome, PAGE_SIZE, Pasid, Perms, Stages};
 
 /// Bytes that one call maps or unmaps, at most: 64 pages.
 const RANGE: u64 = 64 * PAGE_SIZE;
@@ -91,6 +91,7 @@ impl Guest {
                 Ok([CHANNEL.0, 0, 0])
             }
             Call::Attach => self.call_attach(first, second, third, fourth),
+            Call::Bind => self.call_bind(first, second, third),
             Call::Detach => match self.detach(first) {
                 Some(Ok(())) => Ok([0; 3]),
                 Some(Err(error)) => Err(error.into()),
@@ -187,6 +188,23 @@ impl Guest {
         Ok([self.attach(device as u32, pasid, opaque, deadline_us)?, 0, 0])
     }
 
+    /// Binds a first stage of the guest's own: its entry is copied, and the driver takes from the copy what is a guest's.
+    fn call_bind(&mut self, device: u64, entry: u64, opaque: u64) -> Result<Values, Refused> {
+        if device == 0 || device > self.devices.len() as u64 {
+            return Err(Refused(Status::NotYours));
+        }
+        if !self.hv.capabilities.nested {
+            return Err(Refused(Status::UnknownCall));
+        }
+        if self.attachments.iter().all(Option::is_some) {
+            return Err(Refused(Status::NoRoom));
+        }
+        let mut words = Vec::<u64, 8>::new();
+        self.copy_words(entry, 8, &mut words)?;
+        let entry = words.into_array().map_err(|_| Refused(Status::Malformed))?;
+        Ok([self.bind(device as u32, FirstStage::Contexts { entry }, opaque)?, 0, 0])
+    }
+
     /// Answers groups: the array is copied, then looked at.
     fn respond(&mut self, array: u64, length: u64) -> Result<Values, Refused> {
         if length > ARRAY {
@@ -238,22 +256,47 @@ impl Guest {
 
     /// Makes the unit forget what an array names: one batch, and one wait, for all of a call that the unit takes at once.
     fn invalidate(&mut self, layout: u64, array: u64, entries: u64) -> Result<Values, Refused> {
-        // No guest binds a first stage of its own here, so there is nothing that the other types could name.
-        let layout = Layout::from_number(layout).filter(|&layout| layout == Layout::Pages);
+        // Commands are about the guest's own first stages; where none is bound there is nothing that they could name.
+        let layout = Layout::from_number(layout).filter(|layout| match layout {
+            Layout::Pages => true,
+            Layout::SmmuCommand => self.bound().next().is_some(),
+            Layout::VtdStage1 => false,
+        });
         let layout = layout.ok_or(Refused(Status::UnknownType))?;
         let count = entries.min(ARRAY) as usize;
         let mut words = Vec::<u64, { ARRAY as usize * ENTRY_WORDS }>::new();
         self.copy_words(array, count * layout.words(), &mut words)?;
-        let mut batch = Vec::<Invalidation, { ARRAY as usize }>::new();
+        // Of a command, one for each of the guest's first stages.
+        let mut batch = Vec::<Invalidation, { ARRAY as usize * ATTACHMENTS }>::new();
         let Handled { handled, refusal, .. } = invalidate::handle(layout, &words, count, |request| {
             let not_yours = Refusal { why: invalidate::Refused::NotYours, word: 0, bits: 0 };
-            let Request::Attachment { attachment: name, range: Range::Pages { first, pages }, .. } = request
-            else {
-                return Err(not_yours);
-            };
-            let attachment = self.owned(name).ok_or(not_yours)?.space.attachment;
-            // There is room: the batch has as many as the array.
-            let _ = batch.push(Invalidation::Pages { attachment, iova: first, pages });
+            match request {
+                Request::Attachment { attachment: name, range: Range::Pages { first, pages }, .. } => {
+                    let attachment = self.owned(name).ok_or(not_yours)?.space.attachment;
+                    if attachment.stages == Stages::Nested {
+                        return Err(not_yours);
+                    }
+                    // There is room, here and below: the batch has as many as the array for each attachment.
+                    let _ = batch.push(Invalidation::Pages { attachment, iova: first, pages });
+                }
+                Request::Stage1 { asid, range, .. } => {
+                    let pages = match range {
+                        Range::All => None,
+                        Range::Pages { first, pages } => Some((first, pages)),
+                    };
+                    for attachment in self.bound() {
+                        let _ = batch.push(Invalidation::FirstStage { attachment, asid, pages });
+                    }
+                }
+                Request::Contexts { device, pasid, .. } => {
+                    let of_device = |attachment: &Attachment| self.device_of(attachment) == Some(device.0);
+                    for attachment in self.bound().filter(of_device) {
+                        let _ = batch.push(Invalidation::Contexts { attachment, pasid });
+                    }
+                }
+                // A bound device keeps no translations of its own: it was not told that it may.
+                _ => return Err(not_yours),
+            }
             Ok(())
         });
         if !batch.is_empty() {
@@ -264,6 +307,14 @@ impl Guest {
         }
         let [why, bits] = refusal.map_or([0; 2], Refusal::values);
         Ok([handled as u64, why, bits])
+    }
+
+    /// Returns the guest's name for the device of an attachment.
+    fn device_of(&self, attachment: &Attachment) -> Option<u32> {
+        let is_its = |given: &Given| {
+            self.hv.devices.get(given.number).is_some_and(|device| device.function.id == attachment.stream)
+        };
+        self.devices.iter().position(is_its).map(|at| at as u32 + 1)
     }
 
     /// Makes the unit forget all of a batch: in one submission, or in as few as the unit takes so much in.

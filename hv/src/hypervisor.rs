@@ -1,6 +1,6 @@
 //! What all cores share.
 
-use crate::{memory::Pool, tables::Stage};
+use crate::{memory::Pool, tables::Stage, wanted};
 use arch::{
     cpu::{self, Locked},
     interrupts::{self, Source},
@@ -12,7 +12,7 @@ use channel::call::REPORTS;
 use core::{
     ops::Range,
     sync::atomic::{
-        AtomicBool, AtomicU64,
+        AtomicBool, AtomicU8, AtomicU64,
         Ordering::{AcqRel, Acquire, Relaxed, Release},
     },
 };
@@ -245,8 +245,22 @@ pub struct Hypervisor {
     pub devices: Vec<Device, DEVICES>,
     /// Whose each device is: the guest plus one in 31:0, its name for the device in 63:32; 0 if it is nobody's.
     given: [AtomicU64; DEVICES],
+    /// In what condition the last owner left each device, as a [`Condition`].
+    conditions: [AtomicU8; DEVICES],
     /// The guests' program.
     pub image: &'static [u8],
+}
+
+/// In what condition a device is that no guest owns.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[repr(u8)]
+pub enum Condition {
+    /// It never had an owner, or was reset since, or may be given away as it is.
+    Clean,
+    /// It cannot be reset.
+    Unreset,
+    /// It was not blocked, or did not come out of its reset: nobody owns it any more.
+    Broken,
 }
 
 /// The parts of a unit that are told something, rather than telling it.
@@ -302,7 +316,7 @@ impl Hypervisor {
             // Devices past the table are left alone: blocked.
             let _ = devices.push(Device { function, registers });
         }
-        let stage = Stage::of(&capabilities);
+        let stage = Stage::of(&capabilities, boot.command_line());
         HYPERVISOR.call_once(|| Self {
             boot,
             pool: &POOL,
@@ -326,6 +340,7 @@ impl Hypervisor {
             control_wakes_us: AtomicU64::new(u64::MAX),
             devices,
             given: [const { AtomicU64::new(0) }; DEVICES],
+            conditions: [const { AtomicU8::new(Condition::Clean as u8) }; DEVICES],
             image,
         })
     }
@@ -336,6 +351,23 @@ impl Hypervisor {
             let word = owner.map_or(0, |(guest, name)| (guest as u64 + 1) | u64::from(name) << 32);
             given.store(word, Relaxed);
         }
+    }
+
+    /// Notes in what condition device `number` is when its owner is gone.
+    pub fn mark(&self, number: usize, condition: Condition) {
+        if let Some(of_it) = self.conditions.get(number) {
+            of_it.store(condition as u8, Relaxed);
+        }
+    }
+
+    /// Returns whether device `number` may be given to a guest.
+    pub fn is_clean(&self, number: usize) -> bool {
+        self.conditions.get(number).is_some_and(|of_it| of_it.load(Relaxed) == Condition::Clean as u8)
+    }
+
+    /// Returns whether the command line lets devices that cannot be reset go from one guest to the next.
+    pub fn may_stay_unreset(&self) -> bool {
+        wanted::value(self.boot.command_line(), "unreset") == Some("allow")
     }
 
     /// Returns the guest that owns a device, and its name for the device. Looks at all devices.

@@ -15,6 +15,8 @@ compile_error!(
 );
 
 mod control;
+#[cfg(not(feature = "measure"))]
+mod engine;
 mod forward;
 mod guest;
 mod hypercall;
@@ -22,6 +24,8 @@ mod hypervisor;
 #[cfg(feature = "measure")]
 mod measure;
 mod memory;
+#[cfg(not(feature = "measure"))]
+mod restart;
 #[cfg(not(feature = "measure"))]
 mod scenes;
 mod service;
@@ -52,8 +56,13 @@ enum Failure {
     Machine(arch::machine::Error),
     Unit(unit::Error),
     Service(service::Failure),
+    #[cfg(not(feature = "measure"))]
+    Before(restart::Failure),
     NoGuestImage,
-    TooFewCores { present: usize, needed: usize },
+    TooFewCores {
+        present: usize,
+        needed: usize,
+    },
 }
 
 /// A machine in service.
@@ -102,6 +111,8 @@ fn bring_up(boot: Boot) -> Result<BroughtUp, Failure> {
     let (capabilities, registers) = (found.capabilities(), found.registers());
     defmt::info!("IOMMU: {}", capabilities);
     POOL.with(|pool| pool.adopt(boot.memory(), found.bus()));
+    #[cfg(not(feature = "measure"))]
+    restart::live(&boot, &config).map_err(Failure::Before)?;
     let unit = found.enable(|frames| memory::cut(&POOL, frames)).map_err(Failure::Unit)?;
     #[cfg(feature = "measure")]
     let ticks = cpu::ticks() - start;

@@ -4,8 +4,10 @@
 //! not hold. Frames are counted around each scene: one that leaves a frame taken has failed.
 
 mod interrupts;
+mod nested;
 mod pressure;
 mod recovery;
+mod restart;
 mod trust;
 
 use crate::{
@@ -40,6 +42,8 @@ mod task {
     pub const CLAIMS: u64 = 12;
     pub const FLOOD: u64 = 13;
     pub const BATCH: u64 = 14;
+    pub const NESTED: u64 = 15;
+    pub const REFUSED_INTERRUPT: u64 = 16;
 }
 
 /// How long a scene waits for a guest, in microseconds of the machine's time.
@@ -63,8 +67,14 @@ type Unexpected = &'static str;
 
 type Scene = fn(&Hypervisor, &Seen) -> Result<&'static str, Unexpected>;
 
-/// Each ordinary scene: its name, whether it needs devices that send page requests, and itself.
-const SCENES: [(&str, bool, Scene); 10] = [
+/// Its name, whether it needs devices that send page requests, and itself.
+type SceneOf = (&'static str, bool, Scene);
+
+/// Scenes that a command line names, at most.
+const NAMED: usize = 16;
+
+/// The ordinary scenes.
+static SCENES: [SceneOf; 10] = [
     ("deny", false, deny),
     ("allow", false, allow),
     ("event", true, event),
@@ -78,8 +88,10 @@ const SCENES: [(&str, bool, Scene); 10] = [
 ];
 
 /// Scenes that are shown only where the command line names them: each needs a boot, or a machine, that is made for it.
-const FURTHER: &[(&str, bool, Scene)] = &[
+static FURTHER: &[SceneOf] = &[
     ("recovery", false, recovery::recovery),
+    ("restart", true, restart::restart),
+    ("nested", true, nested::nested),
     ("storm", false, pressure::storm),
     ("overflow", true, pressure::overflow),
     ("staleness", true, pressure::staleness),
@@ -88,14 +100,20 @@ const FURTHER: &[(&str, bool, Scene)] = &[
     ("interrupts", true, interrupts::interrupts),
 ];
 
-/// Shows the scenes that were asked for; returns whether all of them passed.
+/// Shows the scenes that were asked for, in that order, or else the ordinary ones; returns whether all of them passed.
 pub fn run(hv: &Hypervisor) -> bool {
-    let wanted = wanted::scenes(hv.boot.command_line());
-    let ordinary = wanted.clone().next().is_none();
-    let is_named = |(name, ..): &(&str, bool, Scene)| wanted.clone().any(|one| one == *name);
-    let scenes = SCENES.into_iter().filter(|scene| ordinary || is_named(scene));
+    let mut named: Vec<&SceneOf, NAMED> = Vec::new();
+    for name in wanted::scenes(hv.boot.command_line()) {
+        match SCENES.iter().chain(FURTHER).find(|(known, ..)| *known == name) {
+            Some(scene) if named.push(scene).is_ok() => {}
+            _ => defmt::warn!("the scene {=str} is not known, or is one too many", name),
+        }
+    }
+    if named.is_empty() {
+        named.extend(&SCENES);
+    }
     let (mut ended, mut passed, mut skipped) = (0u32, 0u32, 0u32);
-    for (name, needs_requests, scene) in scenes.chain(FURTHER.iter().copied().filter(is_named)) {
+    for &(name, needs_requests, scene) in named {
         if needs_requests && requesters(hv).len() < GUESTS {
             defmt::warn!(
                 "scene skip name={=str} reason=there are no two devices that send page requests",
@@ -223,14 +241,22 @@ impl<'h> Writer<'h> {
     /// What it writes.
     const PATTERN: u32 = 0x1234_5678;
 
+    fn is_it(device: &Device) -> bool {
+        (device.function.vendor, device.function.device) == (0x1B36, 0x0005)
+    }
+
     fn find(hv: &'h Hypervisor) -> Result<Self, Unexpected> {
         Self::nth(hv, 0)
     }
 
     /// Returns the device of this kind before which there are `n` others.
     fn nth(hv: &'h Hypervisor, n: usize) -> Result<Self, Unexpected> {
-        let is_it = |d: &&Device| (d.function.vendor, d.function.device) == (0x1B36, 0x0005);
-        let device = hv.devices.iter().filter(is_it).nth(n).ok_or("there are too few iommu-testdevs")?;
+        let device = hv
+            .devices
+            .iter()
+            .filter(|device| Self::is_it(device))
+            .nth(n)
+            .ok_or("there are too few iommu-testdevs")?;
         device.function.enable_memory(&hv.config);
         let registers = memory::device(device.registers.clone()).ok_or("iommu-testdev is out of reach")?;
         Ok(Self { device, registers })
@@ -571,10 +597,12 @@ fn departure(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
     let ready = wait_for(hv, PATIENCE_US, || report(hv, 0, 1) == 1);
     let outstanding = hv.homes[0].outstanding(hv.ledger);
     let enables = enables_of(hv, devices[0]);
+    let registers = registers_in_use(hv, devices[0])?;
     let ram = hv.homes[0].ram.load(Relaxed);
     guest::stop(hv, 0);
     let ending = ending_of(hv, 0)?;
     let enables_left = enables_of(hv, devices[0]);
+    let registers_left = registers_in_use(hv, devices[0])?;
     expect(ready, "the guest has no requests outstanding")?;
     expect(ending == Ending::Stopped, "the guest ended by itself")?;
     let (left, _) = tally_of(hv, 0)?;
@@ -587,6 +615,10 @@ fn departure(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
     seen.count("enables_left", enables_left);
     expect(enables >= 3, "a guest's device does not ask for pages")?;
     expect(enables_left == 0, "a device that is nobody's may issue requests, of one kind or another")?;
+    seen.count("registers_in_use", registers);
+    seen.count("registers_left", registers_left);
+    expect(registers > 0, "a guest's device has nothing to do")?;
+    expect(registers_left == 0, "a device keeps what its last owner told it")?;
     let words_left = words_left_in(hv, ram)?;
     seen.count("words_left_in_memory", words_left);
     expect(words_left == 0, "memory is handed out with what the last owner left there")?;
@@ -595,9 +627,35 @@ fn departure(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
     let (tally, _) = tally_of(hv, 0)?;
     seen.count("groups_of_the_next_owner", tally.opened);
     expect(tally.succeeded > 0 && report(hv, 0, 4) == 0, "the next owner's requests were not served")?;
-    Ok(
-        "every request was answered, the device switched off, its memory came back and is handed out empty; a new guest repairs",
-    )
+
+    let without_reset = hv.devices.iter().position(Writer::is_it).ok_or("there is no iommu-testdev")?;
+    perform(hv, 1, [task::WATCH, 1, 0], without_reset)?;
+    guest::start(hv, 1, [task::WATCH, 1, 0], &[without_reset]);
+    let again = ending_of(hv, 1)?;
+    seen.count("given_again_without_reset", (again != Ending::NotStarted).into());
+    let expected = if hv.may_stay_unreset() { Ending::Finished { passed: true } } else { Ending::NotStarted };
+    expect(
+        again == expected,
+        "a device without reset was given to the next guest, or refused although it may be",
+    )?;
+    Ok(match again {
+        Ending::NotStarted => {
+            "every request was answered, the device switched off and reset, its memory came back and is handed out empty; a new guest repairs; a device without reset is given to nobody else"
+        }
+        _ => {
+            "every request was answered, the device switched off and reset, its memory came back and is handed out empty; a new guest repairs; a device without reset was given on, as the command line allows"
+        }
+    })
+}
+
+/// Counts the registers of a `sva-dev` that differ from what they are after a reset: those of its lanes, and its counters.
+fn registers_in_use(hv: &Hypervisor, number: usize) -> Result<u64, Unexpected> {
+    const COUNTERS: core::ops::Range<usize> = 0x010..0x028;
+    const LANES: core::ops::Range<usize> = 0x100..0x300;
+    let device = hv.devices.get(number).ok_or("there is no such device")?;
+    let registers = memory::device(device.registers.clone()).ok_or("a device is out of reach")?;
+    let words = COUNTERS.step_by(4).chain(LANES.step_by(4));
+    Ok(words.filter(|&at| registers.read32(at) != 0).count() as u64)
 }
 
 /// Counts what a device may do, as its configuration space has it: master the bus, translate (ATS), ask for pages (PRI), name

@@ -1,8 +1,8 @@
 //! The tables that translate what a device issues, in the stage that the unit has for it.
 
-use crate::memory;
+use crate::{memory, wanted};
 use arch::unit;
-use iommu::{Capabilities, Grant, Perms, Translation};
+use iommu::{Capabilities, FirstStage, Grant, Perms, Translation};
 use pgtable::{Error, Frames, Gather, Limits, Tree};
 
 /// A stage of translation.
@@ -15,9 +15,11 @@ pub enum Stage {
 }
 
 impl Stage {
-    /// Returns the stage by which devices are translated: the first where there is one.
-    pub fn of(capabilities: &Capabilities) -> Self {
-        if capabilities.stage1 { Self::First } else { Self::Second }
+    /// Returns the stage by which devices are translated: the first where there is one, unless the command line says
+    /// `stage=2` and there is a second.
+    pub fn of(capabilities: &Capabilities, command_line: &str) -> Self {
+        let asked = wanted::value(command_line, "stage") == Some("2");
+        if capabilities.stage1 && !(asked && capabilities.stage2) { Self::First } else { Self::Second }
     }
 }
 
@@ -37,6 +39,26 @@ impl DeviceTables {
             Stage::First => Self::First(Tree::new(frames, Limits::PAGES)?),
             Stage::Second => Self::Second(Tree::new(frames, Limits::PAGES)?),
         })
+    }
+
+    /// Makes second-stage tables in which `memory` is a guest's, from its address 0 on.
+    pub fn of_guest(frames: &mut impl Frames, memory: &Grant) -> Result<Self, Error> {
+        let tree = Tree::new(frames, Limits::PAGES)?;
+        match tree.map(frames, 0, memory, Perms::READ_WRITE) {
+            Ok(()) => Ok(Self::Second(tree)),
+            Err(error) => {
+                tree.take_down(frames);
+                Err(error)
+            }
+        }
+    }
+
+    /// Names the tables for the unit as what is behind a first stage that a guest owns.
+    pub fn behind(&self, first: FirstStage) -> Translation {
+        match self {
+            Self::First(tree) => Translation::Nested { first, second: memory::root(tree) },
+            Self::Second(tree) => Translation::Nested { first, second: memory::root(tree) },
+        }
     }
 
     /// Names the tables for the unit.

@@ -154,6 +154,7 @@ impl Demonstration {
             removals: &transcript.removals,
             with_device_tlb: variant.with_device_tlb,
             trusted: variant.trusted,
+            restarts: variant.restarts,
             detachments: true,
         };
         let trace = Trace::judge(BufReader::new(trace), &told)?;

@@ -26,12 +26,15 @@ Options:
                      (ordinary: the machine as it comes;
                      second-stage: devices are translated by second-stage tables;
                      legacy: the same in VT-d's legacy mode;
-                     pressure: queues overflow, devices remember)
+                     pressure: queues overflow, devices remember;
+                     nested: a guest owns first-stage tables (aarch64);
+                     restart: the unit is on already, and devices go on)
   --scene NAME       show this scene only; may be given several times
                      (deny allow event repair silence forgery restraint
                      claims departure isolation; on x86_64: interrupts;
                      of pressure: recovery storm overflow staleness batch;
-                     of second-stage and legacy: trust)
+                     of second-stage and legacy: trust; of restart: restart;
+                     of nested: nested)
   --keep             keep each boot's files (serial.bin, log.txt, trace.txt, stderr.txt) and say where
   --offline          download nothing
   --timeout SECONDS  limit for each boot (60)

@@ -72,6 +72,19 @@ impl Removal {
         }
     }
 
+    /// Returns it as the unit is told of it: a command for a second stage of SMMUv3 has 56 bits of an address, which is more
+    /// than any second stage has, so that nothing is remembered of what lies beyond.
+    fn as_commanded(self, told: &Told<'_>) -> Self {
+        let short = told.machine == Machine::Aarch64 && told.tables == Tables::Second;
+        let cut = |iova: u64| if short { iova & ((1 << 56) - 1) } else { iova };
+        let part = match self.part {
+            Part::Pages { iova, pages } => Part::Pages { iova: cut(iova), pages },
+            Part::Entry { number, iova, pages } => Part::Entry { number, iova: cut(iova), pages },
+            part => part,
+        };
+        Self { part, ..self }
+    }
+
     /// What has to happen for it, in order: each cache is filled from the one before.
     fn steps(&self, machine: Machine, has_device_tlb: bool) -> Vec<Step> {
         let steps: &[Step] = match self.part {
@@ -161,6 +174,8 @@ impl Taken {
 enum Sight {
     /// Translation was switched on or off.
     Translation(bool),
+    /// The unit is being brought up: what it was told before is about tables that are no more.
+    BringUp,
     /// A device got past translation: the one with this stream, if the trace tells.
     Bypass(Option<u64>),
     /// A step was taken from the queue.
@@ -186,6 +201,8 @@ pub(crate) struct Told<'t> {
     pub(crate) with_device_tlb: &'t [u64],
     /// The streams of the devices that may get past translation.
     pub(crate) trusted: &'t [u64],
+    /// Whether it took over a unit that was on. An SMMUv3 then goes off, and refuses everything meanwhile; a VT-d unit stays on.
+    pub(crate) restarts: bool,
     /// Whether it tells of detachments. Where there were unmaps there are detachments in the end.
     pub(crate) detachments: bool,
 }
@@ -242,7 +259,9 @@ impl Trace {
             trace.find("translation was never switched on".into());
         }
         let told = all.removals.iter().any(|removal| removal.part == Part::All);
-        if all.detachments && !told && !all.removals.is_empty() {
+        // A device that was blocked need not have been attached.
+        let attached = all.removals.iter().any(|removal| removal.part != Part::Device);
+        if all.detachments && !told && attached {
             trace.find("the hypervisor removed mappings and told of no detachment".into());
         }
         // Where the search for an address space's next batch begins, and whether that one is of entries before.
@@ -251,6 +270,7 @@ impl Trace {
         // looks like a detachment.
         let looks_like_one = |part| part != Part::Device || all.tables == Tables::Legacy;
         for removal in all.removals.iter().filter(|removal| looks_like_one(removal.part)) {
+            let removal = &removal.as_commanded(all);
             let steps = removal.steps(all.machine, all.with_device_tlb.contains(&removal.stream));
             let (from, of_entries) = next.entry((removal.stream, removal.pasid)).or_default();
             let is_entry = matches!(removal.part, Part::Entry { .. });
@@ -299,17 +319,24 @@ impl Trace {
             Machine::Aarch64 => smmu::read(event, text),
         };
         let (mut taken, mut batch, mut batches) = (Vec::new(), Batch::new(), Vec::new());
+        let mut translates = false;
         for line in lines.split(b'\n') {
             let line = line.map_err(|source| Error::Io { doing: "reading QEMU's trace".into(), source })?;
             let line = String::from_utf8_lossy(&line);
             let (event, text) = line.split_once(' ').unwrap_or((&line, ""));
             match read(event, text.trim_end()) {
                 Some(Sight::Translation(on)) => {
-                    if self.enabled && !on {
+                    let goes_off = all.restarts && all.machine == Machine::Aarch64;
+                    if self.enabled && !on && !goes_off {
                         self.find("translation was switched off again".into());
                     }
                     self.enabled |= on;
+                    if on && !translates {
+                        (taken, batch, batches) = Default::default();
+                    }
+                    translates = on;
                 }
+                Some(Sight::BringUp) => (taken, batch, batches) = Default::default(),
                 Some(Sight::Bypass(Some(stream))) if all.trusted.contains(&stream) => {}
                 Some(Sight::Bypass(_)) if self.enabled => {
                     self.bypassed += 1;
@@ -477,7 +504,15 @@ mod tests {
         fn told<'t>(&self, removals: &'t [Removal]) -> Told<'t> {
             let machine = self.machine;
             let tables = Tables::First;
-            Told { machine, tables, removals, with_device_tlb: &[], trusted: &[], detachments: false }
+            Told {
+                machine,
+                tables,
+                removals,
+                with_device_tlb: &[],
+                trusted: &[],
+                restarts: false,
+                detachments: false,
+            }
         }
 
         fn judge_told(&self, lines: &[&str], told: &Told<'_>) -> Trace {
@@ -780,6 +815,11 @@ mod tests {
 
             assert!(judge(&[FOUR_PAGES], false) && !judge(&[FOUR_PAGES], true));
             assert!(judge(&[], true), "nothing was attached");
+            let blocked = [Removal { part: Part::Device, ..FOUR_PAGES }];
+            let told = Told { detachments: true, ..words.told(&blocked) };
+            let trace = words.judge_told(&[words.on, words.pages, words.wait], &told);
+            let of_none = |finding: &String| finding.contains("told of no detachment");
+            assert!(!trace.findings.iter().any(of_none), "blocked without having been attached: {trace:?}");
         }
     }
 
@@ -826,6 +866,50 @@ mod tests {
             assert_eq!(off.findings, ["translation was switched off again"]);
             assert!(!never.clean() && !off.clean());
         }
+    }
+
+    #[test]
+    fn only_an_smmu_that_is_taken_over_goes_off_and_even_then_nothing_gets_past_it() {
+        for words in &WORDS {
+            let told = Told { restarts: true, ..words.told(&[]) };
+            let judge = |between: &[&str]| {
+                let lines = [&[words.on, words.off], between, &[words.on]].concat();
+                words.judge_told(&lines, &told).clean()
+            };
+
+            assert_eq!(judge(&[]), words.machine == Machine::Aarch64);
+            assert!(!judge(&[words.bypass]));
+        }
+    }
+
+    #[test]
+    fn what_a_unit_was_told_before_it_is_brought_up_does_not_count() {
+        let [vtd, smmu] = &WORDS;
+        let again = "vtd_reg_write_gcmd status 0xc6000000 val 0x86000000";
+        for (words, again) in [(vtd, &[again][..]), (smmu, &[smmu.off, smmu.on])] {
+            let judge = |first: &str, second: &[&str]| {
+                let lines = [&[first, words.wait, words.doorbell], again, second].concat();
+                words.judge(&lines, &[FOUR_PAGES]).invalidated
+            };
+
+            assert_eq!(judge(words.pages, &[]), 0);
+            assert_eq!(judge(words.all, &[words.pages]), 1);
+        }
+    }
+
+    #[test]
+    fn what_no_second_stage_of_an_smmu_reaches_is_cut_to_what_its_commands_hold() {
+        const CUT: &str =
+            "smmuv3_range_inval vmid=5 asid=-1 addr=0xfffffffffff000 tg=0 num_pages=0x1 ttl=0 leaf=1 stage=2";
+        let words = &WORDS[1];
+        let last = Removal { part: Part::Pages { iova: u64::MAX - 4095, pages: 1 }, ..FOUR_PAGES };
+        let removals = [last];
+        let judge = |tables| {
+            let told = Told { tables, ..words.told(&removals) };
+            words.judge_told(&[words.on, CUT, words.wait], &told).invalidated
+        };
+
+        assert_eq!((judge(Tables::Second), judge(Tables::First)), (1, 0));
     }
 
     #[test]

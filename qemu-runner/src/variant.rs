@@ -30,6 +30,8 @@ pub(crate) struct Variant {
     pub(crate) with_device_tlb: &'static [u64],
     /// Requester IDs of the devices that the hypervisor is told to trust: they may get past translation.
     pub(crate) trusted: &'static [u64],
+    /// Whether the unit is taken over from a life of the hypervisor before this one.
+    pub(crate) restarts: bool,
     /// What it shows, in order.
     pub(crate) scenes: &'static [Scene],
 }
@@ -81,7 +83,7 @@ impl Scene {
 
 /// Devices interrupt by entries of their own. QEMU names both devices when one of them uses the other's.
 const INTERRUPTS: Scene =
-    Scene::requests("interrupts").witnessed("invalid IRTE SID (index=0, sid=40, source_id=32)");
+    Scene::requests("interrupts").witnessed("invalid IRTE SID (index=1, sid=40, source_id=32)");
 
 /// QEMU's VT-d with first-stage tables, and interrupts for x2APIC IDs.
 const VTD_FIRST: &str = "intel-iommu,scalable-mode=on,fsts=on,device-iotlb=on,pasid-bits=20,eim=on";
@@ -109,6 +111,7 @@ const X86_64: Variant = Variant {
     tables: Tables::First,
     with_device_tlb: &PLUGIN_DEVICES,
     trusted: &[],
+    restarts: false,
     scenes: &[
         Scene::plain("deny"),
         Scene::plain("allow"),
@@ -135,6 +138,7 @@ const AARCH64: Variant = Variant {
     tables: Tables::First,
     with_device_tlb: &PLUGIN_DEVICES,
     trusted: &[],
+    restarts: false,
     scenes: &[
         Scene::plain("deny"),
         Scene::plain("allow"),
@@ -233,6 +237,31 @@ pub(crate) static VARIANTS: &[Variant] = &[
             Scene::doubled("staleness"),
             Scene::doubled("batch"),
         ],
+        ..AARCH64
+    },
+    Variant {
+        name: Some("nested"),
+        told: "stage=2",
+        tables: Tables::Second,
+        scenes: &[
+            Scene::plain("allow").witnessed("smmu_ptw_level stage=2"),
+            Scene::doubled("repair"),
+            Scene::requests("nested").witnessed("smmu_ptw_level stage=3 level=0 iova=0x55000000"),
+        ],
+        ..AARCH64
+    },
+    Variant {
+        name: Some("restart"),
+        told: "restart=warm",
+        restarts: true,
+        scenes: &[Scene::requests("restart"), Scene::requests("repair")],
+        ..X86_64
+    },
+    Variant {
+        name: Some("restart"),
+        told: "restart=warm",
+        restarts: true,
+        scenes: &[Scene::requests("restart"), Scene::doubled("repair")],
         ..AARCH64
     },
 ];

@@ -10,7 +10,7 @@ use crate::{
 };
 use core::{fmt, iter, ops::Range, ptr, slice};
 use heapless::Vec;
-use iommu::{PAGE_SIZE, PhysAddr};
+use iommu::{PAGE_SIZE, PhysAddr, StreamId};
 
 pub use crate::ecam::Ecam;
 
@@ -235,6 +235,14 @@ impl Boot {
     /// Returns the RAM that can be used, in whole blocks.
     pub(crate) fn ram(&self) -> &[Range<u64>] {
         &self.ram
+    }
+
+    /// Returns whether firmware goes on using memory through `device`, so that it cannot be given away.
+    ///
+    /// The device tree names devices by node (`iommu-addresses` of reserved memory), and PCI functions mostly have none: where
+    /// it names any, it is taken to name this one.
+    pub fn firmware_uses(&self, _: &Ecam, _: StreamId) -> bool {
+        self.tree.reserves_for_devices()
     }
 
     /// Returns the command line; empty if there is none, or it is not UTF-8.

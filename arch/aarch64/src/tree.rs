@@ -167,6 +167,12 @@ impl Tree {
         }))
     }
 
+    /// Returns whether memory is reserved for what some device does to it.
+    pub(crate) fn reserves_for_devices(&self) -> bool {
+        let mut nodes = self.child("reserved-memory").into_iter().flat_map(|node| node.children());
+        nodes.any(|node| node.property("iommu-addresses").is_some())
+    }
+
     /// Returns the affinities of the cores that can be started by PSCI.
     pub(crate) fn affinities(&self) -> impl Iterator<Item = u64> {
         let is_core = |node: &FdtNode<'_>| {

@@ -11,6 +11,7 @@ use crate::{
 use core::{fmt, ops::Range};
 use heapless::Vec;
 use iommu::{Capabilities, DmaBuf, FaultRecord, Invalidations, Message, PhysAddr, StreamId};
+use pcie::DeviceTlb;
 use smmuv3::tree::{self, Wire};
 
 /// The event side of the unit.
@@ -26,6 +27,14 @@ pub type FirstStage = pgtable::Stage1<12, 48>;
 pub type SecondStage = pgtable::Stage2<12, 44>;
 /// The format of tables that translate what guests issue: 4 levels of 4 KiB, 44 bits.
 pub type GuestTables = pgtable::Stage2<12, 44>;
+
+/// Whether the unit refuses translation requests for less than a page, so that a device must send none such.
+pub const WHOLE_PAGES_ALONE: bool = false;
+
+/// Tells the unit what invalidations of a device TLB need: an SMMU asks for nothing but the stream.
+pub fn describe_device_tlb(_: &mut Commands, _: StreamId, _: &DeviceTlb) -> Result<(), iommu::Error> {
+    Ok(())
+}
 
 /// Why there is no IOMMU in service.
 #[derive(Clone, Copy, Debug, defmt::Format)]
@@ -150,6 +159,8 @@ pub fn refused_interrupt(_: &FaultRecord) -> Option<(&'static str, u16)> {
 const LAST_STREAMS: [StreamId; 2] = [StreamId(0xFFFF), StreamId(0xFF)];
 /// Tables of the second level of the stream table, where it has two: devices are on bus 0.
 const SECOND_LEVEL_TABLES: usize = 1;
+/// Frames for context descriptors: of devices with PASIDs, or of a guest's first stage.
+const CONTEXT_FRAMES: usize = 8;
 /// Frames of the command queue: 256 entries.
 const COMMAND_FRAMES: usize = 1;
 /// Frames of the event queue: 128 entries.
@@ -242,11 +253,16 @@ impl Found {
                 let _ = second_level.push(cut(frames(streams.second_level_words))?);
             }
         }
+        let mut context_tables = Vec::new();
+        for _ in 0..CONTEXT_FRAMES {
+            // There is room: the constant is small.
+            let _ = context_tables.push(cut(1)?);
+        }
         let memory = smmuv3::Memory {
             stream_table: cut(frames(streams.words))?,
             second_level,
             contexts: cut(1)?,
-            context_tables: Vec::new(),
+            context_tables,
             empty_table: cut(1)?,
             command_queue: cut(COMMAND_FRAMES)?,
             event_queue: cut(EVENT_FRAMES)?,

@@ -9,6 +9,7 @@ use core::{fmt, iter, ops::Range, ptr, slice};
 use heapless::Vec;
 use iommu::{PAGE_SIZE, PhysAddr, StreamId};
 use pcie::ConfigSpace;
+use vtd::dmar::{Dmar, Requester, Reserved};
 
 /// Why something about the machine is not as it is needed.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, defmt::Format)]
@@ -400,6 +401,15 @@ impl Boot {
             return Err(Error::OutOfReach { what: "configuration space", address: base });
         }
         Ok(Ecam { base: base as usize, first_bus, last_bus })
+    }
+
+    /// Returns whether firmware goes on using memory through `device`, so that it cannot be given away (`RMRR` of the `DMAR`
+    /// table). If the table cannot be read, so it is for all that is known.
+    pub fn firmware_uses(&self, config: &Ecam, device: StreamId) -> bool {
+        let Some(table) = self.acpi_table(b"DMAR") else { return false };
+        let buses = |of: Requester| pcie::buses_behind(config, of.id);
+        let device = Requester { segment: 0, id: device };
+        Dmar::new(table).map_or(true, |table| table.kept_mapped(device, Reserved::Refuse, buses).is_err())
     }
 
     /// Returns whether a part of `range` belongs to the machine, so that it cannot be the registers of a device.

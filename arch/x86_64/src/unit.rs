@@ -10,6 +10,7 @@ use crate::{
 use core::{fmt, ops::Range};
 use heapless::Vec;
 use iommu::{Capabilities, DmaBuf, FaultRecord, Invalidations, Message, PhysAddr, StreamId};
+use pcie::DeviceTlb;
 use vtd::{
     dmar::{self, Dmar},
     remap,
@@ -28,6 +29,19 @@ pub type FirstStage = pgtable::VtdFirstStage;
 pub type SecondStage = pgtable::VtdSecondStage;
 /// The format of tables that translate what guests issue.
 pub type GuestTables = pgtable::SvmNested;
+
+/// Whether the unit refuses translation requests for less than a page, so that a device must send none such.
+pub const WHOLE_PAGES_ALONE: bool = true;
+
+/// Tells the unit what invalidations of a device TLB need: the physical function of `stream`, and how many may be
+/// outstanding there.
+pub fn describe_device_tlb(
+    commands: &mut Commands,
+    stream: StreamId,
+    device_tlb: &DeviceTlb,
+) -> Result<(), iommu::Error> {
+    commands.describe(stream, device_tlb.physical, device_tlb.invalidate_queue_depth)
+}
 
 /// Lets the unit interrupt `core`. What it reported before may or may not interrupt: look once afterwards.
 pub fn enable_interrupts(events: &mut Events, core: usize) -> Result<(), iommu::Error> {

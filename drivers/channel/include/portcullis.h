@@ -71,6 +71,11 @@ enum portcullis_call {
     /* Reads the counters of a device. Arguments: device, guest address, bytes. Writes whole words, as many as
      * there are and fit (counters). Returns the bytes written. */
     PORTCULLIS_CALL_COUNTERS = 8,
+    /* Attaches a device by a first stage of the guest's own, whose addresses are the guest's. Arguments: device, guest
+     * address of its SMMUv3 stream table entry, as the guest would write it for an SMMU without a second stage, opaque
+     * value. Returns a name for the attachment, for which nothing is mapped by call. What the guest changes in its
+     * tables it has forgotten by Call::Invalidate, as commands of SMMUv3. */
+    PORTCULLIS_CALL_BIND = 9,
     /* Demonstration: what this guest is to do. Returns a task and two values. */
     PORTCULLIS_CALL_TASK = 256,
     /* Demonstration: a line for the log. Arguments: guest address, bytes (at most 128). */

@@ -46,6 +46,11 @@ numbered! {
         /// Reads the counters of a device. Arguments: device, guest address, bytes. Writes whole words, as many as
         /// there are and fit ([`counters`](crate::counters)). Returns the bytes written.
         Counters = 8,
+        /// Attaches a device by a first stage of the guest's own, whose addresses are the guest's. Arguments: device, guest
+        /// address of its SMMUv3 stream table entry, as the guest would write it for an SMMU without a second stage, opaque
+        /// value. Returns a name for the attachment, for which nothing is mapped by call. What the guest changes in its
+        /// tables it has forgotten by [`Call::Invalidate`], as commands of SMMUv3.
+        Bind = 9,
 
         /// Demonstration: what this guest is to do. Returns a task and two values.
         Task = 0x100,
@@ -120,7 +125,7 @@ mod tests {
         for number in (0..16).chain(0x100..0x110) {
             assert!(Call::from_number(number).is_none_or(|call| call as u64 == number));
         }
-        let [respond, invalidate, counters, none] = [6, 7, 8, 9].map(Call::from_number);
+        let [respond, invalidate, counters, none] = [6, 7, 8, 10].map(Call::from_number);
         assert_eq!((respond, invalidate), (Some(Call::Respond), Some(Call::Invalidate)));
         assert_eq!((counters, none), (Some(Call::Counters), None));
     }

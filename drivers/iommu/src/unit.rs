@@ -46,8 +46,9 @@ pub trait Commands {
     fn poll(&mut self, ticket: Ticket) -> Completion;
     /// Takes the queue one step out of an error, and returns what had stopped it; `None` when nothing does.
     ///
-    /// To be called, again and again until it returns `None`, after [`Event::CommandsFailed`]: each call deals with one
-    /// error, in a bounded number of register accesses. What was queued behind the error is executed.
+    /// To be called, again and again until it returns `None`, after [`Event::CommandsFailed`], and when a ticket that was
+    /// polled has failed: each call deals with one error, in a bounded number of register accesses. What was queued behind
+    /// the error is executed.
     fn recover(&mut self) -> Option<Failure>;
 }
 

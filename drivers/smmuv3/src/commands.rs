@@ -116,8 +116,15 @@ impl Command {
     }
 
     /// Forgets the stage 2 translation of one page (`CMD_TLBI_S2_IPA`, leaf entries only).
+    ///
+    /// Address bits from 56 on are reserved, and no second stage has a page there.
     pub fn tlbi_s2_ipa(vmid: u16, iova: Iova) -> Self {
-        Self::default().with(Self::OPCODE, 0x2A).with(Self::VMID, vmid.into()).page(iova, Part::Leaf)
+        const ADDRESS: Field<Command> = Field::bits(119, 76);
+        Self::default()
+            .with(Self::OPCODE, 0x2A)
+            .with(Self::VMID, vmid.into())
+            .with(Self::LEAF, 1)
+            .with_address(ADDRESS, iova.0)
     }
 
     /// Forgets all translations that are neither Secure nor of the hypervisor's own streams (`CMD_TLBI_NSNH_ALL`).
@@ -295,16 +302,36 @@ impl Batch {
 /// What may be on its way once at a time.
 const DEVICE_TLB: &str = "invalidation of a device TLB";
 
-/// A batch that the unit has not done yet.
+/// A batch that the unit has not done yet, in one word: there are many.
 #[derive(Clone, Copy, Debug)]
-struct Underway {
-    /// Commands queued when it was queued; its ticket.
-    end: u64,
-    /// Commands in it.
-    length: u8,
+struct Underway(u64);
+
+impl Underway {
+    /// Bits for the commands in it.
+    const LENGTH: u32 = 6;
+
+    /// A batch of `length` commands, after which `end` commands were queued; of some `device` is to forget something.
+    fn new(end: u64, length: usize, device: bool) -> Self {
+        Self(end << (Self::LENGTH + 1) | (length as u64) << 1 | u64::from(device))
+    }
+
+    /// Returns its ticket.
+    fn end(self) -> u64 {
+        self.0 >> (Self::LENGTH + 1)
+    }
+
+    /// Returns how many commands were queued before it.
+    fn start(self) -> u64 {
+        self.end() - (self.0 >> 1 & ((1 << Self::LENGTH) - 1))
+    }
+
     /// Whether a device is to forget something.
-    device: bool,
+    fn asks_a_device(&self) -> bool {
+        self.0 & 1 != 0
+    }
 }
+
+const _: () = assert!(BATCH < 1 << Underway::LENGTH, "the length of a batch fits");
 
 /// Tickets that failed: the newest by themselves, and all up to one that is older.
 ///
@@ -551,7 +578,7 @@ impl<B: Bus> Commands<B> {
     /// Returns how many commands the unit has consumed, and forgets the batches that are done.
     fn consumed(&mut self) -> u64 {
         let consumed = self.queue.consumed(&self.bus);
-        while self.underway.front().is_some_and(|batch| batch.end <= consumed) {
+        while self.underway.front().is_some_and(|batch| batch.end() <= consumed) {
             self.underway.pop_front();
         }
         consumed
@@ -570,8 +597,8 @@ impl<B: Bus> Commands<B> {
         let at = self.consumed();
         self.helped = if self.helped.0 == at { (at, self.helped.1 + 1) } else { (at, 1) };
         let Some(command) = self.queue.command(at) else { return self.stop() };
-        let batch = self.underway.iter().find(|batch| at < batch.end);
-        let ticket = batch.filter(|batch| batch.end - u64::from(batch.length) <= at).map(|batch| batch.end);
+        let batch = self.underway.iter().find(|batch| at < batch.end());
+        let ticket = batch.filter(|batch| batch.start() <= at).map(|batch| batch.end());
         let (cause, stream, limit) = match code {
             ILLEGAL => (FailureCause::Refused, command.stream(), 1),
             // Each command of the batch to a device may have its own turn to be too late.
@@ -620,12 +647,11 @@ impl<B: Bus> iommu::Commands for Commands<B> {
         if self.stopped {
             return Err(Error::Failed { ticket: Ticket(self.queue.produced()) });
         }
-        let asks_a_device = |batch: &Underway| batch.device;
         let device = batch.device.is_some();
-        if self.underway.is_full() || device && self.underway.iter().any(asks_a_device) {
+        if self.underway.is_full() || device && self.underway.iter().any(Underway::asks_a_device) {
             self.consumed();
         }
-        if device && self.underway.iter().any(asks_a_device) {
+        if device && self.underway.iter().any(Underway::asks_a_device) {
             return Err(Error::Busy { what: DEVICE_TLB });
         }
         let needed = batch.commands.len();
@@ -633,8 +659,8 @@ impl<B: Bus> iommu::Commands for Commands<B> {
             return Err(Error::QueueFull { needed, free: 0 });
         }
         let end = self.queue.push(&self.bus, &batch.commands, self.reserve)?;
-        // There is room, and a batch is short.
-        let _ = self.underway.push_back(Underway { end, length: needed as u8, device });
+        // There is room.
+        let _ = self.underway.push_back(Underway::new(end, needed, device));
         Ok(Ticket(end))
     }
 

@@ -42,11 +42,14 @@ impl ContextDescriptor {
     const OWN_ASID: Field<Self> = Field::bit(47);
     const ASID: Field<Self> = Field::bits(63, 48);
     const ROOT: Field<Self> = Field::bits(119, 68);
-    const MEMORY_0: Field<Self> = Field::bits(199, 192);
+    const MEMORY: Field<Self> = Field::bits(223, 192);
+
+    /// Memory attributes 0 to 2: normal memory, write-back; device memory (nGnRE); normal memory, not cached.
+    const MEMORY_KINDS: u64 = 0x44_04_FF;
 
     /// Translates the lower half of the address space, 48 bits, by tables of 4 levels of 4 KiB at `root`.
     ///
-    /// Faults are recorded (R) and abort the access (A). Memory attribute 0 is normal memory, write-back.
+    /// Faults are recorded (R) and abort the access (A).
     pub fn new(root: PhysAddr, asid: u16, walks: Walks) -> Self {
         Self::default()
             .with(Self::INPUT_SIZE, 64 - 48)
@@ -62,7 +65,7 @@ impl ContextDescriptor {
             .with(Self::OWN_ASID, 1)
             .with(Self::ASID, asid.into())
             .with_address(Self::ROOT, root.0)
-            .with(Self::MEMORY_0, 0xFF)
+            .with(Self::MEMORY, Self::MEMORY_KINDS)
     }
 
     /// Has accesses that meet a fault wait for an answer (S).
@@ -72,7 +75,7 @@ impl ContextDescriptor {
 
     /// Is not valid, and names the tables at `root`, which are empty.
     pub fn unused(root: PhysAddr) -> Self {
-        Self::default().with_address(Self::ROOT, root.0).with(Self::MEMORY_0, 0xFF)
+        Self::default().with_address(Self::ROOT, root.0).with(Self::MEMORY, Self::MEMORY_KINDS)
     }
 }
 
@@ -373,7 +376,7 @@ mod tests {
         let walks = Walks { coherent: true, address_size: 5 };
         let context = ContextDescriptor::new(PhysAddr(0x1_0203_0000), 1, walks);
 
-        assert_eq!(context.0, [0x0001_E205_C000_3510, 0x1_0203_0000, 0, 0xFF, 0, 0, 0, 0]);
+        assert_eq!(context.0, [0x0001_E205_C000_3510, 0x1_0203_0000, 0, 0x44_04FF, 0, 0, 0, 0]);
         assert_eq!(context.stalling().0[0], 0x0001_F205_C000_3510);
     }
 

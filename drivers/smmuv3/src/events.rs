@@ -1,9 +1,10 @@
 //! What the unit reports: page requests, faults and errors of its own.
 
 use crate::{
-    STALLING, interrupts,
+    STALLING,
+    interrupts::{self, Messages},
     queue::{EVENT_WORDS, REQUEST_WORDS, ReportQueue},
-    regs::{self, ERRORS, GERROR},
+    regs::{self, ERRORS, GERROR, IDR0},
     stalls,
 };
 use heapless::Vec;
@@ -386,6 +387,16 @@ impl<B: Bus> Events<B> {
     /// the unit once afterwards.
     pub fn enable_interrupts(&mut self) -> Result<(), Error> {
         interrupts::enable(&self.bus, self.requests.is_some())
+    }
+
+    /// Lets the unit interrupt by messages instead, where it can (`IDR0.MSI`). The same holds of them.
+    ///
+    /// On an error interrupts are off.
+    pub fn enable_messages(&mut self, messages: &Messages) -> Result<(), Error> {
+        if !regs::IDR0.read(&self.bus).is_set(IDR0::MSI) {
+            return Err(Error::Unsupported { feature: "IDR0.MSI" });
+        }
+        interrupts::enable_messages(&self.bus, messages, self.requests.is_some())
     }
 
     /// Returns the errors that are active.

@@ -153,7 +153,8 @@ pub enum GuestRequest {
         /// Of which PASID; `None` is of all.
         pasid: Option<Pasid>,
     },
-    /// To forget translations of its first stage, of all its attachments.
+    /// To forget translations of its first stage, of all its attachments. A page table that is a first stage by itself
+    /// ([`iommu::FirstStage::Pages`]) has ASID 0.
     FirstStage {
         /// Of which address space; `None` is of all.
         asid: Option<u16>,
@@ -503,5 +504,33 @@ mod tests {
         }
         assert_eq!(GuestCommand([0x40, 0]).request(true, false), Err(Refused("opcode")));
         assert_eq!(GuestCommand([0x0090_0012, 0x4020_0701]).request(false, true), Err(Refused("TG")));
+    }
+
+    #[test]
+    fn no_command_of_a_guest_is_more_than_its_fields() {
+        let mut state = 0x2545_F491_4F6C_DD1D;
+        let mut allowed = 0;
+        for _ in 0..100_000 {
+            let (at, sparse) = (random(&mut state) as usize % COMMANDS.len(), random(&mut state));
+            let (opcode, first, second) = COMMANDS[at];
+            let few = |state: &mut u64| random(state) & random(state) & random(state) & random(state);
+            let mut words = [random(&mut state) & first | opcode, random(&mut state) & second];
+            if sparse & 1 != 0 {
+                words[0] ^= few(&mut state) & few(&mut state);
+                words[1] ^= few(&mut state) & few(&mut state);
+            }
+
+            let Ok(request) = GuestCommand(words).request(sparse & 2 != 0, sparse & 4 != 0) else { continue };
+
+            allowed += 1;
+            let known = COMMANDS.iter().find(|known| known.0 == words[0] & 0xFF).expect("it was allowed");
+            assert_eq!((words[0] & !(known.1 | 0xFF), words[1] & !known.2), (0, 0), "{words:#x?}");
+            if let GuestRequest::FirstStage { pages: Some((_, pages)), .. }
+            | GuestRequest::DeviceTlb { pages: Some((_, pages)), .. } = request
+            {
+                assert!((1..=1 << 51).contains(&pages), "{words:#x?}");
+            }
+        }
+        assert!(allowed > 1000, "{allowed} were allowed");
     }
 }

@@ -8,7 +8,7 @@
 //!
 //! What it assumes of the hardware: VMSAv8-64 tables with pages of 4 KiB, little-endian, faults that need not stall, and
 //! tables and queues where the driver puts them (`IDR0.TTF`, `IDR5.GRAN4K`, `IDR0.TTENDIAN`, `IDR0.STALL_MODEL`,
-//! `IDR1.TABLES_PRESET`, `IDR1.QUEUES_PRESET`); a unit without them is refused by name. Interrupts are wired.
+//! `IDR1.TABLES_PRESET`, `IDR1.QUEUES_PRESET`); a unit without them is refused by name.
 //!
 //! ```
 //! # use iommu::{Bus, Error};
@@ -18,24 +18,38 @@
 //! }
 //! ```
 //!
-//! | feature | supported | note |
+//! | feature | supported | evidence |
 //! |---|---|---|
-//! | discovery | ACPI | all units, root complexes and components of an `IORT` table, reserved memory; not the device tree |
-//! | stage 1 | yes | 4 levels, 48 bits; memory attribute 0 is write-back |
-//! | stage 2 | yes | 4 levels, 44 bits |
-//! | stream table | yes | linear, or two levels: the second is made as devices are assigned, and stays |
-//! | command queue | yes | tickets; an error is reported, and stops the queue for good |
-//! | device TLBs (ATS) | yes | a time-out stops the queue for good |
-//! | page requests (PRI) | yes | groups are put together by the broker |
-//! | events | yes | overflow |
-//! | range invalidation (RIL) | yes | where the unit has it |
-//! | errata | yes | by `IIDR`; the driver does without what cannot be relied on, whatever the part |
-//! | PASIDs (substreams), nested stages, stalls, messages (MSI), takeover, Secure and Realm | no | |
+//! | discovery | `IORT`: all units, root complexes and components, reserved memory; the device tree | model, QEMU |
+//! | stage 1 | 4 levels, 48 bits; memory attributes 0 (write-back), 1 (device), 2 (not cached) | model, QEMU |
+//! | stage 2 | 4 levels, as many bits as `IDR5.OAS` has, 44 or 48; 3 levels, 39 bits; `S2FWB` if asked for | model |
+//! | PASIDs (substreams) | 15 bits with tables of two levels, 6 without; first stages; PASID 0 is that of accesses without one | model |
+//! | nested stages | a guest's page table, or its table of context descriptors by a list of fields; its commands, field by field | model |
+//! | bypass | of a device, or of accesses without PASID beside PASIDs; by Config = bypass there is no ATS | model |
+//! | replacement | every translation by every other, without a gap where one word decides | model, between any two stores |
+//! | stream table | linear, or two levels: the second is made as devices are assigned, and stays | model, QEMU |
+//! | silence of a blocked device | Config = abort | model |
+//! | command queue | tickets, polled; a command that is refused fails its own, a queue that cannot be read is switched off | model, QEMU (no errors) |
+//! | take-over, stop | a unit that firmware left on, without a moment of bypass; a unit in service, which then refuses all | model |
+//! | device TLBs (ATS) | all PASIDs or one; one device at a time is asked to forget, and one that is silent is named | model |
+//! | page requests (PRI) | groups are put together by the broker | model |
+//! | stalls | of devices that firmware names, never others; no ATS for those; answered by `CMD_RESUME`, ended by `CMD_STALL_TERM` | model |
+//! | events | all of the manual, overflow, which stage refused; errors of the unit by their names | model, QEMU |
+//! | range invalidation (RIL) | where the unit has it; not of a guest's own pages, whose size nobody knows | model, QEMU |
+//! | interrupts of the unit | by wires or by messages (MSI) | model, QEMU (wires) |
+//! | errata | by `IIDR`; the driver does without what cannot be relied on, whatever the part | model |
+//! | a message as the end of `CMD_SYNC`, queues or tables preset, forced stalls, page 0 alone, Secure and Realm, MPAM, HTTU, AArch32 tables | no | |
+//!
+//! Hardware: none yet.
+//!
+//! Interrupts of devices that are messages are writes like any other: whoever owns the tables of a device maps the page of
+//! its doorbell there ([`doorbell`]), and never in what a guest's CPU sees. A device whose tables lack it interrupts nobody.
 #![cfg_attr(not(test), no_std)]
 #![forbid(unsafe_code)]
 
 pub mod commands;
 pub mod contexts;
+pub mod doorbell;
 pub mod errata;
 pub mod events;
 pub mod guest;
@@ -53,6 +67,7 @@ pub use commands::Commands;
 pub use contexts::CONTEXT_TABLES;
 pub use errata::Erratum;
 pub use events::Events;
+pub use interrupts::Messages;
 pub use streams::{SECOND_LEVEL_TABLES, StreamTableNeeds};
 pub use tables::{FRAME_WORDS, Replacement, Tables};
 

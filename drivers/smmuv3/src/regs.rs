@@ -1,5 +1,6 @@
 //! Registers of a unit, in the order of the manual's register map: page 0, then page 1.
 
+use crate::interrupts::MessageRegisters;
 use core::fmt;
 use iommu::{Ro, Rw};
 use tock_registers::register_bitfields;
@@ -163,9 +164,13 @@ register_bitfields![u32,
         /// OVFLG of PROD, OVACKFLG of CONS: the queue lost entries while they differ.
         OVERFLOW OFFSET(31) NUMBITS(1) [],
     ],
-    /// The third register of an interrupt's configuration.
-    pub(crate) PRIQ_IRQ_CFG2 [
-        /// Interrupt for each last request, not when the queue becomes non-empty.
+    /// How a message is written.
+    pub(crate) IRQ_CFG2 [
+        /// Memory type, as the second stage encodes it.
+        MEMATTR OFFSET(0) NUMBITS(4) [
+            Device = 0b0001,
+        ],
+        /// Of PRIQ_IRQ_CFG2: interrupt for each last request, not when the queue becomes non-empty.
         LO OFFSET(31) NUMBITS(1) [],
     ],
 ];
@@ -177,6 +182,11 @@ register_bitfields![u64,
         ADDR OFFSET(6) NUMBITS(50) [],
         /// Read-allocate hint.
         RA OFFSET(62) NUMBITS(1) [],
+    ],
+    /// Where a message goes; zero is no message.
+    pub(crate) IRQ_CFG0 [
+        /// Address, in 4 bytes.
+        ADDR OFFSET(2) NUMBITS(54) [],
     ],
     /// Base of a queue.
     pub(crate) QUEUE_BASE [
@@ -203,12 +213,16 @@ pub(crate) const IRQ_CTRL: Rw<u32, IRQ_CTRL::Register> = Rw::at(0x050);
 pub(crate) const IRQ_CTRLACK: Ro<u32, IRQ_CTRL::Register> = Ro::at(0x054);
 pub(crate) const GERROR: Ro<u32, GERROR::Register> = Ro::at(0x060);
 pub(crate) const GERRORN: Rw<u32, GERROR::Register> = Rw::at(0x064);
-pub(crate) const GERROR_IRQ_CFG0: Rw<u64> = Rw::at(0x068);
+pub(crate) const GERROR_IRQ: MessageRegisters = message_registers(0x068);
 pub(crate) const STRTAB_BASE: Rw<u64, STRTAB_BASE::Register> = Rw::at(0x080);
 pub(crate) const STRTAB_BASE_CFG: Rw<u32, STRTAB_BASE_CFG::Register> = Rw::at(0x088);
-pub(crate) const EVENTQ_IRQ_CFG0: Rw<u64> = Rw::at(0x0B0);
-pub(crate) const PRIQ_IRQ_CFG0: Rw<u64> = Rw::at(0x0D0);
-pub(crate) const PRIQ_IRQ_CFG2: Rw<u32, PRIQ_IRQ_CFG2::Register> = Rw::at(0x0DC);
+pub(crate) const EVENTQ_IRQ: MessageRegisters = message_registers(0x0B0);
+pub(crate) const PRIQ_IRQ: MessageRegisters = message_registers(0x0D0);
+
+/// The three registers of an interrupt, from `CFG0` on.
+const fn message_registers(at: usize) -> MessageRegisters {
+    MessageRegisters { cfg0: Rw::at(at), cfg1: Rw::at(at + 8), cfg2: Rw::at(at + 12) }
+}
 
 /// The three registers of a queue. Its driver writes PROD of the command queue, and CONS of the others.
 pub(crate) struct QueueRegisters {

@@ -64,8 +64,8 @@ impl Walks {
     }
 
     /// Returns the bits of an address that second-stage tables of `levels` levels take: 4 levels as many as a physical
-    /// address has, which are 44 at least; 3 levels 39, or fewer where a physical address has fewer. No top tables lie
-    /// side by side.
+    /// address has, which are 44 at least; 3 levels 39, or fewer where a physical address has fewer. The top table is one
+    /// whole frame, whatever part of it is in use; none lie side by side.
     pub fn second_stage_bits(self, levels: u8) -> Option<u8> {
         match (levels, self.address_bits()) {
             (4, bits) if bits >= 44 => Some(bits),
@@ -657,7 +657,8 @@ impl<B: Bus> Tables<B> {
     ///
     /// That takes several changes, each by [`step`](Self::step), and between them the unit has to forget what it knew. Where
     /// the architecture allows, the device is translated by the one or the other at every moment; elsewhere it is blocked in
-    /// between. Nothing else is ever reached. What the translation before named may be used for something else when the last
+    /// between. Nothing else is ever reached (but while accesses without PASID begin or cease to bypass translation, PASID 0
+    /// may be translated as they are: it has no context of its own). What the translation before named may be used for something else when the last
     /// step's invalidations have completed.
     ///
     /// ```
@@ -769,10 +770,9 @@ impl<B: Bus> Tables<B> {
         }
         replacement.done = true;
         let mut invalidations = Invalidations::new();
+        // Of the new translation nothing is remembered that is not so: whatever had the same numbers before was forgotten when
+        // it went.
         let _ = invalidations.push(Invalidation::Attachment(before));
-        if before.stages != after.stages {
-            let _ = invalidations.push(Invalidation::Attachment(after));
-        }
         Ok(Some(invalidations))
     }
 
@@ -813,8 +813,9 @@ impl<B: Bus> iommu::Tables for Tables<B> {
         Ok(configuration(stream))
     }
 
-    /// Attaches in one change. A second stage of fewer levels than an entry is prepared for is attached blocked, and then
-    /// [replaced](Tables::replace).
+    /// Attaches in one change. What cannot be is refused, and nothing has changed: it is attached blocked, and that is
+    /// [replaced](Tables::replace). That is a second stage of fewer levels than an entry is prepared for, and a guest's
+    /// context descriptors on a device that had PASIDs before.
     fn attach(
         &mut self,
         stream: StreamId,

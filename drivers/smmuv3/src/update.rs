@@ -26,12 +26,20 @@ fn looked_at(entry: &StreamEntry) -> [u64; USED] {
         return [0xF, 0, 0, 0];
     }
     let (first, second) = (config & 1 != 0, config & 2 != 0);
-    let head = if first { u64::MAX } else { 0xF };
+    // Of one context descriptor neither S1Fmt, [5:4] of word 0, nor S1DSS counts.
+    let one = entry.get(StreamEntry::CONTEXTS_LOG2) == 0;
+    let head = match (first, one) {
+        (false, _) => 0xF,
+        (true, true) => !(3 << 4),
+        (true, false) => u64::MAX,
+    };
     // Of word 1: [7:0] are S1DSS, S1CIR, S1COR, S1CSH, and bit 27 is S1STALLD; bit 25 is S2FWB. MEV, bit 19, and EATS [29:28],
     // which is 0 or 1 here, change nothing of what is translated how, and may change at any time.
     let mut attributes = !(1 << 19 | 3 << 28);
     if !first {
         attributes &= !(0xFF | 1 << 27);
+    } else if one {
+        attributes &= !3;
     }
     if !second {
         attributes &= !(1 << 25);

@@ -4,7 +4,7 @@
 //! Response Descriptor". Words 2 and 3 are zero in all of them.
 
 use crate::{
-    queue::{InvalidationQueue, SPARE},
+    queue::InvalidationQueue,
     regs::{self, CCMD, FSTS, GLOBAL, IOTLB, IQERCD},
     tables::Mode,
     tickets::{Asked, Batch, PENDING, Tickets},
@@ -44,6 +44,17 @@ impl Descriptor {
     const DOMAIN: Field<Self> = Field::bits(31, 16);
 
     const CONTEXT_SOURCE: Field<Self> = Field::bits(47, 32);
+
+    /// The caches fill each other in this order, and a unit may execute what lies between two fences in any: contexts,
+    /// PASID entries, translations, what devices remember. Interrupt entries stand alone.
+    fn stage(&self) -> u8 {
+        match self.get(Self::TYPE) {
+            1 | 4 => 0,
+            7 => 1,
+            2 | 6 => 2,
+            _ => 3,
+        }
+    }
 
     /// Context-cache invalidation of everything (type 1, global).
     pub fn all_contexts() -> Self {
@@ -327,8 +338,28 @@ struct Descriptors {
 }
 
 impl Descriptors {
+    /// Adds a descriptor, behind those that must come before it.
     fn push(&mut self, descriptor: Descriptor) -> Result<(), Error> {
-        self.list.push(descriptor).map_err(|_| Error::Exhausted { what: "descriptors in a batch" })
+        let after = |other: &Descriptor| other.stage() > descriptor.stage();
+        let at = self.list.iter().position(after).unwrap_or(self.list.len());
+        self.insert(at, descriptor)
+    }
+
+    /// Puts `fence` wherever what follows must not start before all else is done.
+    fn fence(&mut self, fence: Descriptor) -> Result<(), Error> {
+        let mut at = 1;
+        while let Some([before, next]) = self.list.get(at - 1..=at) {
+            if next.stage() > before.stage() {
+                self.insert(at, fence)?;
+                at += 1;
+            }
+            at += 1;
+        }
+        Ok(())
+    }
+
+    fn insert(&mut self, at: usize, descriptor: Descriptor) -> Result<(), Error> {
+        self.list.insert(at, descriptor).map_err(|_| Error::Exhausted { what: "descriptors in a batch" })
     }
 }
 
@@ -342,9 +373,9 @@ struct Described {
 
 /// The command side of a unit; see [`iommu::Commands`].
 ///
-/// Worst case of a call: one read of `IQH`, `BATCH` descriptors stored and published, one write of `IQT`; of
-/// [`recover`](iommu::Commands::recover) three reads and two writes of registers, and one descriptor. A unit without queued
-/// invalidation is told through its registers, and waited for.
+/// Worst case of a call: one read of `IQH`, `BATCH` descriptors stored and published, one write of `IQT`. After a device
+/// that did not answer [`recover`](iommu::Commands::recover) does that once more for each ticket whose descriptors the unit
+/// had fetched. A unit without queued invalidation is told through its registers, and waited for.
 ///
 /// At most one ticket at a time waits for device TLBs: a device that does not answer holds back the queue until the unit
 /// gives it up, and no second one may add to that.
@@ -360,7 +391,7 @@ pub struct Commands<B> {
     /// Entries kept free for page group responses.
     reserve: usize,
     described: Vec<Described, DESCRIBED>,
-    /// A ticket that took too long, until [`iommu::Commands::recover`] tells it.
+    /// The ticket that took too long, until [`iommu::Commands::recover`] tells it.
     overdue: Option<Failure>,
     /// Errors met in a row while the head was here and so much was done.
     attempts: (u32, usize, u64),
@@ -432,7 +463,6 @@ impl<B: Bus> Commands<B> {
                 }
                 if device_tlb { self.ask(batch, stream, None, None) } else { Ok(()) }
             }
-            // The unit's own caches first: what the device asks for anew must not come from a stale entry.
             Invalidation::Attachment(at) => {
                 batch.push(if scalable {
                     Descriptor::pasid_entry(at.domain.0, number(at))
@@ -573,6 +603,17 @@ impl<B: Bus> Commands<B> {
         Ok(())
     }
 
+    /// A word that waits write to because they must write somewhere.
+    fn nowhere(&self) -> PhysAddr {
+        PhysAddr(self.status.phys().0 + 8)
+    }
+
+    /// The oldest place in the queue that belongs to a ticket without an end.
+    fn kept(&self) -> Option<usize> {
+        let queue = self.queue.as_ref()?;
+        self.tickets.pending().iter().map(|batch| batch.start).min_by_key(|&start| queue.age(start))
+    }
+
     /// Looks at what has completed.
     fn settle(&mut self) {
         if self.queue.is_some() {
@@ -587,13 +628,12 @@ impl<B: Bus> Commands<B> {
         if self.stopped { Err(Error::Failed { ticket }) } else { Ok(()) }
     }
 
-    /// Gives up: nothing that is queued will be executed. The queue goes off, so that it does not fail again, and faults
-    /// interrupt again.
+    /// Gives up: nothing that is queued will be executed. The queue goes off, so that it does not fail again once its errors
+    /// are cleared, which the next call does.
     fn stop(&mut self) -> Failure {
         self.stopped = true;
         let kept = regs::GSTS.read(&self.bus).get() & !regs::ONE_SHOT;
         regs::GCMD.set(&self.bus, kept & !GLOBAL::QIE::SET.value);
-        self.clear_errors();
         let mut last = None;
         while let Some(ticket) = self.tickets.pending().first().map(|batch| batch.ticket) {
             self.tickets.end(ticket);
@@ -613,9 +653,8 @@ impl<B: Bus> Commands<B> {
         let queue = self.queue.as_mut()?;
         let at = queue.read_head(&self.bus);
         let is_here = |batch: &Batch| {
-            let inside = queue.age(batch.start)
-                ..queue.age(batch.start) + (batch.end + queue.entries() - batch.start) % queue.entries();
-            inside.contains(&queue.age(at)) || batch.wait == at
+            let first = queue.age(batch.start);
+            (first..=queue.age(queue.before(batch.end))).contains(&queue.age(at))
         };
         let batch = self.tickets.pending().iter().find(|batch| is_here(batch)).copied();
         let mut stream = batch.and_then(|batch| batch.asked.stream());
@@ -625,10 +664,11 @@ impl<B: Bus> Commands<B> {
                 stream = Some(StreamId(refused.get(Descriptor::RESPONSE_REQUESTER) as u32));
             }
             let status = self.status.phys();
-            let nothing = Descriptor::nothing(PhysAddr(status.0 + 8));
             let replacement = match batch {
-                Some(batch) if batch.wait == at => Descriptor::wait(status, batch.done_at as u32, false),
-                _ => nothing,
+                Some(batch) if queue.before(batch.end) == at => {
+                    Descriptor::wait(status, batch.done_at as u32, false)
+                }
+                _ => Descriptor::nothing(PhysAddr(status.0 + 8)),
             };
             queue.put(&self.bus, at, replacement);
         }
@@ -644,41 +684,56 @@ impl<B: Bus> Commands<B> {
 
     /// Deals with `FSTS.ITE`: a device did not answer, and every wait that was fetched is aborted.
     ///
-    /// The ticket that waited for the device has failed. The others are done when one more wait is.
-    fn resubmit_aborted(&mut self, status: IqErrors) -> Option<Failure> {
+    /// The ticket that waited for the device has failed. All else that was begun is queued again: its own wait will not be
+    /// written, and of the fences in it nobody knows.
+    fn resubmit_aborted(&mut self, errors: IqErrors) -> Option<Failure> {
         self.settle();
         let queue = self.queue.as_mut()?;
         let head = queue.read_head(&self.bus);
-        let fetched = |batch: &Batch| queue.age(batch.wait) < queue.age(head);
-        let unanswered =
-            self.tickets.pending().iter().find(|b| b.asked != Asked::Nobody && fetched(b)).copied();
-        if let Some(batch) = unanswered {
-            self.tickets.end(batch.ticket);
+        let was_fetched = |at: usize| queue.age(at) < queue.age(head);
+        let mut begun: Vec<Ticket, PENDING> = Vec::new();
+        let mut unanswered = None;
+        for &batch in self.tickets.pending().iter().filter(|batch| was_fetched(batch.start)) {
+            if batch.asked != Asked::Nobody {
+                unanswered = Some(batch);
+            } else if !batch.failed {
+                // There is room: as many as can be pending.
+                let _ = begun.push(batch.ticket);
+            }
         }
-        let aborted: Vec<Ticket, PENDING> =
-            self.tickets.pending().iter().filter(|b| fetched(b)).map(|b| b.ticket).collect();
+        if let Some(batch) = unanswered {
+            if was_fetched(queue.before(batch.end)) {
+                self.tickets.end(batch.ticket);
+            } else {
+                // Its wait is still to come, and will be written.
+                self.tickets.fail(batch.ticket);
+                self.tickets.moved(batch.ticket, |batch| batch.start = head);
+            }
+        }
         regs::FSTS.clear(&self.bus, FSTS::ITE::SET);
-        if aborted.is_empty() {
-            queue.ring_doorbell(&self.bus);
-        } else {
-            let drains = self.tickets.pending().iter().any(|b| b.drains && aborted.contains(&b.ticket));
+        // What was fetched is not needed any more, but for being read once more. The tail follows behind that.
+        queue.release_fetched(head);
+        queue.ring_doorbell(&self.bus);
+        for ticket in begun {
+            let Some(Batch { start, end, drains, .. }) = self.tickets.find(ticket) else { continue };
             let done_at = self.tickets.next();
-            let wait = Descriptor::wait(self.status.phys(), done_at as u32, drains);
-            match queue.push(&self.bus, &[wait], 0, self.tickets.first_place()) {
-                Ok(at) => {
+            let mut list: Vec<Descriptor, BATCH> = queue.between(start, end).collect();
+            list.pop();
+            let _ = list.push(Descriptor::wait(self.status.phys(), done_at as u32, drains));
+            match queue.push(&self.bus, &list, 0, None) {
+                Ok(start) => {
+                    let end = queue.tail();
                     self.tickets.took();
-                    for batch in self.tickets.pending_mut().iter_mut().filter(|b| aborted.contains(&b.ticket))
-                    {
-                        (batch.done_at, batch.wait) = (done_at, at);
-                    }
+                    self.tickets.moved(ticket, |batch| {
+                        (batch.done_at, batch.start, batch.end) = (done_at, start, end);
+                    });
                 }
-                // Not even the spare entry is free: more was queued than the driver queues.
-                Err(_) => aborted.iter().for_each(|&ticket| self.tickets.end(ticket)),
+                Err(_) => self.tickets.end(ticket),
             }
         }
         self.tickets.restart_clock();
         // One device at most was waited for, so its name is known even where the unit does not tell it.
-        let stream = unanswered.and_then(|batch| batch.asked.stream()).or(status.unanswered);
+        let stream = unanswered.and_then(|batch| batch.asked.stream()).or(errors.unanswered);
         let ticket = unanswered.map(|batch| batch.ticket);
         Some(Failure { cause: FailureCause::Unanswered, stream, ticket })
     }
@@ -767,6 +822,7 @@ impl<B: Bus> iommu::Commands for Commands<B> {
             return Ok(ticket);
         }
         let drains = invalidations.contains(&Invalidation::PageRequestDrain);
+        batch.fence(Descriptor::wait(self.nowhere(), 0, false))?;
         batch.push(Descriptor::wait(self.status.phys(), sequence as u32, drains))?;
         self.settle();
         if batch.asked != Asked::Nobody && self.tickets.waits_for_device() {
@@ -776,32 +832,22 @@ impl<B: Bus> iommu::Commands for Commands<B> {
         if !self.tickets.has_room() {
             return Err(Error::QueueFull { needed, free: 0 });
         }
-        let kept = self.tickets.first_place();
+        let kept = self.kept();
         let Some(queue) = &mut self.queue else { return Err(Error::Failed { ticket }) };
-        let start = queue.push(&self.bus, &batch.list, self.reserve + SPARE, kept)?;
+        let start = queue.push(&self.bus, &batch.list, self.reserve, kept)?;
         let end = queue.tail();
-        let wait = (end + queue.entries() - 1) % queue.entries();
         self.tickets.took();
         let done_at = sequence;
-        self.tickets.add(Batch {
-            ticket,
-            done_at,
-            start,
-            end,
-            wait,
-            asked: batch.asked,
-            drains,
-            failed: false,
-        });
+        self.tickets.add(Batch { ticket, done_at, start, end, asked: batch.asked, drains, failed: false });
         Ok(ticket)
     }
 
     fn respond(&mut self, response: PageResponse) -> Result<(), (PageResponse, Error)> {
-        let kept = self.tickets.first_place();
+        let kept = self.kept();
         let result = self.is_stopped().and_then(|()| match &mut self.queue {
             Some(queue) => {
                 let descriptor = Descriptor::page_group_response(&response);
-                queue.push(&self.bus, &[descriptor], SPARE, kept).map(|_| ())
+                queue.push(&self.bus, &[descriptor], 0, kept).map(|_| ())
             }
             None => Err(Error::Unsupported { feature: "ECAP.QI (queued invalidation)" }),
         });
@@ -814,7 +860,10 @@ impl<B: Bus> iommu::Commands for Commands<B> {
             let stream = late.asked.stream();
             let cause =
                 if late.asked == Asked::Nobody { FailureCause::Stopped } else { FailureCause::Unanswered };
-            self.overdue = Some(Failure { cause, stream, ticket: Some(late.ticket) });
+            // Of several the one that names a device is told: it is the one to act upon.
+            if self.overdue.is_none_or(|earlier| earlier.stream.is_none()) {
+                self.overdue = Some(Failure { cause, stream, ticket: Some(late.ticket) });
+            }
         }
         self.tickets.completion(ticket)
     }

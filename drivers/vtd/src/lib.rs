@@ -25,10 +25,10 @@
 //! | reserved regions of firmware | by policy | [`dmar::Dmar::kept_mapped`]: the device is refused, or exactly they stay mapped: model |
 //! | several units | yes | each has a driver of its own; a domain uses what [`Capabilities::common`] says: model |
 //! | scalable mode, first stage | yes | 4 levels: QEMU, model; 5 where reported: model |
-//! | scalable mode, second stage | yes | 3 to 5 levels, as reported: model; QEMU offers it without page requests |
+//! | scalable mode, second stage | yes | 3 to 5 levels, as reported: model; 4 levels: QEMU, which offers it without page requests |
 //! | nested | yes | a guest's page tables over second-stage tables: model; its PASID tables no: the unit reads them by host addresses |
-//! | pass-through | yes | for who vouches for it ([`Trust`](iommu::Trust)): model; in legacy mode without a device TLB |
-//! | legacy mode | yes | where there is no other, or when asked; 3 to 5 levels, pass-through: model |
+//! | pass-through | yes | for who vouches for it ([`Trust`](iommu::Trust)): QEMU, model; in legacy mode without a device TLB |
+//! | legacy mode | yes | where there is no other, or when asked; 4 levels: QEMU, model; 3 and 5: model |
 //! | blocking without records (`FPD`) | yes | until the device is given back: model |
 //! | page walks that do not look into caches | yes | only then are cache lines flushed: QEMU (nothing to see there), model |
 //! | write buffers (`CAP.RWBF`) | yes | flushed at bring-up and after each entry: model; interrupt entries by their invalidation |
@@ -38,14 +38,19 @@
 //! | queued invalidation, 256 bits | yes | tickets: QEMU, model |
 //! | queued invalidation, 128 bits | yes | in legacy mode: model |
 //! | register-based invalidation | yes | where there is no queue; each ticket is waited for: model |
-//! | refused descriptors (`IQE`) | replaced | what is behind them is executed: model |
+//! | order of invalidations | fenced | the caches fill each other, and a unit may execute them in any order: model |
+//! | refused descriptors (`IQE`) | replaced | what is behind them is executed: QEMU, model; a queue that cannot go on is given up |
 //! | device TLBs | yes | one wait at a time; virtual functions, throttle ([`Commands::describe`]): QEMU, model |
-//! | silent devices (`ITE`) | named | their ticket has failed, the others go on: model |
-//! | takeover from firmware | yes | translation of the same mode, interrupt remapping, queue, protected memory: model |
-//! | page requests | yes | groups are put together by the broker |
-//! | primary faults | yes | all records, overflow |
-//! | interrupt remapping | yes | tables of up to 65536 entries, x2APIC and xAPIC destinations; the source is always validated |
-//! | compatibility format of interrupts | blocked | the model does so; QEMU lets it pass |
+//! | silent devices (`ITE`) | named | their ticket has failed, the others go on: model; silent units: [`HEAD_LIMIT_US`] |
+//! | stray answers of devices (`ICE`) | named | model |
+//! | takeover from firmware | yes | translation of the same mode, interrupt remapping, queue: QEMU, model; protected memory: model |
+//! | page requests | yes | overflow, drain; groups are put together by the broker: QEMU, model |
+//! | primary faults | yes | all records in any order, overflow, [`Reason`]: QEMU (one record), model |
+//! | advanced fault log | no | |
+//! | interrupt remapping | yes | up to 65536 entries, x2APIC and xAPIC destinations; the source is always validated: QEMU, model |
+//! | blocks of entries, sources behind bridges, phantom functions, pins of I/O APICs | yes | model |
+//! | forgetting interrupt entries, in caching mode and without | yes | model; QEMU remembers none |
+//! | compatibility format of interrupts | refused | model; QEMU lets it pass |
 //! | posted interrupts | no | |
 #![cfg_attr(not(test), no_std)]
 #![forbid(unsafe_code)]
@@ -73,7 +78,7 @@ use heapless::Vec;
 use iommu::{
     Bus, Capabilities, Commands as _, Completion, DmaBuf, Error, Invalidation, PhysAddr, bus::wait_until,
 };
-use queue::{ENTRY_WORDS, InvalidationQueue, NARROW_WORDS, PageRequestQueue, SPARE};
+use queue::{ENTRY_WORDS, InvalidationQueue, NARROW_WORDS, PageRequestQueue};
 use regs::{CAP, ECAP, GLOBAL, IQA, IRTA, PMEN, PQA, RTADDR, VER};
 use tables::{Publisher, Snoop};
 use tock_registers::LocalRegisterCopy;
@@ -239,8 +244,8 @@ impl<B: Bus + Clone> Found<B> {
         let interrupts_size = interrupt_table_size(&interrupts)?;
         let width = if self.mode == Mode::Scalable { ENTRY_WORDS } else { NARROW_WORDS };
         let entries = invalidation_queue.words() / width;
-        if answers + commands::BATCH + SPARE >= entries {
-            let needed = (answers + commands::BATCH + SPARE + 1).next_power_of_two() * width;
+        if answers + commands::BATCH >= entries {
+            let needed = (answers + commands::BATCH + 1).next_power_of_two() * width;
             let words = invalidation_queue.words();
             return Err(Error::Memory { purpose: "the invalidation queue", words, needed });
         }

@@ -9,9 +9,6 @@ pub(crate) const ENTRY_WORDS: usize = 4;
 /// 64-bit words of an entry of the invalidation queue where it is not.
 pub(crate) const NARROW_WORDS: usize = 2;
 
-/// Entries of the invalidation queue that are free for what an error makes necessary, and for nothing else.
-pub(crate) const SPARE: usize = 1;
-
 /// The invalidation queue: the driver fills it at the tail, the unit empties it at the head.
 #[derive(Debug)]
 pub(crate) struct InvalidationQueue {
@@ -49,6 +46,25 @@ impl InvalidationQueue {
     /// Returns how many entries `at` is after the oldest one that is in use.
     pub(crate) fn age(&self, at: usize) -> usize {
         (at + self.entries() - self.oldest) % self.entries()
+    }
+
+    /// Returns the place before `at`.
+    pub(crate) fn before(&self, at: usize) -> usize {
+        (at + self.entries() - 1) % self.entries()
+    }
+
+    /// Returns the descriptors from `start` to before `end`.
+    pub(crate) fn between(&self, start: usize, end: usize) -> impl Iterator<Item = Descriptor> {
+        let count = (end + self.entries() - start) % self.entries();
+        (0..count).map(move |n| {
+            let at = (start + n) % self.entries() * self.width;
+            Descriptor(core::array::from_fn(|i| if i < self.width { self.ring.load(at + i) } else { 0 }))
+        })
+    }
+
+    /// Takes all that was fetched, up to `head`, for free.
+    pub(crate) fn release_fetched(&mut self, head: usize) {
+        self.oldest = head;
     }
 
     /// Reads where the unit fetches next. The value is reduced: what hardware says must not lead outside the ring.

@@ -10,10 +10,8 @@ use crate::{ACK_LIMIT_US, commands::number, regs};
 use heapless::Vec;
 use iommu::{
     Attachment, Bus, Capabilities, DmaBuf, DomainId, Error, Features, Field, FirstStage, Gpa, Invalidation,
-    Invalidations, Leaving, PAGE_SIZE, Pasid, PhysAddr, Root, StreamId, Translation, Words,
-    bus::wait_until,
-    descriptor,
-    unit::{LeavingPart, Stages},
+    Invalidations, Leaving, PAGE_SIZE, Pasid, PhysAddr, Root, StreamId, Translation, Words, bus::wait_until,
+    descriptor, unit::LeavingPart,
 };
 use regs::GLOBAL;
 
@@ -283,8 +281,8 @@ impl<B: Bus> Publisher<B> {
 
     /// Has the write buffer flushed, if there is one, and waits.
     ///
-    /// An invalidation flushes it as well. The control path alone may call this: `GCMD` has no second writer once the unit
-    /// is in service.
+    /// An invalidation flushes it as well. Beside this only a queue that is given up writes `GCMD`, once: on a unit with a
+    /// write buffer, tables do not change while [`recover`](iommu::Commands::recover) is under way.
     pub(crate) fn flush_write_buffer(&self) -> Result<(), Error> {
         if !self.write_buffer {
             return Ok(());
@@ -324,15 +322,16 @@ impl<B: Bus> Place<'_, B> {
         // ORDER: everything else is visible before the word with P.
         publisher.publish(table, at + 1, entry.len().saturating_sub(1));
         publisher.place(table, at).change_first(|_| entry.first().copied().unwrap_or(0));
-        // What the flush is for has been stored, and cannot be taken back: the unit may know it. Without an answer the next
-        // operation fails before it has stored anything, and until then the unit sees nothing where it should see something.
-        let _ = publisher.flush_write_buffer();
     }
 
     /// Changes the first word, in one store.
     fn change_first(&mut self, change: impl FnOnce(u64) -> u64) {
         self.table.store(self.at, change(self.table.load(self.at)));
         self.publisher.publish(self.table, self.at, 1);
+        // What the flush is for has been stored, and cannot be taken back: the unit may know it. Without an answer the next
+        // entry fails before it has stored anything. Until then the unit sees nothing where there is something new; what is
+        // gone is gone when its invalidation has completed, which flushes too.
+        let _ = self.publisher.flush_write_buffer();
     }
 
     /// Zeroes the words from `first` to `words` of an entry that is not present, and that the unit has forgotten.
@@ -757,25 +756,15 @@ impl<B: Bus> iommu::Tables for Tables<B> {
     }
 
     fn block(&mut self, stream: StreamId) -> Result<(Leaving, Invalidations), Error> {
-        let mode = self.abilities.mode;
         let device = self.device(stream)?;
         if device.leaving {
             return Err(Error::StreamBusy { stream });
         }
         device.leaving = true;
         let device_tlb = device.features.device_tlb;
-        let mut place = self.context_entry(stream)?;
-        place.change_first(|first| first & !PRESENT);
-        let domain = DomainId(domain_of(Mode::Legacy, place.load(1)));
+        self.context_entry(stream)?.change_first(|first| first & !PRESENT);
         let mut invalidations = Invalidations::new();
-        let _ = invalidations.push(if mode == Mode::Legacy && domain.0 != 0 {
-            // A context entry of legacy mode is cached under its domain, and translations are all that it has.
-            let attachment =
-                Attachment { serial: 0, stream, pasid: None, domain, stages: Stages::Second, device_tlb };
-            Invalidation::Attachment(attachment)
-        } else {
-            Invalidation::Device { stream, device_tlb }
-        });
+        let _ = invalidations.push(Invalidation::Device { stream, device_tlb });
         Ok((Leaving { stream, what: LeavingPart::Device }, invalidations))
     }
 

@@ -1,7 +1,7 @@
 //! What became of what was queued: which tickets are done, which wait, which never will be.
 //!
 //! A wait writes a sequence number when all before it has completed. Most tickets are done when their own number was
-//! written; one whose wait the unit aborted is done when that of a later wait was. A ticket that failed is remembered as
+//! written; one whose wait the unit aborted is queued again under a later number. A ticket that failed is remembered as
 //! such, so that no later number passes for its own.
 
 use heapless::Vec;
@@ -45,11 +45,9 @@ pub(crate) struct Batch {
     pub(crate) ticket: Ticket,
     /// The sequence number whose completion is the ticket's.
     pub(crate) done_at: u64,
-    /// Where its descriptors are in the queue: the first, and the one after the last.
+    /// Where its descriptors are in the queue: the first, and the one after the last, which is its wait.
     pub(crate) start: usize,
     pub(crate) end: usize,
-    /// Where its wait is: the last of them, unless it was queued again.
-    pub(crate) wait: usize,
     pub(crate) asked: Asked,
     /// Its wait drains page requests.
     pub(crate) drains: bool,
@@ -108,9 +106,9 @@ impl Tickets {
     pub(crate) fn observe(&mut self, status: u32) {
         let behind = (self.submitted as u32).wrapping_sub(status);
         if let Some(completed) = self.submitted.checked_sub(behind.into()) {
-            // A word that goes back is an old wait's that came late: what is done stays done.
-            self.completed = self.completed.max(completed);
+            self.completed = completed;
         }
+        // A word that goes back is an old wait's that came late. What is done is not pending any more, and stays done.
         let completed = self.completed;
         self.pending.retain(|batch| batch.done_at > completed);
     }
@@ -134,13 +132,15 @@ impl Tickets {
         &self.pending
     }
 
-    pub(crate) fn pending_mut(&mut self) -> &mut [Batch] {
-        &mut self.pending
+    pub(crate) fn find(&self, ticket: Ticket) -> Option<Batch> {
+        self.pending.iter().find(|batch| batch.ticket == ticket).copied()
     }
 
-    /// The first place in the queue that belongs to a ticket without an end.
-    pub(crate) fn first_place(&self) -> Option<usize> {
-        self.pending.first().map(|batch| batch.start)
+    /// Notes that a batch is elsewhere in the queue.
+    pub(crate) fn moved(&mut self, ticket: Ticket, change: impl FnOnce(&mut Batch)) {
+        if let Some(batch) = self.pending.iter_mut().find(|batch| batch.ticket == ticket) {
+            change(batch);
+        }
     }
 
     /// A device TLB has not answered yet.
@@ -202,7 +202,6 @@ mod tests {
             done_at: ticket,
             start: 0,
             end: 1,
-            wait: 0,
             asked: Asked::Nobody,
             drains: false,
             failed: false,

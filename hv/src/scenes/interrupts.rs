@@ -1,7 +1,8 @@
 //! Who may interrupt the processor, and by what.
 
-use super::{PATIENCE_US, Seen, Unexpected, expect, requesters, wait_for};
+use super::{PATIENCE_US, Seen, Unexpected, expect, passes, report, requesters, task, wait_for};
 use crate::{
+    guest,
     hypervisor::{Device, Hypervisor, SERVICE_CORE, home_of},
     memory,
 };
@@ -48,23 +49,28 @@ impl<'h> Sender<'h> {
     fn new(hv: &'h Hypervisor, number: usize) -> Result<Self, Unexpected> {
         let device = hv.devices.get(number).ok_or("there is no such device")?;
         let registers = memory::device(device.registers.clone()).ok_or("a device is out of reach")?;
-        device.function.enable_bus_master(&hv.config);
         Ok(Self { hv, device, registers })
     }
 
     fn use_message(&self, message: Message) -> Result<(), Unexpected> {
+        self.device.function.enable_bus_master(&self.hv.config);
         let enabled = self.device.function.enable_messages(&self.hv.config, message, 0);
         enabled.map_err(|_| "a device does not take its message")
     }
 
-    /// Sends the message once; returns what became of it.
+    /// Has the device send the message once.
     ///
     /// An operation of no length ends at once, and as every operation it ends with the message. It touches no memory.
+    fn start(&self) {
+        self.registers.write32(Self::CONTROL, Self::GO);
+    }
+
+    /// Sends the message once; returns what became of it.
     fn send(&self) -> Became {
         let arrivals = || self.hv.device_interrupts.each_ref().map(|count| count.load(Relaxed));
         let faults = || self.hv.unowned.with(|&mut (count, last)| (count, last));
         let (arrived_before, (faults_before, _)) = (arrivals(), faults());
-        self.registers.write32(Self::CONTROL, Self::GO);
+        self.start();
         let has_ended = || self.registers.read32(Self::STATUS) & 0xFF != Self::BUSY;
         let happened = || has_ended() && (arrivals() != arrived_before || faults().0 != faults_before);
         if !wait_for(self.hv, PATIENCE_US, happened) {
@@ -99,6 +105,18 @@ impl<'h> Sender<'h> {
     }
 }
 
+/// Takes an entry for a device, and the message that names it.
+fn allocate(
+    remapping: &Locked<Remapping>,
+    sender: &Sender<'_>,
+) -> Result<(InterruptHandle, Message), Unexpected> {
+    remapping.with(|remapping| {
+        let handle = remapping.allocate(sender.device.function.id).map_err(|_| "there is no entry")?;
+        let message = remapping.message(&handle).map_err(|_| "there is no message")?;
+        Ok((handle, message))
+    })
+}
+
 /// Lets the interrupt reach `core`, and waits until the unit knows.
 fn open(
     hv: &Hypervisor,
@@ -120,7 +138,7 @@ pub fn interrupts(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpect
     let remapping = hv.remapping.as_ref().ok_or("the unit does not remap interrupts")?;
     let devices = requesters(hv);
     let [owner, other] = [Sender::new(hv, devices[0])?, Sender::new(hv, devices[1])?];
-    let shown = show(hv, seen, remapping, &owner, &other);
+    let shown = show(hv, seen, remapping, &owner, (&other, devices[1]));
     owner.stop();
     other.stop();
     shown
@@ -131,13 +149,11 @@ fn show(
     seen: &Seen,
     remapping: &Locked<Remapping>,
     owner: &Sender<'_>,
-    other: &Sender<'_>,
+    (other, other_number): (&Sender<'_>, usize),
 ) -> Result<&'static str, Unexpected> {
-    let allocated = remapping.with(|remapping| remapping.allocate(owner.device.function.id));
-    let handle = allocated.map_err(|_| "there is no entry")?;
+    let [(others, others_message), (handle, message)] =
+        [allocate(remapping, other)?, allocate(remapping, owner)?];
     let number = remapping.with(|remapping| remapping.number(&handle));
-    let message =
-        remapping.with(|remapping| remapping.message(&handle)).map_err(|_| "there is no message")?;
     owner.use_message(message)?;
     seen.count("entry", number.into());
 
@@ -152,12 +168,28 @@ fn show(
         seen.count("arrived_at_core", core as u64);
     }
 
+    other.use_message(others_message)?;
+    open(hv, remapping, &others, SERVICE_CORE)?;
+    expect(other.send() == Became::Arrived(SERVICE_CORE), "the other device's own message did not arrive")?;
     other.use_message(message)?;
     let foreign = other.is_refused(WRONG_SOURCE, number);
     expect(foreign, "a message through another device's entry was not refused, or not reported")?;
     seen.count("refused_from_stream", other.device.function.id.0.into());
     seen.count("refused_for", WRONG_SOURCE.into());
     expect(owner.send() == Became::Arrived(home_of(0)), "the owner cannot interrupt any more")?;
+
+    // Once more, with the other device a guest's: then the guest is told.
+    guest::start(hv, 1, [task::REFUSED_INTERRUPT, 0, 0], &[other_number]);
+    let waits = wait_for(hv, PATIENCE_US, || report(hv, 1, 0) == 1);
+    let arrived = || hv.device_interrupts.iter().map(|count| count.load(Relaxed)).sum::<u64>();
+    let before = arrived();
+    other.use_message(message)?;
+    other.start();
+    let told = passes(hv, 1);
+    expect(waits, "the guest is not ready to be told")?;
+    told?;
+    seen.count("events_of_the_owner", report(hv, 1, 1));
+    expect(arrived() == before, "a message through another device's entry arrived")?;
 
     // The manual has the unit refuse it (CFIS is clear), and the unit of our own model does. QEMU's does not look.
     other.use_message(remapping.with(|r| r.compatibility_message(Source::Device, SERVICE_CORE)))?;
@@ -173,19 +205,21 @@ fn show(
     };
     seen.count("compatibility_format_let_through", let_through.into());
 
-    let (leaving, invalidations) = remapping.with(|remapping| remapping.release(handle));
-    invalidate(hv, &invalidations)?;
-    remapping.with(|remapping| remapping.finish(leaving));
+    for handle in [handle, others] {
+        let (leaving, invalidations) = remapping.with(|remapping| remapping.release(handle));
+        invalidate(hv, &invalidations)?;
+        remapping.with(|remapping| remapping.finish(leaving));
+    }
     expect(
         owner.is_refused(NOT_PRESENT, number),
         "a message was not refused although its entry was given back",
     )?;
     Ok(match let_through {
         false => {
-            "a device's message arrived by its own entry alone; another's, and the compatibility format, were refused and reported"
+            "each device's message arrived by its own entry; through the other's it was refused and reported, to its owner as well, and so was the compatibility format"
         }
         true => {
-            "a device's message arrived by its own entry alone; another's was refused and reported (0x26); QEMU lets the compatibility format through"
+            "each device's message arrived by its own entry; through the other's it was refused and reported (0x26), to its owner as well; QEMU lets the compatibility format through"
         }
     })
 }

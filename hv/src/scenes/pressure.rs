@@ -6,14 +6,15 @@ use super::{
 };
 use crate::{
     control::{self, ALLOCATION},
+    engine::Engine,
     guest,
-    hypervisor::{Device, Hypervisor},
-    memory::{self, Share},
+    hypervisor::Hypervisor,
+    memory::Share,
 };
 use arch::cpu;
 use broker::Missed;
 use core::sync::atomic::Ordering::{Relaxed, SeqCst};
-use iommu::{Access, Bus, FaultReason, Features, Gpa, Iova, PAGE_SIZE, Perms};
+use iommu::{Access, FaultReason, Features, Gpa, Iova, PAGE_SIZE, Perms};
 
 /// Refused writes of a storm: more than an event queue of one frame holds.
 const STORM: u64 = 200;
@@ -122,63 +123,13 @@ pub fn overflow(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected
     )
 }
 
-/// The device `sva-dev`, driven by the hypervisor itself.
-struct Engine<'h> {
-    device: &'h Device,
-    registers: arch::bus::Mmio,
-}
-
-impl<'h> Engine<'h> {
-    const INVALIDATIONS: usize = 0x14;
-    const RESET: usize = 0x28;
-    /// Lane 0.
-    const ADDRESS: usize = 0x100;
-    const DATA: usize = 0x108;
-    const LENGTH: usize = 0x110;
-    const CONTROL: usize = 0x118;
-    const STATUS: usize = 0x11C;
-
-    /// A write without PASID through the device TLB, which asks for no pages.
-    const CACHED_WRITE: u32 = 1 << 0 | 1 << 1 | 1 << 3 | 1 << 5 | 1 << 8;
-    /// A write without PASID that the unit translates.
-    const PLAIN_WRITE: u32 = 1 << 0 | 1 << 1 | 1 << 2 | 1 << 8;
-    const BUSY: u32 = 1;
-    const DONE: u32 = 2;
-    /// Failed, because the translation that it asked for does not exist.
-    const NOT_MAPPED: u32 = 7 << 8 | 3;
-    /// Failed, because the access was refused.
-    const REFUSED: u32 = 8 << 8 | 3;
-
-    fn new(hv: &'h Hypervisor, number: usize) -> Result<Self, Unexpected> {
-        let device = hv.devices.get(number).ok_or("there is no such device")?;
-        device.function.enable_memory(&hv.config);
-        let registers = memory::device(device.registers.clone()).ok_or("sva-dev is out of reach")?;
-        registers.write32(Self::RESET, 1);
-        Ok(Self { device, registers })
-    }
-
-    /// Writes the word `data` to `iova`; returns the lane's status, without what the device adds to a cause.
-    fn write(&self, hv: &Hypervisor, iova: Iova, data: u64, control: u32) -> u32 {
-        self.registers.write64(Self::ADDRESS, iova.0);
-        self.registers.write64(Self::DATA, data);
-        self.registers.write32(Self::LENGTH, 8);
-        self.registers.write32(Self::CONTROL, control);
-        let status = || self.registers.read32(Self::STATUS) & 0xFFFF;
-        wait_for(hv, PATIENCE_US, || status() != Self::BUSY);
-        status()
-    }
-
-    fn invalidations(&self) -> u64 {
-        self.registers.read32(Self::INVALIDATIONS).into()
-    }
-}
-
 /// What was taken out of the tables stays in unit and device until they are told to forget it, and not longer.
 pub fn staleness(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
     const AT: Iova = Iova(0x4100_0000);
     const WORDS: [u64; 5] = [0x57A1E, 0x57A1F, 0x57A20, 0x57A21, 0x57A22];
-    let engine = Engine::new(hv, *requesters(hv).first().ok_or("there is no sva-dev")?)?;
-    let function = &engine.device.function;
+    let number = *requesters(hv).first().ok_or("there is no sva-dev")?;
+    let function = &hv.devices[number].function;
+    let engine = Engine::new(&hv.config, function).ok_or("sva-dev is out of reach")?;
     let target = Canary::new(hv)?;
     let no = |_| "the unit refused";
     let features = Features { device_tlb: true, page_requests: true, pasid: false };
@@ -192,8 +143,9 @@ pub fn staleness(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpecte
 
     let write = |at: usize, control| {
         let iova = Iova(AT.0 + at as u64 * 8);
-        let status = engine.write(hv, iova, WORDS[at], control);
-        (status, target.0.load(Gpa(at as u64 * 8)) == Some(WORDS[at]))
+        engine.start(0, iova, WORDS[at], control, 0);
+        wait_for(hv, PATIENCE_US, || engine.status(0) != Engine::BUSY);
+        (engine.status(0), target.0.load(Gpa(at as u64 * 8)) == Some(WORDS[at]))
     };
     let mapped = [write(0, Engine::CACHED_WRITE), write(1, Engine::PLAIN_WRITE)];
     let unmapped = space.remove(hv, &share, AT, PAGE_SIZE).map_err(no)?;

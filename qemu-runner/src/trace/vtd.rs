@@ -9,6 +9,8 @@ use crate::{scenes::hex, variant::Tables};
 /// Reads an event of a VT-d unit that translates devices by `tables`: its name and what follows that.
 pub(super) fn read(tables: Tables, event: &str, text: &str) -> Option<Sight> {
     match event {
+        // Written while the unit is brought up alone, last when translation is switched on.
+        "vtd_reg_write_gcmd" => Some(Sight::BringUp),
         "vtd_dmar_enable" => Some(Sight::Translation(text.ends_with('1'))),
         "vtd_translate_pt" => Some(Sight::Bypass(stream(text, "source id "))),
         "vtd_pt_enable_fast_path" if text.ends_with(" 1") => Some(Sight::Bypass(stream(text, "sid "))),

@@ -157,7 +157,7 @@ impl Device {
 
     fn write_word(&mut self, offset: u64, value: u32) -> Option<Turn> {
         match Word::at(offset)? {
-            Word::Reset if value == 1 => self.reset(),
+            Word::Reset if value == 1 => self.reset_function(),
             Word::Lane(at, word) => {
                 let lane = &mut self.lanes[at];
                 if lane.write(word, value) {
@@ -173,13 +173,13 @@ impl Device {
 
     /// Returns to the state of power-on, except that group indices continue: a late response to a group that is
     /// now forgotten must not find another group under the same index.
-    fn reset(&mut self) {
+    pub(crate) fn reset_function(&mut self) {
         *self = Self { next_prgi: self.next_prgi, serial: self.serial, ..Self::default() };
     }
 
     /// Returns to the state of power-on.
     pub(crate) fn power_on(&mut self) {
-        self.reset();
+        self.reset_function();
         self.next_prgi = 0;
     }
 

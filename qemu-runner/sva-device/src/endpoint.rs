@@ -23,7 +23,7 @@ use crate::{
 };
 use std::{
     cell::{RefCell, UnsafeCell},
-    ffi::{c_uint, c_void},
+    ffi::{c_int, c_uint, c_void},
     fmt::Arguments,
     ptr::{from_ref, null},
     sync::OnceLock,
@@ -80,7 +80,7 @@ unsafe extern "C" fn class_init(class: *mut Class, data: *const c_void) {
     // SAFETY: `data` is a leaked `Type`, as promised.
     let of: &'static Type = unsafe { &*data.cast() };
     // SAFETY: we are in the `class_init` of a PCI device.
-    let parent = unsafe { of.qemu.init_class(class, realize, of.ids_at, IDS) };
+    let parent = unsafe { of.qemu.init_class(class, realize, write_config, of.ids_at, IDS) };
     if let Some(parent) = parent {
         // A class is initialised once, so that the cell is empty.
         let _ = CLASS.set((of, parent));
@@ -161,6 +161,22 @@ unsafe extern "C" fn write(opaque: *mut c_void, offset: u64, value: u64, bytes: 
 
 /// # Safety
 ///
+/// `device` is of our class, and realized; the guest writes `bytes` bytes of its configuration space.
+unsafe extern "C" fn write_config(device: *mut PciDevice, at: u32, value: u32, bytes: c_int) {
+    // Before it is realized nobody writes there.
+    let endpoint = CLASS.get().and_then(|(of, _)| of.machine.endpoint_of(device));
+    if let Some(endpoint) = endpoint
+        && endpoint.pci.write_config(at, value, bytes)
+    {
+        endpoint.device.borrow_mut().reset_function();
+        endpoint.pci.clear_enables();
+        endpoint.pci.reset_function();
+        endpoint.say(format_args!("function-level reset"));
+    }
+}
+
+/// # Safety
+///
 /// `opaque` is the one of [`realize`].
 unsafe extern "C" fn reset(opaque: *mut c_void) {
     // SAFETY: a leaked endpoint, as promised.
@@ -235,6 +251,11 @@ impl Endpoint {
     /// Returns the overlay of the SMMU that the device is behind; QEMU's own functions serve other devices.
     fn overlay(&self) -> Option<&'static Overlay> {
         self.machine.overlay().filter(|overlay| overlay.is_before(&self.pci))
+    }
+
+    /// Whether QEMU calls this device `device`.
+    pub(crate) fn is(&self, device: *mut PciDevice) -> bool {
+        self.pci.is(device)
     }
 
     /// Refuses an access to memory by translated address that the SMMU does not let pass.

@@ -9,8 +9,8 @@ use crate::{
     endpoint::Endpoint,
     operation::{Access, Pasid},
     qemu::{
-        ArmSmmu, Errno, MachineDone, MemoryRegion, MemoryRegionOps, PageRequest, Pci, Qemu, Sizes, Timer,
-        ValidSizes,
+        ArmSmmu, Errno, MachineDone, MemoryRegion, MemoryRegionOps, PageRequest, Pci, PciDevice, Qemu, Sizes,
+        Timer, ValidSizes,
     },
     say,
     smmu::{Answer, Beneath, Line, REGISTER_BYTES, Smmu},
@@ -92,6 +92,11 @@ impl Machine {
     /// Returns the overlay, once the machine is complete, if it has an SMMU.
     pub(crate) fn overlay(&self) -> Option<&Overlay> {
         self.overlay.get()
+    }
+
+    /// Returns the device that QEMU calls `device`.
+    pub(crate) fn endpoint_of(&self, device: *mut PciDevice) -> Option<&'static Endpoint> {
+        self.endpoints.borrow().iter().copied().find(|it| it.is(device))
     }
 
     /// Returns the device that is `stream` now.

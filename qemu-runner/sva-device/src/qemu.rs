@@ -77,6 +77,8 @@ struct VtdAddressSpace([u8; 0]);
 
 /// `DeviceRealize`.
 pub(crate) type Realize = unsafe extern "C" fn(*mut PciDevice, *mut *mut Error);
+/// `PCIConfigWriteFunc`.
+pub(crate) type WriteConfig = unsafe extern "C" fn(*mut PciDevice, u32, u32, c_int);
 /// `QEMUBHFunc` and `QEMUResetHandler`.
 pub(crate) type Callback = unsafe extern "C" fn(*mut c_void);
 /// `IOMMUNotify`.
@@ -300,8 +302,10 @@ symbols! {
         pci_register_bar: unsafe extern "C" fn(*mut PciDevice, c_int, u8, *mut MemoryRegion),
         pci_requester_id: unsafe extern "C" fn(*mut PciDevice) -> u16,
         pci_default_read_config: unsafe extern "C" fn(*mut PciDevice, u32, c_int) -> u32,
-        pci_default_write_config: unsafe extern "C" fn(*mut PciDevice, u32, u32, c_int),
+        pci_default_write_config: WriteConfig,
         pcie_endpoint_cap_init: unsafe extern "C" fn(*mut PciDevice, u8) -> c_int,
+        pcie_cap_flr_init: unsafe extern "C" fn(*mut PciDevice),
+        pcie_cap_flr_write_config: WriteConfig,
         pcie_ats_init: unsafe extern "C" fn(*mut PciDevice, u16, bool),
         pcie_ats_enabled: unsafe extern "C" fn(*const PciDevice) -> bool,
         pcie_pasid_init: unsafe extern "C" fn(*mut PciDevice, u16, u8, bool, bool),
@@ -356,9 +360,19 @@ symbols! {
     }
 }
 
-/// Where `PCIDeviceClass` keeps `vendor_id`, as an index of 16-bit words; the other identifiers follow it.
+/// Where `PCIDeviceClass` keeps `vendor_id`, as an index of 16-bit words; the other identifiers follow it, and `config_write`
+/// is the pointer before it.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) struct IdsAt(usize);
+
+impl IdsAt {
+    /// Returns `config_write` of the class with these 16-bit words, if it has a place that pointers may have.
+    fn config_write(self, class: &[u16]) -> Option<u64> {
+        let Self(ids) = self;
+        let words = class.get(ids.checked_sub(4)?..ids)?;
+        ids.is_multiple_of(4).then(|| words.iter().rev().fold(0, |all, word| all << 16 | u64::from(*word)))
+    }
+}
 
 /// PCI identifiers of a device class, each as in the configuration space.
 #[derive(Clone, Copy, Debug)]
@@ -383,7 +397,12 @@ impl Qemu {
         let edu = unsafe { self.class_words(c"edu") }?;
         // SAFETY: passed on.
         let testdev = unsafe { self.class_words(c"pci-testdev") }?;
-        only(shared_places((edu, [0x1234, 0x11e8]), (testdev, [0x1b36, 0x0005])))
+        // SAFETY: passed on.
+        let port = unsafe { self.class_words(c"pcie-root-port") }?;
+        // A root port has a function of its own for writes to its configuration space, and `edu` the usual one: none.
+        let fits =
+            |at: &IdsAt| at.config_write(&edu) == Some(0) && at.config_write(&port).is_some_and(|it| it != 0);
+        only(shared_places((edu.clone(), [0x1234, 0x11e8]), (testdev, [0x1b36, 0x0005]))).filter(fits)
     }
 
     /// Returns the memory of a class as 16-bit words.
@@ -417,7 +436,7 @@ impl Qemu {
         unsafe { (self.type_register_static)(info) };
     }
 
-    /// Puts `realize` and `ids` into a class; returns the parent class's `realize`.
+    /// Puts `realize`, `write_config` and `ids` into a class; returns the parent class's `realize`.
     ///
     /// # Safety
     ///
@@ -426,6 +445,7 @@ impl Qemu {
         &self,
         class: *mut Class,
         realize: Realize,
+        write_config: WriteConfig,
         at: IdsAt,
         ids: Ids,
     ) -> Option<Realize> {
@@ -444,6 +464,10 @@ impl Qemu {
         let place = unsafe { class.cast::<u16>().add(at.0) };
         // SAFETY: the same: the identifiers lie in a row, and nothing else reads the class in its `class_init`.
         unsafe { place.cast::<u8>().copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
+        // SAFETY: the pointer before the identifiers lies in the class as well.
+        let before = unsafe { place.cast::<WriteConfig>().sub(1) };
+        // SAFETY: the same; `find_ids` has seen that it is aligned, and what it is for.
+        unsafe { before.write(write_config) };
         parent
     }
 
@@ -545,6 +569,7 @@ pub(crate) struct Pci {
 }
 
 impl Pci {
+    const EXPRESS_AT: u16 = 0x80;
     const ATS_AT: u16 = 0x100;
     const PASID_AT: u16 = 0x108;
     const PRI_AT: u16 = 0x110;
@@ -586,7 +611,9 @@ impl Pci {
         let (qemu, device) = (self.qemu, self.device);
         // It can only fail for want of room, of which a new configuration space has plenty past its header.
         // SAFETY: the device is being realized, and is PCI Express by its interface.
-        unsafe { (qemu.pcie_endpoint_cap_init)(device, 0x80) };
+        unsafe { (qemu.pcie_endpoint_cap_init)(device, Self::EXPRESS_AT as u8) };
+        // SAFETY: as before; the capability is there.
+        unsafe { (qemu.pcie_cap_flr_init)(device) };
         // It fails in a machine that has no MSI; then there is no capability, and the guest polls.
         // SAFETY: as before; QEMU picks the offset. One vector, 64-bit address, no mask bit, no error wanted.
         unsafe { (qemu.msi_init)(device, 0, 1, true, false, null_mut()) };
@@ -641,6 +668,28 @@ impl Pci {
         let device = self.device()?;
         // SAFETY: the device is on a bus.
         Some(unsafe { (self.qemu.pci_requester_id)(device) })
+    }
+
+    /// Whether this is `device`.
+    pub(crate) fn is(&self, device: *mut PciDevice) -> bool {
+        self.device == device
+    }
+
+    /// Writes the configuration space as the guest does; returns whether that asks for a function-level reset.
+    pub(crate) fn write_config(&self, at: u32, value: u32, bytes: c_int) -> bool {
+        const DEVICE_CONTROL: u32 = 8;
+        const INITIATE_RESET: u32 = 1 << 15;
+        let Some(device) = self.device() else { return false };
+        // SAFETY: the device is on a bus.
+        unsafe { (self.qemu.pci_default_write_config)(device, at, value, bytes) };
+        self.config(u32::from(Self::EXPRESS_AT) + DEVICE_CONTROL) & INITIATE_RESET != 0
+    }
+
+    /// Has QEMU reset its part of the device: configuration space, BAR and MSI.
+    pub(crate) fn reset_function(&self) {
+        let Some(device) = self.device() else { return };
+        // SAFETY: the device is on a bus; the function looks at the register alone, not at what was written.
+        unsafe { (self.qemu.pcie_cap_flr_write_config)(device, 0, 0, 0) };
     }
 
     /// Clears what QEMU lets survive a reset: the enable bits of ATS, PASID and PRI, and PRI's allocation.

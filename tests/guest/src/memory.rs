@@ -52,6 +52,13 @@ impl Page {
             .fold(0, u64::wrapping_add)
     }
 
+    /// Stores word `at`, if it is in the page.
+    pub fn store(&self, at: usize, value: u64) {
+        if let Some(word) = self.0.get(at) {
+            word.store(value, Ordering::Release);
+        }
+    }
+
     /// Loads word `at`; `None` past the page.
     pub fn load(&self, at: usize) -> Option<u64> {
         self.0.get(at).map(|word| word.load(Ordering::Relaxed))

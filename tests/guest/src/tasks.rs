@@ -10,6 +10,8 @@ mod hold;
 mod isolation;
 mod leave;
 mod neighbour;
+mod nested;
+mod refused;
 mod repair;
 mod restraint;
 mod silence;
@@ -58,6 +60,8 @@ const NEIGHBOUR: u64 = 11;
 const CLAIMS: u64 = 12;
 const FLOOD: u64 = 13;
 const BATCH: u64 = 14;
+const NESTED: u64 = 15;
+const REFUSED_INTERRUPT: u64 = 16;
 
 /// Asks for the task, and does it.
 pub fn run() -> Result<(), Failed> {
@@ -78,6 +82,8 @@ pub fn run() -> Result<(), Failed> {
         CLAIMS => claims::run(),
         FLOOD => flood::run(),
         BATCH => batch::run(),
+        NESTED => nested::run(first),
+        REFUSED_INTERRUPT => refused::run(),
         _ => {
             say!("this guest knows no task {task}");
             Err(Failed)

@@ -327,6 +327,12 @@ impl<B: Bus + Clone> Machine<B> {
 
 /// Returns a word of the stream table entry of `stream`, as `unit` sees it; zero where there is no entry.
 pub fn stream_word(unit: &SmmuUnit, memory: &Memory, stream: StreamId, word: u64) -> u64 {
+    let load = |at| memory.device_load(PhysAddr(at)).expect("the table is in the memory");
+    stream_place(unit, memory, stream).map_or(0, |place| load(place.0 + word * 8))
+}
+
+/// Returns where the stream table entry of `stream` is, if it has one.
+pub fn stream_place(unit: &SmmuUnit, memory: &Memory, stream: StreamId) -> Option<PhysAddr> {
     const STRTAB_BASE: usize = 0x080;
     const STRTAB_BASE_CFG: usize = 0x088;
     // ADDR, and L2Ptr of the first level, are [55:6].
@@ -341,12 +347,12 @@ pub fn stream_word(unit: &SmmuUnit, memory: &Memory, stream: StreamId, word: u64
         let descriptor = load(table + u64::from(index >> split) * 8);
         // Span.
         if descriptor & 0x1F == 0 {
-            return 0;
+            return None;
         }
         table = descriptor & ADDRESS;
         index &= (1 << split) - 1;
     }
-    load(table + u64::from(index) * 64 + word * 8)
+    Some(PhysAddr(table + u64::from(index) * 64))
 }
 
 /// Names `tree` as the tables of `stage`.

@@ -139,17 +139,17 @@ mod tables {
 
     #[test]
     fn a_context_descriptor_has_its_fields_in_the_places_of_the_manual() {
-        // C1, with attribute 0 write-back and no others.
+        // C1, with attributes 0 write-back 0xFF, 1 device 0x04<<8, 2 not cached 0x44<<16.
         let context = ContextDescriptor::new(PhysAddr(0x1_0203_0000), 1, COHERENT).0;
-        assert_eq!(context, [0x0001_E205_C000_3510, 0x1_0203_0000, 0, 0xFF, 0, 0, 0, 0]);
+        assert_eq!(context, [0x0001_E205_C000_3510, 0x1_0203_0000, 0, 0x44_04FF, 0, 0, 0, 0]);
         // C1 without IR 1<<8, OR 1<<10 and SH 3<<12; IPS 4<<32; ASID 0xFFFF<<48.
         let walks = Walks { coherent: false, address_size: 4 };
         let context = ContextDescriptor::new(PhysAddr(0xFFFF_FFFF_F000), 0xFFFF, walks).0;
-        assert_eq!(context, [0xFFFF_E204_C000_0010, 0xFFFF_FFFF_F000, 0, 0xFF, 0, 0, 0, 0]);
+        assert_eq!(context, [0xFFFF_E204_C000_0010, 0xFFFF_FFFF_F000, 0, 0x44_04FF, 0, 0, 0, 0]);
         // S, 1<<44 (C2); not valid, V 1<<31 clear.
         let stalling = ContextDescriptor::new(PhysAddr(0x1_0203_0000), 1, COHERENT).stalling().0;
-        assert_eq!(stalling, [0x0001_F205_C000_3510, 0x1_0203_0000, 0, 0xFF, 0, 0, 0, 0]);
-        assert_eq!(ContextDescriptor::unused(PhysAddr(0x7000)).0, [0, 0x7000, 0, 0xFF, 0, 0, 0, 0]);
+        assert_eq!(stalling, [0x0001_F205_C000_3510, 0x1_0203_0000, 0, 0x44_04FF, 0, 0, 0, 0]);
+        assert_eq!(ContextDescriptor::unused(PhysAddr(0x7000)).0, [0, 0x7000, 0, 0x44_04FF, 0, 0, 0, 0]);
     }
 }
 
@@ -203,6 +203,10 @@ mod commands {
         assert_eq!(Command::tlbi_nh_vaa(0x2A, upper, Part::Way).0, [0x0000_002A_0000_0013, upper.0]);
         assert_eq!(Command::tlbi_nh_vaa(0x2A, upper, Part::Leaf).0, [0x0000_002A_0000_0013, upper.0 | 1]);
         // The widest values: VMID [47:32], ASID [63:48], address [127:76].
+        assert_eq!(
+            Command::tlbi_s2_ipa(0xFFFF, Iova(u64::MAX)).0,
+            [0x0000_FFFF_0000_002A, 0x00FF_FFFF_FFFF_F001]
+        );
         assert_eq!(Command::tlbi_nh_all(0xFFFF).0[0], 0x0000_FFFF_0000_0010);
         assert_eq!(
             Command::tlbi_nh_va(0xFFFF, 0xFFFF, Iova(u64::MAX), Part::Leaf).0,

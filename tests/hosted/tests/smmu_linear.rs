@@ -12,5 +12,7 @@ mod contexts;
 mod events;
 #[path = "smmu/nested.rs"]
 mod nested;
+#[path = "smmu/replace.rs"]
+mod replace;
 #[path = "smmu/tables.rs"]
 mod tables;

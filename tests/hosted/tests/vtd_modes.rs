@@ -4,7 +4,7 @@
 use hosted::{Machine, grant, needs, root, trust, unit};
 use iommu::{
     Attachment, Bus, Commands, Error, Event, FaultReason, Features, FirstStage, Gpa, Invalidation, Iova,
-    PAGE_SIZE, Pasid, Perms, PhysAddr, Stages, StreamId, Tables, Translation,
+    Leaving, PAGE_SIZE, Pasid, Perms, PhysAddr, Stages, StreamId, Tables, Translation, unit::LeavingPart,
 };
 use models::vtd::{Config, Refusal};
 use pgtable::{Format, Tree, VtdFirstStage, VtdSecondStage};
@@ -702,6 +702,27 @@ fn silence_ends_with_the_end_of_the_block() {
 
         assert!(machine.read(DISK, None, HERE).is_err());
         assert_eq!(faults(&mut machine), [FaultReason::NotAttached]);
+        machine.assert_lawful();
+    }
+}
+
+#[test]
+fn the_end_of_what_never_began_to_leave_changes_nothing() {
+    for mut machine in both_modes() {
+        let tree = machine.tree(VtdSecondStage::<4>);
+        machine.map(&tree, HERE, 1);
+        machine.assign(DISK, PLAIN);
+        let attachment = machine.attach_by(DISK, None, second(&tree));
+
+        for what in [LeavingPart::Attachment(attachment), LeavingPart::Device] {
+            machine.vtd.tables.finish(Leaving { stream: DISK, what });
+        }
+
+        machine.invalidate(&[Invalidation::All]);
+        assert_eq!(machine.read(DISK, None, HERE), Ok(1));
+        machine.detach(attachment);
+        machine.block(DISK);
+        assert!(machine.read(DISK, None, HERE).is_err());
         machine.assert_lawful();
     }
 }

@@ -21,7 +21,7 @@
 //! | access flag, dirty state by hardware (HTTU) | no | |
 //! | events, stalls | yes | events are not merged |
 //! | ATS, device TLBs, page requests | yes | full ATS; of an IDR0 that says NS1ATS, so split stages are illegal |
-//! | interrupts | wired | no MSI |
+//! | interrupts | yes | by messages where IDR0.MSI and an address say so, else by wires |
 //! | EL2 contexts, Secure, Realm, ATOS, MPAM, ECMDQ | no | |
 //!
 //! Accesses are unprivileged, and of data.
@@ -131,6 +131,11 @@ impl Config {
         self.has(10)
     }
 
+    /// IDR0.MSI.
+    const fn messages(&self) -> bool {
+        self.has(13)
+    }
+
     /// IDR0.PRI.
     const fn pri(&self) -> bool {
         self.has(16)
@@ -180,7 +185,7 @@ const fn address_bits(code: u64) -> u32 {
     }
 }
 
-/// What the model knows, of IDR0: S2P, S1P, AArch64 tables, COHACC, ATS, NS1ATS, ASID16, PRI, VMID16, CD2L, little-endian
+/// What the model knows, of IDR0: S2P, S1P, AArch64 tables, COHACC, ATS, NS1ATS, ASID16, MSI, PRI, VMID16, CD2L, little-endian
 /// tables, no stall, TERM_MODEL, two-level stream tables.
 const MODELLED_IDR0: u32 = 1
     | 1 << 1
@@ -188,6 +193,7 @@ const MODELLED_IDR0: u32 = 1
     | 1 << 4
     | 3 << 10
     | 1 << 12
+    | 1 << 13
     | 1 << 16
     | 1 << 18
     | 1 << 19
@@ -227,6 +233,9 @@ struct State {
     /// Devices that put off the answer to CMD_ATC_INV.
     holding: BTreeSet<u32>,
     pulses: Vec<Wire>,
+    /// Messages that were written, and whether their writes are aborted.
+    messages: Vec<(u64, u32)>,
+    lose_messages: bool,
     violations: Vec<String>,
 }
 
@@ -276,6 +285,8 @@ impl SmmuUnit {
             plugged: BTreeSet::new(),
             holding: BTreeSet::new(),
             pulses: Vec::new(),
+            messages: Vec::new(),
+            lose_messages: false,
             violations: Vec::new(),
         };
         Self { state: Mutex::new(state) }
@@ -289,6 +300,16 @@ impl SmmuUnit {
     /// Takes the pulses that the unit gave on its interrupt wires since the last call, oldest first.
     pub fn pulses(&self) -> Vec<Wire> {
         std::mem::take(&mut self.lock().pulses)
+    }
+
+    /// Takes the messages, address and data, that the unit wrote since the last call, oldest first.
+    pub fn messages(&self) -> Vec<(u64, u32)> {
+        std::mem::take(&mut self.lock().messages)
+    }
+
+    /// Lets writes of messages be aborted from now on, or not any more.
+    pub fn fail_messages(&self, fail: bool) {
+        self.lock().lose_messages = fail;
     }
 
     /// Sets how many register reads and looks at the clock pass before an update is acknowledged.
@@ -406,9 +427,9 @@ mod tests {
     }
 
     #[test]
-    #[should_panic(expected = "not modelled: IDR0 bits 0x2000")]
+    #[should_panic(expected = "not modelled: IDR0 bits 0x200")]
     fn a_unit_that_claims_what_is_not_modelled_is_not_made() {
-        SmmuUnit::new(Memory::new(8), Config { idr0: Config::qemu().idr0 | 1 << 13, ..Config::qemu() });
+        SmmuUnit::new(Memory::new(8), Config { idr0: Config::qemu().idr0 | 1 << 9, ..Config::qemu() });
     }
 
     #[test]

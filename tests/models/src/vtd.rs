@@ -73,6 +73,8 @@ pub struct Config {
     pub device_tlb_timeout_us: u64,
     /// Whether IQERCD names the device that did not answer (ITESID), or reads as zero as it does on old units.
     pub names_silent_devices: bool,
+    /// Whether descriptors between two waits are executed last first; the manual promises no order among them.
+    pub reorders: bool,
     /// Whether the queue goes off only after a wait, as on QEMU; else GSTS.QIES stays.
     pub ends_queue_after_wait: bool,
     /// Whether fetching resumes only at the next write to IQT after IQE was cleared, as on QEMU, or at once.
@@ -96,6 +98,7 @@ impl Config {
             device_tlb_timeout_us: 50_000,
             names_silent_devices: false,
             ends_queue_after_wait: false,
+            reorders: false,
             resumes_at_tail_write: true,
         }
     }

@@ -6,12 +6,13 @@ use hosted::{
     smmu::{Machine, Stage, Tapped, needs, unit},
 };
 use iommu::{
-    Bus, DmaBuf, Error, Event, Events, FaultReason, Features, Iova, Pasid, Perms, PhysAddr, StreamId, Tables,
+    Bus, Commands, DmaBuf, Error, Event, Events, FaultReason, Features, GroupTag, Iova, Outcome, PageRequest,
+    PageResponse, Pasid, Perms, PhysAddr, StreamId, Tables,
 };
 use models::{
     golden_smmuv3 as golden,
     memory::Memory,
-    smmuv3::{Config, Refusal, SmmuUnit, Update},
+    smmuv3::{Config, Refusal, Requested, SmmuUnit, Update},
 };
 use smmuv3::Found;
 use std::{
@@ -499,6 +500,37 @@ fn a_unit_that_is_stopped_refuses_everything_and_can_be_taken_into_service_again
     assert_eq!(again.read(DISK, None, HERE), Err(STREAM_TABLE.untouched()));
     assert_eq!(again.pass().len(), 1);
     again.assert_lawful();
+}
+
+#[test]
+fn an_answer_that_is_queued_reaches_its_device_before_the_unit_is_stopped() {
+    let (unit, memory) = unit(Config::full());
+    // The unit executes nothing, until it has been looked at for a while.
+    let looks = Arc::new(Mutex::new(None::<u32>));
+    let left = Arc::clone(&looks);
+    let bus = Tapped::new(unit, move |unit, _| {
+        let mut left = left.lock().expect("no test panics here");
+        *left = left.map(|left| left.saturating_sub(1));
+        if *left == Some(0) {
+            unit.resume();
+        }
+    });
+    let parts = needs(STREAM_TABLE, &memory);
+    let mut machine = Machine::enable(unit, memory, bus, parts).expect("it comes into service");
+    let tag = GroupTag { pasid: None, index: 3 };
+    let perms = Perms::READ;
+    assert_eq!(
+        unit.page_request(PageRequest { stream: DISK, tag, iova: HERE, perms, last: true }),
+        Requested::Queued
+    );
+    unit.pause();
+    let response = PageResponse { stream: DISK, tag, outcome: Outcome::Invalid };
+    machine.smmu.commands.respond(response).expect("there is room");
+    *looks.lock().expect("no test panics here") = Some(60);
+
+    machine.smmu.stop().expect("it is acknowledged");
+
+    assert_eq!(unit.answers().len(), 1);
 }
 
 #[test]

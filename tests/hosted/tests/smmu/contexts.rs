@@ -97,9 +97,9 @@ fn a_pasid_is_translated_by_its_own_tables_and_nothing_else() {
             };
             all(&machine, 0);
 
-            for gone in 0..attached.len() {
-                machine.detach(attached[gone].0);
-                all(&machine, gone + 1);
+            for (n, &(attachment, _)) in attached.iter().enumerate() {
+                machine.detach(attachment);
+                all(&machine, n + 1);
             }
             machine.assert_lawful();
         }
@@ -282,7 +282,7 @@ fn what_a_pasid_cannot_have_is_refused_by_name() {
     machine.assign(DISK, PASIDS);
     machine.assign(NIC, PLAIN);
     let mut refused = |stream, pasid, translation, name: &str| {
-        let error = machine.smmu.tables.attach(stream, pasid, translation).err().expect("it is refused");
+        let error = machine.smmu.tables.attach(stream, pasid, translation).expect_err("it is refused");
         assert!(format!("{error:?}").contains(name), "{error:?} is not {name}");
     };
 

@@ -3,7 +3,9 @@
 use crate::STREAM_TABLE;
 use hosted::{
     Moment, Random,
-    smmu::{ANSWERS, COMMANDS, EVENTS, Machine, REQUESTS, Stage, StreamTable, Tapped, needs, unit},
+    smmu::{
+        ANSWERS, COMMANDS, EVENTS, Machine, REQUESTS, Stage, StreamTable, Tapped, needs, stream_place, unit,
+    },
 };
 use iommu::{
     Access, Attachment, Bus, Commands, Completion, DomainId, Error, Event, Events, Failure, FailureCause,
@@ -409,6 +411,86 @@ mod faults {
     }
 }
 
+mod messages {
+    use super::*;
+    use iommu::Message;
+    use smmuv3::Messages;
+
+    const MESSAGES: Messages = Messages {
+        errors: Message { address: 0x0809_0040, data: 1 },
+        events: Message { address: 0x00FF_FFFF_FFFF_FFFC, data: 0xFFFF_FFFF },
+        requests: Message { address: 4, data: 0 },
+    };
+
+    fn config() -> Config {
+        Config { idr0: Config::full().idr0 | 1 << 13, ..Config::full() }
+    }
+
+    #[test]
+    fn a_unit_interrupts_by_messages_and_no_more_by_wires() {
+        let mut machine = Machine::new(STREAM_TABLE, config());
+        // By wires first: what is told of messages is told while interrupts are off.
+        machine.smmu.events.enable_interrupts().expect("it is acknowledged");
+        machine.smmu.events.enable_messages(&MESSAGES).expect("it is acknowledged");
+        machine.assign(NIC, ALL);
+
+        fault(machine.unit);
+        assert_eq!(machine.unit.messages(), [(0x00FF_FFFF_FFFF_FFFC, 0xFFFF_FFFF)]);
+        assert_eq!(machine.unit.page_request(request(NIC, 1, true)), Requested::Queued);
+        assert_eq!(machine.unit.messages(), [(4, 0)]);
+        machine.unit.raise_errors(1 << 2);
+        assert_eq!(machine.unit.messages(), [(0x0809_0040, 1)]);
+
+        assert_eq!(machine.unit.pulses(), []);
+        // CFG0, CFG1, CFG2 of each: R-words by hand. CFG2: MemAttr 1 is Device-nGnRE.
+        let words = [0x068, 0x0B0, 0x0D0]
+            .map(|at| (machine.unit.read64(at), machine.unit.read32(at + 8), machine.unit.read32(at + 12)));
+        let expected = [(0x0809_0040, 1, 1), (0x00FF_FFFF_FFFF_FFFC, 0xFFFF_FFFF, 1), (4, 0, 1)];
+        assert_eq!(words, expected);
+        machine.assert_lawful();
+    }
+
+    #[test]
+    fn a_message_that_is_lost_is_told_by_its_name_and_what_it_was_about_is_found() {
+        let mut machine = Machine::new(STREAM_TABLE, config());
+        machine.smmu.events.enable_messages(&MESSAGES).expect("it is acknowledged");
+        machine.assign(NIC, ALL);
+        machine.unit.fail_messages(true);
+
+        fault(machine.unit);
+
+        let events = machine.pass();
+        let Event::CommandsFailed { status } = events[1] else { panic!("{events:?}") };
+        let names: Vec<_> = UnitError::of(status).collect();
+        assert_eq!(names, [UnitError::EventMessage, UnitError::ErrorMessage]);
+        assert!(matches!(events[0], Event::Fault(_)));
+        assert_eq!(machine.recover(), []);
+        assert_eq!(machine.pass(), []);
+        machine.assert_lawful();
+    }
+
+    #[test]
+    fn messages_that_cannot_be_are_refused() {
+        let mut machine = Machine::new(STREAM_TABLE, config());
+        for address in [0, 1, 0x0809_0042, 1 << 56, u64::MAX] {
+            let messages = Messages { events: Message { address, data: 1 }, ..MESSAGES };
+            let refused = machine.smmu.events.enable_messages(&messages);
+            assert!(matches!(refused, Err(Error::Unsupported { .. })), "{address:#x}: {refused:?}");
+        }
+        machine.assert_lawful();
+        // Without page requests, their message is not looked at; without messages, there are none.
+        let idr0 = (config().idr0) & !(1 << 16);
+        let mut machine = Machine::new(STREAM_TABLE, Config { idr0, ..config() });
+        let messages = Messages { requests: Message { address: 0, data: 0 }, ..MESSAGES };
+        assert_eq!(machine.smmu.events.enable_messages(&messages), Ok(()));
+        machine.assert_lawful();
+        let mut machine = Machine::new(STREAM_TABLE, Config::full());
+        let refused = machine.smmu.events.enable_messages(&MESSAGES);
+        assert!(matches!(refused, Err(Error::Unsupported { feature: "IDR0.MSI" })), "{refused:?}");
+        machine.assert_lawful();
+    }
+}
+
 mod stalls {
     use super::*;
     use models::smmuv3::Ended;
@@ -427,15 +509,18 @@ mod stalls {
         machine.assign(NIC, ALL);
         let tree = machine.tree(Stage::One);
         let attachment = machine.attach(DISK, Stage::One, &tree);
-        have_stall(&mut machine, DISK);
         (machine, attachment, tree)
     }
 
-    /// Has the context descriptor of a device say that its faults stall (S, bit 44 of its first word).
+    /// Has the tables of a device say that its faults stall, behind the driver's back.
     fn have_stall(machine: &mut Machine, stream: StreamId) {
+        // S is bit 44 of a context descriptor's first word; S1STALLD bit 27 of an entry's second.
         let context = PhysAddr(machine.stream_word(stream, 0) & 0x00FF_FFFF_FFFF_FFC0);
         let word = machine.memory.device_load(context).expect("inside");
         machine.memory.device_store(context, word | 1 << 44).expect("inside");
+        let entry = stream_place(machine.unit, &machine.memory, stream).expect("it has an entry");
+        let word = machine.memory.device_load(PhysAddr(entry.0 + 8)).expect("inside");
+        machine.memory.device_store(PhysAddr(entry.0 + 8), word & !(1 << 27)).expect("inside");
         machine.invalidate(&[Invalidation::Device { stream, device_tlb: false }]);
     }
 

@@ -3,11 +3,11 @@
 use crate::STREAM_TABLE;
 use hosted::{
     Random, grant, root,
-    smmu::{Machine, Stage, StageTree, stream_word},
+    smmu::{Machine, Stage, StageTree, needs, stream_word, unit},
 };
 use iommu::{
-    Attachment, Error, Event, Events, Features, FirstStage, Gpa, Invalidation, Iova, PAGE_SIZE, Pasid, Perms,
-    PhysAddr, Stages, StreamId, Translation,
+    Attachment, Bus, Error, Event, Events, Features, FirstStage, Gpa, Invalidation, Iova, PAGE_SIZE, Pasid,
+    Perms, PhysAddr, Stages, StreamId, Translation,
 };
 use models::smmuv3::{Config, Refusal};
 use smmuv3::guest::{GuestCommand, MAY_SET};
@@ -21,7 +21,7 @@ const HERE: Iova = Iova(0x4000_0000);
 const RAM: u64 = 0x10_0000;
 const PAGES: u64 = 32;
 /// Where the device sees the context descriptor that the driver makes for a guest.
-const CONTEXT: Gpa = Gpa(0x80_0000);
+pub(crate) const CONTEXT: Gpa = Gpa(0x80_0000);
 
 const C_BAD_STE: Refusal = Refusal::Fault(0x04);
 const C_BAD_CD: Refusal = Refusal::Fault(0x0A);
@@ -29,15 +29,15 @@ const F_TRANSLATION: Refusal = Refusal::Fault(0x10);
 const F_PERMISSION: Refusal = Refusal::Fault(0x13);
 
 /// A guest: its memory, and the second stage that leads there.
-struct Guest {
+pub(crate) struct Guest {
     ram: PhysAddr,
-    second: StageTree,
+    pub(crate) second: StageTree,
     /// Pages of its memory that are in use.
     used: u64,
 }
 
 impl Guest {
-    fn new(machine: &mut Machine) -> Self {
+    pub(crate) fn new<B: Bus + Clone>(machine: &mut Machine<B>) -> Self {
         let memory = machine.memory.take(512 * PAGES as usize, 512);
         let second = machine.tree(Stage::Two);
         let pages = grant(memory.phys().0, PAGES);
@@ -47,27 +47,27 @@ impl Guest {
         guest
     }
 
-    fn root(&self) -> iommu::Root {
+    pub(crate) fn root(&self) -> iommu::Root {
         root(self.second.root().0, self.second.levels())
     }
 
-    fn store(&self, machine: &Machine, at: u64, word: u64) {
+    pub(crate) fn store<B: Bus + Clone>(&self, machine: &Machine<B>, at: u64, word: u64) {
         machine.memory.device_store(PhysAddr(self.ram.0 + at - RAM), word).expect("inside");
     }
 
-    fn load(&self, machine: &Machine, at: u64) -> u64 {
+    fn load<B: Bus + Clone>(&self, machine: &Machine<B>, at: u64) -> u64 {
         machine.memory.device_load(PhysAddr(self.ram.0 + at - RAM)).expect("inside")
     }
 
     /// A page of its own.
-    fn page(&mut self) -> u64 {
+    pub(crate) fn page(&mut self) -> u64 {
         self.used += 1;
         assert!(self.used <= PAGES, "the guest's memory is used up");
         RAM + (self.used - 1) * PAGE_SIZE
     }
 
     /// Maps the page at `to` in stage-1 tables of its own below `top`. Returns where the leaf is.
-    fn map(&mut self, machine: &Machine, top: u64, iova: Iova, to: u64) -> u64 {
+    pub(crate) fn map<B: Bus + Clone>(&mut self, machine: &Machine<B>, top: u64, iova: Iova, to: u64) -> u64 {
         let mut table = top;
         for shift in [39, 30, 21] {
             let at = table + (iova.0 >> shift & 0x1FF) * 8;
@@ -84,7 +84,7 @@ impl Guest {
     }
 
     /// Tables in which `content` is at [`HERE`]; returns the top one, and the leaf.
-    fn tables(&mut self, machine: &Machine, content: u64) -> (u64, u64) {
+    pub(crate) fn tables<B: Bus + Clone>(&mut self, machine: &Machine<B>, content: u64) -> (u64, u64) {
         let (top, page) = (self.page(), self.page());
         self.store(machine, page, content);
         let leaf = self.map(machine, top, HERE, page);
@@ -92,28 +92,28 @@ impl Guest {
     }
 
     /// C1 of the fact sheet with 44 bits (IPS 4): `asid`, and tables at `top`.
-    fn context(&self, machine: &Machine, at: u64, asid: u64, top: u64) {
+    pub(crate) fn context<B: Bus + Clone>(&self, machine: &Machine<B>, at: u64, asid: u64, top: u64) {
         let words = [0x0000_E204_C000_3510 | asid << 48, top, 0, 0xF404_FF44];
         words.iter().enumerate().for_each(|(n, &word)| self.store(machine, at + n as u64 * 8, word));
     }
 
     /// Names a linear table of 2^`log2` context descriptors at `at`, as the guest's own entry would: Config 5<<1, V;
     /// S1CIR 1<<2, S1COR 1<<4, S1CSH 3<<6, S1DSS 2, S1STALLD 1<<27.
-    fn contexts(&self, at: u64, log2: u64) -> Translation {
+    pub(crate) fn contexts(&self, at: u64, log2: u64) -> Translation {
         let default = if log2 == 0 { 0 } else { 2 };
         self.entry([at | 0xB | log2 << 59, 0x0800_00D4 | default, 0, 0, 0, 0, 0, 0])
     }
 
-    fn entry(&self, entry: [u64; 8]) -> Translation {
+    pub(crate) fn entry(&self, entry: [u64; 8]) -> Translation {
         Translation::Nested { first: FirstStage::Contexts { entry }, second: self.root() }
     }
 
-    fn pages(&self, top: u64) -> Translation {
+    pub(crate) fn pages(&self, top: u64) -> Translation {
         Translation::Nested { first: FirstStage::Pages { root: Gpa(top), levels: 4 }, second: self.root() }
     }
 
     /// Gives the device a place for the descriptor that the driver makes, and maps it for reading.
-    fn place(&self, machine: &mut Machine, stream: StreamId) -> PhysAddr {
+    pub(crate) fn place<B: Bus + Clone>(&self, machine: &mut Machine<B>, stream: StreamId) -> PhysAddr {
         let frame = machine.smmu.tables.place_context(stream, CONTEXT).expect("there are frames");
         let pages = grant(frame.0, 1);
         self.second
@@ -293,6 +293,31 @@ fn a_guest_may_have_its_device_pass_its_first_stage_or_refused() {
 }
 
 #[test]
+fn a_guest_has_accesses_wait_of_a_device_that_was_named_and_of_no_other() {
+    let (unit, memory) = unit(Config::full());
+    let mut parts = needs(STREAM_TABLE, &memory);
+    parts.stalling.push(NIC).expect("there is room");
+    let mut machine = Machine::enable(unit, memory, unit, parts).expect("it comes into service");
+    for (stream, stalls) in [(DISK, false), (NIC, true)] {
+        let mut guest = Guest::new(&mut machine);
+        let (contexts, (top, _)) = (guest.page(), guest.tables(&machine, 1));
+        guest.context(&machine, contexts, 3, top);
+        // CD.S, and an entry without S1STALLD.
+        guest.store(&machine, contexts, guest.load(&machine, contexts) | 1 << 44);
+        machine.assign(stream, PLAIN);
+        let translation = guest.entry([contexts | 0xB, 0xD4, 0, 0, 0, 0, 0, 0]);
+        machine.attach_to(stream, None, translation).expect("it can be attached");
+
+        let refused = machine.read(stream, None, Iova(0));
+
+        // S = 1 with S1STALLD = 1 is no legal descriptor.
+        assert!(stalls || refused == Err(C_BAD_CD), "{refused:?}");
+        assert_eq!(matches!(refused, Err(Refusal::Stalled(_))), stalls, "{refused:?}");
+    }
+    machine.assert_lawful();
+}
+
+#[test]
 fn guests_with_the_same_addresses_and_numbers_do_not_meet() {
     let mut machine = Machine::new(STREAM_TABLE, Config::full());
     let attached = [(DISK, 0xD), (NIC, 0xE)].map(|(stream, content)| {
@@ -395,7 +420,7 @@ fn what_cannot_be_nested_is_refused_by_name() {
         let mut guest = Guest::new(&mut machine);
         machine.assign(DISK, features);
         let translation = make(&mut guest, &mut machine);
-        let error = machine.attach_to(DISK, pasid, translation).err().expect("it is refused");
+        let error = machine.attach_to(DISK, pasid, translation).expect_err("it is refused");
         assert!(format!("{error:?}").contains(name), "{error:?} is not {name}");
         assert!(machine.read(DISK, pasid, HERE).is_err());
         machine.assert_lawful();

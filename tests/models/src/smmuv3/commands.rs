@@ -256,7 +256,7 @@ impl State {
                 self.terminate_stalls(sid);
                 return Ok(true);
             }
-            0x46 => return self.sync(w0),
+            0x46 => return self.sync(w0, w1),
             // Prefetches are hints.
             _ => return Ok(true),
         };
@@ -324,7 +324,7 @@ impl State {
     }
 
     /// SYNC: complete once all that was promised before is true.
-    fn sync(&mut self, w0: u64) -> Result<bool, CommandError> {
+    fn sync(&mut self, w0: u64, w1: u64) -> Result<bool, CommandError> {
         let now = self.clock_us;
         let waiting = self.commands.unanswered.len();
         self.commands.unanswered.retain(|&(_, deadline_us)| deadline_us > now);
@@ -337,6 +337,10 @@ impl State {
         let promised = std::mem::take(&mut self.commands.promised);
         self.caches.forget(&promised);
         if w0 >> 12 & 3 == 1 {
+            if self.config.messages() && w1 != 0 {
+                // MSIAddress, MSIData; MSI_CMDQ_ABT_ERR.
+                self.send(w1, (w0 >> 32) as u32, 1 << 4);
+            }
             self.pulses.push(Wire::CommandSync);
         }
         Ok(true)
@@ -664,6 +668,20 @@ mod tests {
 
             assert_eq!(read(&bench) == Err(Refusal::Fault(0x0A)), dropped, "{words:x?}");
         }
+    }
+
+    #[test]
+    fn a_sync_says_by_message_that_it_is_complete() {
+        let bench = Bench::started(Config { idr0: Config::qemu().idr0 | 1 << 13, ..Config::qemu() });
+
+        bench.submit(&[golden::SYNC_IRQ]);
+        // K37: 0xCAFE to 0x8010_3F40.
+        assert_eq!(bench.unit.messages(), [(0x8010_3F40, 0xCAFE)]);
+        bench.unit.fail_messages(true);
+        bench.submit(&[golden::SYNC_IRQ]);
+
+        assert_eq!((bench.unit.messages(), bench.unit.read32(GERROR)), (vec![], 1 << 4));
+        bench.assert_lawful();
     }
 
     #[test]

@@ -89,8 +89,31 @@ impl State {
     }
 
     pub(super) fn pulse(&mut self, enable: u64, wire: Wire) {
-        if self.get(IRQ_CTRLACK) & enable != 0 {
-            self.pulses.push(wire);
+        if self.get(IRQ_CTRLACK) & enable == 0 {
+            return;
+        }
+        // GERROR_IRQ_CFG0, EVENTQ_IRQ_CFG0, PRIQ_IRQ_CFG0; MSI_GERROR_ABT_ERR, MSI_EVENTQ_ABT_ERR, MSI_PRIQ_ABT_ERR.
+        let (registers, lost) = match wire {
+            Wire::Error => (0x068, 1 << 7),
+            Wire::Event => (0x0B0, 1 << 5),
+            Wire::PageRequest => (0x0D0, 1 << 6),
+            Wire::CommandSync => return self.pulses.push(wire),
+        };
+        match self.get(registers) {
+            0 => self.pulses.push(wire),
+            address => self.send(address, self.get(registers + 8) as u32, lost),
+        }
+    }
+
+    /// Writes a message; an error of its own where that is aborted.
+    pub(super) fn send(&mut self, address: u64, data: u32, lost: u64) {
+        if !self.lose_messages {
+            self.messages.push((address, data));
+        } else if lost == 1 << 7 {
+            // Nobody can be told by a message that the message about errors is lost.
+            self.set(GERROR, self.get(GERROR) ^ if self.active(lost) { 0 } else { lost });
+        } else {
+            self.raise(lost);
         }
     }
 

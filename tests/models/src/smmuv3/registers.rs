@@ -121,11 +121,13 @@ pub(super) fn map(config: &Config) -> Vec<Register> {
     add(IRQ_CTRLACK, 4, "IRQ_CTRLACK", 0, When::Never);
     add(GERROR, 4, "GERROR", 0, When::Never);
     add(GERRORN, 4, "GERRORN", 0x1FD, When::Always);
-    // Without MSIs, the addresses and data of messages are reserved.
+    // Without MSIs, the addresses and data of messages are reserved. ADDR [55:2]; DATA; MemAttr [3:0] and SH [5:4].
+    let messages = config.messages();
+    let only = |bits: u64| if messages { bits } else { 0 };
     let mut interrupt = |offset, names: [_; 3], bit, attributes| {
-        add(offset, 8, names[0], 0, When::NoInterrupt(bit));
-        add(offset + 8, 4, names[1], 0, When::NoInterrupt(bit));
-        add(offset + 12, 4, names[2], attributes, When::NoInterrupt(bit));
+        add(offset, 8, names[0], only((1 << 56) - (1 << 2)), When::NoInterrupt(bit));
+        add(offset + 8, 4, names[1], only(0xFFFF_FFFF), When::NoInterrupt(bit));
+        add(offset + 12, 4, names[2], attributes | only(0x3F), When::NoInterrupt(bit));
     };
     interrupt(0x068, ["GERROR_IRQ_CFG0", "GERROR_IRQ_CFG1", "GERROR_IRQ_CFG2"], GERROR_IRQEN, 0);
     interrupt(0x0B0, ["EVENTQ_IRQ_CFG0", "EVENTQ_IRQ_CFG1", "EVENTQ_IRQ_CFG2"], EVENTQ_IRQEN, 0);

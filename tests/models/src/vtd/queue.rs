@@ -237,7 +237,14 @@ impl State {
         if self.queue.waits.iter().any(Wait::fences) || self.queue.fetched.is_empty() && !self.fetch() {
             return false;
         }
-        let Some(words) = self.queue.fetched.pop_front() else { return false };
+        let is_wait = |words: &[u64; 4]| words[0] & 0xF == 5;
+        let mut at = 0;
+        if self.config.reorders {
+            while !self.queue.fetched.iter().any(is_wait) && self.fetch() {}
+            let waits = self.queue.fetched.iter().position(is_wait).unwrap_or(self.queue.fetched.len());
+            at = waits.saturating_sub(1);
+        }
+        let Some(words) = self.queue.fetched.remove(at) else { return false };
         self.execute(words);
         true
     }

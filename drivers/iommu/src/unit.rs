@@ -13,6 +13,9 @@ use heapless::Vec;
 pub trait Events {
     /// Opens a pass: acknowledges the interrupt, so that whatever arrives from here on interrupts again.
     fn acknowledge(&mut self);
+    /// Looks for errors of the unit itself, where those have an interrupt of their own (`GERROR` of SMMUv3): the calls below
+    /// tell what was active when this was called last. Where they share that of faults, there is nothing to do.
+    fn look_for_errors(&mut self) {}
     /// Takes the oldest page request, or the news that some were lost; `None` when the queue is empty.
     ///
     /// Takes a bounded number of register accesses; never waits. So does `next_fault`.

@@ -69,6 +69,7 @@ pub enum Failure {
 pub fn start(hv: &'static Hypervisor, mut events: unit::Events) -> Result<(), Failure> {
     interrupts::on(Source::IommuFault, || run(Source::IommuFault));
     interrupts::on(Source::PageRequest, || run(Source::PageRequest));
+    interrupts::on(Source::IommuError, || run(Source::IommuError));
     interrupts::on(Source::Timer, || run(Source::Timer));
     // A kick ends a sleep, or brings a guest out; what it is about is looked up by whoever was interrupted.
     interrupts::on(Source::Kick, || {});
@@ -125,9 +126,13 @@ fn count_device_interrupt() {
 
 impl Service {
     /// Does what `source` interrupts for: requests, faults, or what time has brought. A pass after one that left something
-    /// does all of it, so that nothing waits behind what keeps coming.
+    /// does all of it, so that nothing waits behind what keeps coming; and so does one for an error, which may have lost any
+    /// of it.
     fn pass(&mut self, broker: &mut Broker, source: Source) {
-        let all = core::mem::take(&mut self.behind);
+        let all = core::mem::take(&mut self.behind) || source == Source::IommuError;
+        if all {
+            self.events.look_for_errors();
+        }
         let asked = self.hv.drains.asked();
         let all_sent = self.hv.send_unsent();
         if self.hv.failed.swap(false, AcqRel) {
@@ -160,7 +165,7 @@ impl Service {
         self.behind |= !done;
         if self.behind {
             interrupts::kick(SERVICE_CORE, Source::PageRequest);
-        } else if source != Source::IommuFault || core::mem::take(&mut self.admitted) || !all_sent {
+        } else if all || source != Source::IommuFault || core::mem::take(&mut self.admitted) || !all_sent {
             self.arm_timer(broker, all_sent);
         }
     }

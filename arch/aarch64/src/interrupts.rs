@@ -27,12 +27,15 @@ pub enum Source {
     Timer,
     /// Another core, or this one, has work for this core.
     Kick,
+    /// An IOMMU has an error of its own.
+    IommuError,
     /// A device. None comes yet: messages need an ITS, which has no driver here.
     Device,
 }
 
 impl Source {
-    const ALL: [Self; 5] = [Self::IommuFault, Self::PageRequest, Self::Timer, Self::Kick, Self::Device];
+    const ALL: [Self; 6] =
+        [Self::IommuFault, Self::PageRequest, Self::Timer, Self::Kick, Self::IommuError, Self::Device];
 
     /// The interrupt by which cores tell each other of the source (SGI).
     const fn between_cores(self) -> u32 {

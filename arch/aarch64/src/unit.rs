@@ -180,7 +180,7 @@ pub const OUTSTANDING: usize = 127;
 /// The wires that are used, for what, and whether a unit must have them.
 const WIRES: [(&str, Source, bool); 3] = [
     ("eventq", Source::IommuFault, true),
-    ("gerror", Source::IommuFault, true),
+    ("gerror", Source::IommuError, true),
     ("priq", Source::PageRequest, false),
 ];
 
@@ -214,13 +214,13 @@ pub fn find(boot: &Boot) -> Result<Found, Error> {
     Ok(Found { unit, bus, registers })
 }
 
-/// Lets the unit interrupt `core`, for [`Source::IommuFault`] and [`Source::PageRequest`]. Its handlers are set.
+/// Lets the unit interrupt `core`, for faults, page requests and errors. Its handlers are set.
 ///
 /// What was reported before does not interrupt any more: the caller drains the unit once afterwards.
 ///
 /// PANICS: when there is no such core.
 pub fn enable_interrupts(events: &mut Events, core: usize) -> Result<(), iommu::Error> {
-    for source in [Source::IommuFault, Source::PageRequest] {
+    for source in WIRES.map(|(_, source, _)| source) {
         interrupts::route(source, core);
     }
     events.enable_interrupts()

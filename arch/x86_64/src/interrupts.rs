@@ -29,12 +29,15 @@ pub enum Source {
     Timer,
     /// Another core, or this one, has work for this core.
     Kick,
+    /// An IOMMU has an error of its own. Here it says so by [`IommuFault`](Self::IommuFault).
+    IommuError,
     /// A device.
     Device,
 }
 
 impl Source {
-    const ALL: [Self; 5] = [Self::IommuFault, Self::PageRequest, Self::Timer, Self::Kick, Self::Device];
+    const ALL: [Self; 6] =
+        [Self::IommuFault, Self::PageRequest, Self::Timer, Self::Kick, Self::IommuError, Self::Device];
 
     /// The vector; its upper four bits are the priority.
     const fn vector(self) -> u8 {

@@ -13,6 +13,9 @@ use heapless::Vec;
 pub trait Events {
     /// Opens a pass: acknowledges the interrupt, so that whatever arrives from here on interrupts again.
     fn acknowledge(&mut self);
+    /// Looks for errors of the unit itself, where those have an interrupt of their own (`GERROR` of SMMUv3): the calls below
+    /// tell what was active when this was called last. Where they share that of faults, there is nothing to do.
+    fn look_for_errors(&mut self) {}
     /// Takes the oldest page request, or the news that some were lost; `None` when the queue is empty.
     ///
     /// Takes a bounded number of register accesses; never waits. So does `next_fault`.
@@ -100,6 +103,8 @@ pub struct Capabilities {
     pub device_tlb: bool,
     /// Page walks see the CPU's caches.
     pub coherent_walks: bool,
+    /// Second-stage tables of legacy mode can make accesses snoop the CPU's caches, whatever the device says (SNP, `ECAP.SC`).
+    pub forced_snoop: bool,
     /// The unit may remember that something was not mapped (`CAP.CM`), or not see at once that it is (`CAP.RWBF`): what is
     /// mapped anew is invalidated, too.
     pub caches_absence: bool,
@@ -125,6 +130,7 @@ impl Capabilities {
             page_requests: a.page_requests && b.page_requests,
             device_tlb: a.device_tlb && b.device_tlb,
             coherent_walks: a.coherent_walks && b.coherent_walks,
+            forced_snoop: a.forced_snoop && b.forced_snoop,
             caches_absence: a.caches_absence || b.caches_absence,
         }
     }
@@ -600,12 +606,13 @@ mod tests {
         page_requests: true,
         device_tlb: true,
         coherent_walks: true,
+        forced_snoop: true,
         caches_absence: false,
     };
 
     #[test]
     fn two_units_have_in_common_what_each_of_them_can_do() {
-        let changes: [fn(&mut Capabilities); 12] = [
+        let changes: [fn(&mut Capabilities); 13] = [
             |c| c.stage1 = false,
             |c| c.stage2 = false,
             |c| c.nested = false,
@@ -617,6 +624,7 @@ mod tests {
             |c| c.page_requests = false,
             |c| c.device_tlb = false,
             |c| c.coherent_walks = false,
+            |c| c.forced_snoop = false,
             |c| c.caches_absence = true,
         ];
         for (at, change) in changes.into_iter().enumerate() {

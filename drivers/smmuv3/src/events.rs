@@ -357,7 +357,7 @@ impl UnitError {
 /// `next_request` empties both queues, so that nothing waits behind faults.
 ///
 /// It acknowledges no error: [`Commands::recover`](iommu::Commands::recover) does, and is to be called after each
-/// [`Event::CommandsFailed`]. Until then the errors are told again, once in each pass.
+/// [`Event::CommandsFailed`]. Until then each [`look_for_errors`](iommu::Events::look_for_errors) has the errors told again.
 #[derive(Debug)]
 pub struct Events<B> {
     bus: B,
@@ -366,7 +366,9 @@ pub struct Events<B> {
     requests: Option<ReportQueue<REQUEST_WORDS>>,
     /// Devices whose faults stall.
     stalling: Vec<StreamId, STALLING>,
-    /// Which errors were followed by the news of what they lost, and which were told, in this pass.
+    /// Which errors were active when they were looked for; of those, which were followed by the news of what they lost, and
+    /// which were told.
+    active: u32,
     lost: u32,
     told: u32,
 }
@@ -378,7 +380,7 @@ impl<B: Bus> Events<B> {
         requests: Option<ReportQueue<REQUEST_WORDS>>,
         stalling: Vec<StreamId, STALLING>,
     ) -> Self {
-        Self { bus, events, requests, stalling, lost: 0, told: 0 }
+        Self { bus, events, requests, stalling, active: 0, lost: 0, told: 0 }
     }
 
     /// Lets the unit interrupt, by its wires for events, page requests and errors.
@@ -399,11 +401,6 @@ impl<B: Bus> Events<B> {
         interrupts::enable_messages(&self.bus, messages, self.requests.is_some())
     }
 
-    /// Returns the errors that are active.
-    fn errors(&self) -> u32 {
-        (regs::GERROR.read(&self.bus).get() ^ regs::GERRORN.read(&self.bus).get()) & ERRORS
-    }
-
     /// Takes the oldest event.
     fn next_record(&mut self) -> Option<Event> {
         let record = EventRecord(self.events.pop(&self.bus)?);
@@ -421,7 +418,7 @@ impl<B: Bus> Events<B> {
         if requests.take_overflow(&self.bus) {
             return Some(Event::RequestsLost);
         }
-        if self.lost & LOST != 0 || self.errors() & LOST == 0 {
+        if self.active & LOST & !self.lost == 0 {
             return None;
         }
         // Nothing is queued while the error is active, so a queue that is empty now stays so until it is acknowledged.
@@ -436,8 +433,11 @@ impl<B: Bus> Events<B> {
 impl<B: Bus> iommu::Events for Events<B> {
     /// Acknowledges nothing: a queue pulses when an entry comes after CONS said that it is empty, and PROD is read after
     /// that.
-    fn acknowledge(&mut self) {
-        (self.lost, self.told) = (0, 0);
+    fn acknowledge(&mut self) {}
+
+    fn look_for_errors(&mut self) {
+        let active = (regs::GERROR.read(&self.bus).get() ^ regs::GERRORN.read(&self.bus).get()) & ERRORS;
+        (self.active, self.lost, self.told) = (active, 0, 0);
     }
 
     fn next_request(&mut self) -> Option<Event> {
@@ -453,14 +453,13 @@ impl<B: Bus> iommu::Events for Events<B> {
         if self.events.take_overflow(&self.bus) {
             return Some(Event::FaultsLost);
         }
-        let active = self.errors();
-        if active & LOST & !self.lost != 0 {
+        if self.active & LOST & !self.lost != 0 {
             self.lost |= LOST;
             return Some(Event::FaultsLost);
         }
-        if active & !self.told != 0 {
-            self.told |= active;
-            return Some(Event::CommandsFailed { status: active });
+        if self.active & !self.told != 0 {
+            self.told |= self.active;
+            return Some(Event::CommandsFailed { status: self.active });
         }
         None
     }

@@ -288,6 +288,7 @@ impl<B: Bus + Clone> Machine<B> {
     /// Takes all events of one pass.
     pub fn pass(&mut self) -> Vec<Event> {
         self.smmu.events.acknowledge();
+        self.smmu.events.look_for_errors();
         let mut events = Vec::new();
         while let Some(event) = self.smmu.events.next_event() {
             events.push(event);

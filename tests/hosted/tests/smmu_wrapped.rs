@@ -121,6 +121,7 @@ fn invalidate(machine: &mut Machine<Wrapped>, invalidations: &[Invalidation]) ->
                 Err(Error::QueueFull { .. } | Error::Busy { .. }) => {
                     // A caller looks again later.
                     machine.smmu.events.acknowledge();
+                    machine.smmu.events.look_for_errors();
                     let _ = machine.smmu.events.next_fault();
                 }
                 Err(error) => return Err(error),
@@ -165,6 +166,7 @@ fn life(machine: &mut Machine<Wrapped>, stage: Stage, seen: &mut Seen) -> Result
     let request = PageRequest { stream: DISK, tag, iova: HERE, perms: Perms::READ, last: true };
     if machine.unit.page_request(request) == Requested::Queued {
         machine.smmu.events.acknowledge();
+        machine.smmu.events.look_for_errors();
         for _ in 0..1000 {
             if let Some(Event::PageRequest(asked)) = machine.smmu.events.next_event() {
                 let response =

@@ -57,6 +57,8 @@ pub enum Error {
     },
     /// The guest owns the first stage: nothing is mapped there by call.
     Bound,
+    /// The page to which devices write their messages stays as it is.
+    Doorbell,
     /// The device is not one that may reach all of memory: the command line does not say `trusted=` of it.
     NotTrusted {
         /// Which.
@@ -177,7 +179,7 @@ impl Guest {
     }
 
     /// Attaches a device of the guest by a first stage of the guest's own, over a second in which the guest's addresses are
-    /// what they are for its virtual CPU: its memory, and nothing else. Returns the guest's name for the attachment.
+    /// what they are for its virtual CPU: its memory, and nothing else but what a device needs to interrupt. Returns the guest's name for the attachment.
     pub fn bind(&mut self, device: u32, first: FirstStage, opaque: u64) -> Result<u64, Error> {
         let given = (device as usize).checked_sub(1).and_then(|at| self.devices.get(at));
         let given = given.ok_or(Error::Attached)?;
@@ -234,16 +236,25 @@ impl Guest {
     /// Maps `grant` for an attachment.
     pub fn map(&self, owned: &Owned, iova: Iova, grant: &Grant, perms: Perms) -> Result<(), Error> {
         owned.space.is_the_hypervisors()?;
+        self.spares_doorbell(iova, grant.bytes())?;
         owned.space.map(self.hv, &self.share, iova, grant, perms)
     }
 
     /// Unmaps, and returns when nothing reaches the memory any more.
     pub fn unmap(&self, owned: &Owned, iova: Iova, bytes: u64) -> Result<(), Error> {
         owned.space.is_the_hypervisors()?;
+        self.spares_doorbell(iova, bytes)?;
         owned.space.unmap(self.hv, &self.share, iova, bytes)?;
         self.hv.ledger.unmapped(owned.device, owned.space.attachment.pasid, iova, bytes / PAGE_SIZE);
         self.home().unmapped.fetch_add(1, Relaxed);
         Ok(())
+    }
+
+    /// Checks that a guest leaves the page alone to which its devices write their messages.
+    fn spares_doorbell(&self, iova: Iova, bytes: u64) -> Result<(), Error> {
+        let end = iova.0.saturating_add(bytes);
+        let hits = self.hv.doorbell.as_ref().is_some_and(|page| iova.0 < page.end.0 && page.start.0 < end);
+        if hits { Err(Error::Doorbell) } else { Ok(()) }
     }
 
     /// Takes all devices back, with requests outstanding or not; `false` if one did not let go of memory.
@@ -432,6 +443,16 @@ impl Space {
         tree: DeviceTables,
         translation: Translation,
     ) -> Result<Self, Error> {
+        // Messages carry no PASID. Nobody walks the tables yet, so that there is nothing to invalidate.
+        let doorbell = if pasid.is_none() { hv.doorbell_of(stream) } else { None };
+        let mapped = doorbell.map_or(Ok(()), |page| {
+            let grant = memory::doorbell(page);
+            share.with(hv.pool, |frames| tree.map_registers(frames, &grant))
+        });
+        if let Err(error) = mapped {
+            share.with(hv.pool, |frames| tree.take_down(frames));
+            return Err(Error::Tables(error));
+        }
         match hv.tables.with(|tables| tables.attach(stream, pasid, translation)) {
             Ok((attachment, invalidations)) => {
                 // On an error the unit may know of the tables, so their frames are not used again.

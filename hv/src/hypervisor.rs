@@ -224,6 +224,9 @@ pub struct Hypervisor {
     pub tables: Locked<Tables>,
     /// Which device may interrupt which core, where the unit says so. Changed as the tables are.
     pub remapping: Option<Locked<Remapping>>,
+    /// The page to which devices write their messages, where the unit translates those. It is mapped at its own address for
+    /// every device that has messages, wherever that is translated by tables of the hypervisor's; and for no virtual CPU.
+    pub doorbell: Option<Range<PhysAddr>>,
     /// How often a device interrupted each core.
     pub device_interrupts: [AtomicU64; 1 + GUESTS],
     /// Which device's requests go where, and the groups that each guest has outstanding.
@@ -334,6 +337,7 @@ impl Hypervisor {
             let _ = devices.push(Device { function, registers });
         }
         let stage = Stage::of(&capabilities, boot.command_line());
+        let doorbell = remapping.as_ref().and_then(Remapping::doorbell);
         HYPERVISOR.call_once(|| Self {
             boot,
             pool: &POOL,
@@ -343,6 +347,7 @@ impl Hypervisor {
             commands: Locked::new(commands),
             tables: Locked::new(tables),
             remapping: remapping.map(Locked::new),
+            doorbell,
             device_interrupts: [const { AtomicU64::new(0) }; 1 + GUESTS],
             ledger: &LEDGER,
             homes: &HOMES,
@@ -365,6 +370,12 @@ impl Hypervisor {
             conditions: [const { AtomicU8::new(Condition::Clean as u8) }; DEVICES],
             image,
         })
+    }
+
+    /// Returns the page that `stream` has to reach to interrupt; `None` where there is none, or it has no messages.
+    pub fn doorbell_of(&self, stream: StreamId) -> Option<Range<PhysAddr>> {
+        let device = self.devices.iter().find(|device| device.function.id == stream)?;
+        self.doorbell.clone().filter(|_| device.function.messages(&self.config).is_ok())
     }
 
     /// Notes that device `number` belongs to a guest, which has a name for it; or to nobody.

@@ -3,6 +3,7 @@
 //! A scene arranges, lets devices and guests act, and checks what came of it. It fails by saying which expectation did
 //! not hold. Frames are counted around each scene: one that leaves a frame taken has failed.
 
+mod doorbell;
 mod interrupts;
 mod nested;
 mod pressure;

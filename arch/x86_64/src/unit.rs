@@ -101,6 +101,11 @@ pub struct Unit {
     pub remapping: Option<Remapping>,
 }
 
+impl Unit {
+    /// Takes what turns messages of devices into interrupts into service. Here that is the unit itself, which does so already.
+    pub fn serve_messages(&mut self, _: &Boot, _: impl FnMut(usize) -> Option<DmaBuf>) {}
+}
+
 /// Which device may interrupt which core, for what.
 pub struct Remapping(vtd::Remapping<Mmio>);
 
@@ -142,8 +147,14 @@ impl Remapping {
     /// it, whoever sends it.
     ///
     /// PANICS: when there is no such core.
-    pub fn compatibility_message(&self, source: Source, core: usize) -> Message {
-        interrupts::message(source, core)
+    pub fn compatibility_message(&self, source: Source, core: usize) -> Option<Message> {
+        Some(interrupts::message(source, core))
+    }
+
+    /// Returns the page to which devices write their messages, where their tables have to map it: none. The unit knows a message
+    /// by its address, and translates none.
+    pub fn doorbell(&self) -> Option<Range<PhysAddr>> {
+        None
     }
 
     /// Refuses the interrupt again, once the invalidations have completed.
@@ -161,6 +172,9 @@ impl Remapping {
 pub fn refused_interrupt(fault: &FaultRecord) -> Option<(&'static str, u16)> {
     remap::Refusal::of(fault).map(|(refusal, number)| (refusal.words(), number))
 }
+
+/// What the unit reports of a message whose entry is not present, or is another's.
+pub const REFUSALS: Option<(u16, u16)> = Some((0x22, 0x26));
 
 /// Frames for the unit's own tables.
 const TABLE_FRAMES: usize = 24;

@@ -85,6 +85,7 @@ pub fn run() -> Result<(), Failed> {
         FLOOD => flood::run(),
         BATCH => batch::run(),
         NESTED => nested::run(first),
+        REFUSED_INTERRUPT if first != 0 => refused::at_the_doorbell(first),
         REFUSED_INTERRUPT => refused::run(),
         LOSSES => losses::run(),
         _ => {

@@ -46,6 +46,7 @@ mod task {
     pub const NESTED: u64 = 15;
     pub const REFUSED_INTERRUPT: u64 = 16;
     pub const LOSSES: u64 = 17;
+    pub const UNMAPS: u64 = 18;
 }
 
 /// How long a scene waits for a guest, in microseconds of the machine's time.
@@ -91,7 +92,7 @@ static SCENES: [SceneOf; 10] = [
 
 /// Scenes that are shown only where the command line names them: each needs a boot, or a machine, that is made for it.
 static FURTHER: &[SceneOf] = &[
-    ("recovery", false, recovery::recovery),
+    ("recovery", true, recovery::recovery),
     ("restart", true, restart::restart),
     ("nested", true, nested::nested),
     ("storm", true, pressure::storm),

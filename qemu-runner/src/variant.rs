@@ -222,7 +222,7 @@ pub(crate) static VARIANTS: &[Variant] = &[
         name: Some("pressure"),
         devices: SECOND_WRITER,
         scenes: &[
-            Scene::plain("recovery").witnessed("Page group response without PASID"),
+            Scene::requests("recovery").witnessed("Page group response without PASID"),
             Scene::requests("storm").witnessed("new fault is not recorded, set PFO field"),
             Scene::requests("overflow"),
             Scene::requests("staleness"),

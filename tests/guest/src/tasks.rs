@@ -16,6 +16,7 @@ mod refused;
 mod repair;
 mod restraint;
 mod silence;
+mod unmaps;
 mod watch;
 
 use crate::{
@@ -52,7 +53,7 @@ const REPAIR: u64 = 3;
 const SILENCE: u64 = 4;
 const FORGERY: u64 = 5;
 const HOLD: u64 = 6;
-/// Ends [`HOLD`] and [`NEIGHBOUR`], and begins what [`FLOOD`] is for.
+/// Ends [`HOLD`], [`NEIGHBOUR`] and [`UNMAPS`], and begins what [`FLOOD`] is for.
 const RELEASE: u64 = 7;
 const LEAVE: u64 = 8;
 const ISOLATION: u64 = 9;
@@ -64,6 +65,7 @@ const BATCH: u64 = 14;
 const NESTED: u64 = 15;
 const REFUSED_INTERRUPT: u64 = 16;
 const LOSSES: u64 = 17;
+const UNMAPS: u64 = 18;
 
 /// Asks for the task, and does it.
 pub fn run() -> Result<(), Failed> {
@@ -88,6 +90,7 @@ pub fn run() -> Result<(), Failed> {
         REFUSED_INTERRUPT if first != 0 => refused::at_the_doorbell(first),
         REFUSED_INTERRUPT => refused::run(),
         LOSSES => losses::run(),
+        UNMAPS => unmaps::run(),
         _ => {
             say!("this guest knows no task {task}");
             Err(Failed)

@@ -157,6 +157,9 @@ pub struct Home {
     pub refused_calls: AtomicU64,
     /// Mappings taken away, each invalidated.
     pub unmapped: AtomicU64,
+    /// Entries of the guest's own invalidations that were done, and those that were refused.
+    pub invalidated: AtomicU64,
+    pub refused_invalidations: AtomicU64,
     /// Where the guest's memory is; 0 while there is none.
     pub ram: AtomicU64,
     /// The home core's ends of its rings; taken once.
@@ -188,6 +191,8 @@ impl Home {
             refused_accesses: AtomicU64::new(0),
             refused_calls: AtomicU64::new(0),
             unmapped: AtomicU64::new(0),
+            invalidated: AtomicU64::new(0),
+            refused_invalidations: AtomicU64::new(0),
             ram: AtomicU64::new(0),
             inbox: Locked::new(None),
             queue: Locked::new(None),

@@ -199,7 +199,12 @@ pub fn batch(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
     seen.count("entries", entries);
     seen.count("done_before_the_bad_one", first);
     seen.count("done_when_asked_again", second);
+    let home = &hv.homes[0];
+    let counted = [&home.invalidated, &home.refused_invalidations].map(|count| count.load(Relaxed));
+    seen.count("counted_as_done", counted[0]);
+    seen.count("counted_as_refused", counted[1]);
     expect((entries, first, second) == (5, 2, 2), "an entry was done that should not be, or not done")?;
+    expect(counted == [4, 1], "the guest's entries were not counted as what became of them")?;
     Ok(
         "two entries before a bad one were done and reached the device, the two behind it only when asked for again",
     )

@@ -169,7 +169,7 @@ impl Its {
         };
         // Each core is a collection of its own number.
         for core in 0..cores_present() {
-            its.is_idle()?;
+            its.check_idle()?;
             its.command([0x09, 0, VALID | its.target(core) | core as u64, 0]); // MAPC
             its.command([0x0D, 0, core as u64, 0]); // INVALL
             its.complete(core)?;
@@ -191,7 +191,7 @@ impl Its {
         let event = self.events.iter().position(|&event| event == Event::Free);
         let event = event.ok_or(Error::Exhausted { what: "events of devices" })?;
         if !self.devices.contains(&device) {
-            self.is_idle()?;
+            self.check_idle()?;
             let table = start(&self.events_of) + self.devices.len() as u64 * EVENTS_BYTES;
             // Before the ITS may use its table, so that nobody else gets that.
             self.devices.push(device).map_err(|_| Error::Exhausted { what: "tables of events" })?;
@@ -218,7 +218,7 @@ impl Its {
     /// PANICS: when there is no such core.
     pub(crate) fn open(&mut self, handle: &Handle, source: Source, core: usize) -> Result<(), Error> {
         assert!(core < cores_present(), "no such core");
-        self.is_idle()?;
+        self.check_idle()?;
         interrupts::set_message(handle.event, source);
         self.configure(handle, OPEN);
         let (device, event, collection) = (u64::from(handle.device) << 32, handle.event as u64, core as u64);
@@ -249,7 +249,7 @@ impl Its {
         if self.events[handle.event] != Event::Open {
             return Ok(());
         }
-        self.is_idle()?;
+        self.check_idle()?;
         self.configure(handle, CLOSED);
         let (device, event) = (u64::from(handle.device) << 32, handle.event as u64);
         self.command([0x0C | device, event, 0, 0]); // INV
@@ -284,7 +284,7 @@ impl Its {
     }
 
     /// Checks that everything before has been executed: then there is room for what comes.
-    fn is_idle(&self) -> Result<(), Error> {
+    fn check_idle(&self) -> Result<(), Error> {
         match self.bus.read64(EXECUTED) == self.next {
             true => Ok(()),
             false => Err(Error::Busy { what: "command of the ITS" }),

@@ -37,6 +37,7 @@
 //! | events | all of the manual, overflow, which stage refused; errors of the unit by their names | model, QEMU |
 //! | range invalidation (RIL) | where the unit has it; not of a guest's own pages, whose size nobody knows | model, QEMU |
 //! | interrupts of the unit | by wires or by messages (MSI) | model, QEMU (wires) |
+//! | doorbells of devices | their address; whoever owns the tables maps them, as device memory | QEMU, stage 1 and stage 2: mapped, unmapped, not attached |
 //! | errata | by `IIDR`; the driver does without what cannot be relied on, whatever the part | model |
 //! | a message as the end of `CMD_SYNC`, queues or tables preset, forced stalls, page 0 alone, Secure and Realm, MPAM, HTTU, AArch32 tables | no | |
 //!

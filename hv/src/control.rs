@@ -57,6 +57,8 @@ pub enum Error {
     },
     /// The guest owns the first stage: nothing is mapped there by call.
     Bound,
+    /// The page to which devices write their messages stays as it is.
+    Doorbell,
     /// The device is not one that may reach all of memory: the command line does not say `trusted=` of it.
     NotTrusted {
         /// Which.
@@ -177,7 +179,7 @@ impl Guest {
     }
 
     /// Attaches a device of the guest by a first stage of the guest's own, over a second in which the guest's addresses are
-    /// what they are for its virtual CPU: its memory, and nothing else. Returns the guest's name for the attachment.
+    /// what they are for its virtual CPU: its memory, and nothing else but what a device needs to interrupt. Returns the guest's name for the attachment.
     pub fn bind(&mut self, device: u32, first: FirstStage, opaque: u64) -> Result<u64, Error> {
         let given = (device as usize).checked_sub(1).and_then(|at| self.devices.get(at));
         let given = given.ok_or(Error::Attached)?;
@@ -234,16 +236,25 @@ impl Guest {
     /// Maps `grant` for an attachment.
     pub fn map(&self, owned: &Owned, iova: Iova, grant: &Grant, perms: Perms) -> Result<(), Error> {
         owned.space.is_the_hypervisors()?;
+        self.spares_doorbell(iova, grant.bytes())?;
         owned.space.map(self.hv, &self.share, iova, grant, perms)
     }
 
     /// Unmaps, and returns when nothing reaches the memory any more.
     pub fn unmap(&self, owned: &Owned, iova: Iova, bytes: u64) -> Result<(), Error> {
         owned.space.is_the_hypervisors()?;
+        self.spares_doorbell(iova, bytes)?;
         owned.space.unmap(self.hv, &self.share, iova, bytes)?;
         self.hv.ledger.unmapped(owned.device, owned.space.attachment.pasid, iova, bytes / PAGE_SIZE);
         self.home().unmapped.fetch_add(1, Relaxed);
         Ok(())
+    }
+
+    /// Checks that a guest leaves the page alone to which its devices write their messages.
+    fn spares_doorbell(&self, iova: Iova, bytes: u64) -> Result<(), Error> {
+        let end = iova.0.saturating_add(bytes);
+        let hits = self.hv.doorbell.as_ref().is_some_and(|page| iova.0 < page.end.0 && page.start.0 < end);
+        if hits { Err(Error::Doorbell) } else { Ok(()) }
     }
 
     /// Takes all devices back, with requests outstanding or not; `false` if one did not let go of memory.
@@ -351,7 +362,8 @@ fn reset(hv: &Hypervisor, device: &Device) -> Condition {
     let mut reset = match pcie::Reset::begin(&hv.config, &device.function, start_us) {
         Ok(reset) => reset,
         Err(pcie::Error::Unsupported { .. }) => {
-            let allowed = hv.may_stay_unreset();
+            // What it remembers nobody could make it forget.
+            let allowed = hv.may_stay_unreset() && !hv.is_unasked(stream);
             match allowed {
                 true => defmt::warn!(
                     "{} has no reset, and is given to the next guest as the last one left it",
@@ -420,7 +432,9 @@ impl Space {
         let tree =
             share.with(hv.pool, |frames| DeviceTables::of_guest(frames, memory)).map_err(Error::Tables)?;
         let translation = tree.behind(first);
-        Self::attach(hv, share, stream, None, tree, translation)
+        // Before the first access: a fault of the second stage is none of the guest's.
+        hv.note_bound(stream, true);
+        Self::attach(hv, share, stream, None, tree, translation).inspect_err(|_| hv.note_bound(stream, false))
     }
 
     fn attach(
@@ -431,6 +445,16 @@ impl Space {
         tree: DeviceTables,
         translation: Translation,
     ) -> Result<Self, Error> {
+        // Messages carry no PASID. Nobody walks the tables yet, so that there is nothing to invalidate.
+        let doorbell = if pasid.is_none() { hv.doorbell_of(stream) } else { None };
+        let mapped = doorbell.map_or(Ok(()), |page| {
+            let grant = memory::doorbell(page);
+            share.with(hv.pool, |frames| tree.map_registers(frames, &grant))
+        });
+        if let Err(error) = mapped {
+            share.with(hv.pool, |frames| tree.take_down(frames));
+            return Err(Error::Tables(error));
+        }
         match hv.tables.with(|tables| tables.attach(stream, pasid, translation)) {
             Ok((attachment, invalidations)) => {
                 // On an error the unit may know of the tables, so their frames are not used again.
@@ -526,6 +550,9 @@ impl Space {
 
     /// Gives the tables of a space that was blocked back.
     fn free(self, hv: &Hypervisor, share: &Share, leaving: Leaving) {
+        if self.attachment.stages == Stages::Nested {
+            hv.note_bound(self.attachment.stream, false);
+        }
         hv.tables.with(|tables| tables.finish(leaving));
         share.with(hv.pool, |frames| self.tree.take_down(frames));
     }
@@ -574,17 +601,10 @@ impl PassedThrough {
         Ok(Self { attachment })
     }
 
-    /// Blocks the device again, and returns when the unit knows.
-    ///
-    /// All of the device: QEMU's VT-d in scalable mode goes on to let a device through whose PASID table entry went, until
-    /// it is told to forget the context entry.
+    /// Detaches it again, and returns when the unit knows. What is left of the device is blocked.
     pub fn end(self, hv: &Hypervisor) -> Result<(), Error> {
-        let device = block(hv, self.attachment.stream)?;
-        let attachment = detach_and_wait(hv, self.attachment)?;
-        hv.tables.with(|tables| {
-            tables.finish(attachment);
-            tables.finish(device);
-        });
+        let leaving = detach_and_wait(hv, self.attachment)?;
+        hv.tables.with(|tables| tables.finish(leaving));
         Ok(())
     }
 }
@@ -625,9 +645,10 @@ fn attach(
     Ok(Owned { id, device: policy.device, space })
 }
 
-/// Blocks all of a device, and returns when the unit knows.
+/// Blocks all of a device, and returns when the unit knows; and the device, unless it did not answer before.
 pub fn block(hv: &Hypervisor, stream: StreamId) -> Result<Leaving, Error> {
     let (leaving, invalidations) = hv.tables.with(|tables| tables.block(stream)).map_err(Error::Unit)?;
+    hv.note_blocked(stream);
     hv.invalidate(&invalidations).map_err(Error::Unit)?;
     defmt::debug!("block stream={=u32:#x}", stream.0);
     Ok(leaving)

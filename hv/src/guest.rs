@@ -391,6 +391,8 @@ pub fn start(hv: &Hypervisor, index: usize, task: [u64; 3], devices: &[usize]) {
         &home.refused_accesses,
         &home.refused_calls,
         &home.unmapped,
+        &home.invalidated,
+        &home.refused_invalidations,
         &home.longest_to_record_us,
         &home.left,
     ]) {

@@ -305,6 +305,9 @@ impl Guest {
                 control::tell_invalidated(entry, invalidation);
             }
         }
+        let home = &self.hv.homes[self.index];
+        home.invalidated.fetch_add(handled as u64, Relaxed);
+        home.refused_invalidations.fetch_add(refusal.is_some().into(), Relaxed);
         let [why, bits] = refusal.map_or([0; 2], Refusal::values);
         Ok([handled as u64, why, bits])
     }

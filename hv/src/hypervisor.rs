@@ -53,12 +53,19 @@ pub type Answer = broker::Answer<'static, SLOTS>;
 const NOTICES: usize = 32;
 /// Devices that are looked at.
 const DEVICES: usize = 16;
+const _: () = assert!(DEVICES <= u64::BITS as usize, "there is a bit for each device");
 
 /// Answers that may wait for the unit, at most: each group's, and some of those that waited nowhere.
 const UNSENT: usize = SLOTS * GUESTS + 64;
 
-/// How long the unit may take to complete an invalidation, in microseconds.
-const COMPLETION_LIMIT_US: u64 = 100_000;
+/// How long the driver may take to say what became of an invalidation, in microseconds: longer than it ever does.
+///
+/// Each core waits for the one that it submitted before it submits another, so at most one of each other core is ahead of it
+/// in the unit's queue. The unit or its driver has an end for what is at the head within [`unit::HEAD_LIMIT_US`], and what is
+/// behind comes to the head then: after as many of those as there are cores everything has an end. This is one more.
+const BACKSTOP_US: u64 = (1 + GUESTS as u64 + 1) * unit::HEAD_LIMIT_US;
+/// How long the service core may take for a pass that is waited for, in microseconds.
+const DRAIN_LIMIT_US: u64 = 100_000;
 
 /// Returns the core that is the home of guest `index`.
 ///
@@ -150,6 +157,9 @@ pub struct Home {
     pub refused_calls: AtomicU64,
     /// Mappings taken away, each invalidated.
     pub unmapped: AtomicU64,
+    /// Entries of the guest's own invalidations that were done, and those that were refused.
+    pub invalidated: AtomicU64,
+    pub refused_invalidations: AtomicU64,
     /// Where the guest's memory is; 0 while there is none.
     pub ram: AtomicU64,
     /// The home core's ends of its rings; taken once.
@@ -181,6 +191,8 @@ impl Home {
             refused_accesses: AtomicU64::new(0),
             refused_calls: AtomicU64::new(0),
             unmapped: AtomicU64::new(0),
+            invalidated: AtomicU64::new(0),
+            refused_invalidations: AtomicU64::new(0),
             ram: AtomicU64::new(0),
             inbox: Locked::new(None),
             queue: Locked::new(None),
@@ -217,6 +229,9 @@ pub struct Hypervisor {
     pub tables: Locked<Tables>,
     /// Which device may interrupt which core, where the unit says so. Changed as the tables are.
     pub remapping: Option<Locked<Remapping>>,
+    /// The page to which devices write their messages, where the unit translates those. It is mapped at its own address for
+    /// every device that has messages, wherever that is translated by tables of the hypervisor's; and for no virtual CPU.
+    pub doorbell: Option<Range<PhysAddr>>,
     /// How often a device interrupted each core.
     pub device_interrupts: [AtomicU64; 1 + GUESTS],
     /// Which device's requests go where, and the groups that each guest has outstanding.
@@ -227,6 +242,10 @@ pub struct Hypervisor {
     pub drains: Drains,
     /// Faults of devices that no guest owns: how many, and the last.
     pub unowned: Locked<(u64, Option<FaultRecord>)>,
+    /// Faults of the second stage behind a first stage that a guest owns, which are not the guest's: how many, and the last.
+    pub second_stage: Locked<(u64, Option<FaultRecord>)>,
+    /// A ticket has failed, and nobody has asked yet why.
+    pub failed: AtomicBool,
     /// What stopped the unit's commands: how often, and the last.
     pub failures: Locked<(u64, Option<Failure>)>,
     /// How often the unit said that it lost reports.
@@ -245,6 +264,12 @@ pub struct Hypervisor {
     pub devices: Vec<Device, DEVICES>,
     /// Whose each device is: the guest plus one in 31:0, its name for the device in 63:32; 0 if it is nobody's.
     given: [AtomicU64; DEVICES],
+    /// Devices whose first stage a guest owns, by their place in `devices`: bit n set, device n.
+    bound: AtomicU64,
+    /// Devices that did not answer when they were to forget something, in the same way.
+    silent: AtomicU64,
+    /// Those of them that are blocked, and are not asked again.
+    unasked: AtomicU64,
     /// In what condition the last owner left each device, as a [`Condition`].
     conditions: [AtomicU8; DEVICES],
     /// The guests' program.
@@ -317,6 +342,7 @@ impl Hypervisor {
             let _ = devices.push(Device { function, registers });
         }
         let stage = Stage::of(&capabilities, boot.command_line());
+        let doorbell = remapping.as_ref().and_then(Remapping::doorbell);
         HYPERVISOR.call_once(|| Self {
             boot,
             pool: &POOL,
@@ -326,11 +352,14 @@ impl Hypervisor {
             commands: Locked::new(commands),
             tables: Locked::new(tables),
             remapping: remapping.map(Locked::new),
+            doorbell,
             device_interrupts: [const { AtomicU64::new(0) }; 1 + GUESTS],
             ledger: &LEDGER,
             homes: &HOMES,
             drains: Drains::new(),
             unowned: Locked::new((0, None)),
+            second_stage: Locked::new((0, None)),
+            failed: AtomicBool::new(false),
             failures: Locked::new((0, None)),
             lost: Losses { faults: AtomicU64::new(0), requests: AtomicU64::new(0) },
             latest_expiry_us: AtomicU64::new(0),
@@ -340,9 +369,18 @@ impl Hypervisor {
             control_wakes_us: AtomicU64::new(u64::MAX),
             devices,
             given: [const { AtomicU64::new(0) }; DEVICES],
+            bound: AtomicU64::new(0),
+            silent: AtomicU64::new(0),
+            unasked: AtomicU64::new(0),
             conditions: [const { AtomicU8::new(Condition::Clean as u8) }; DEVICES],
             image,
         })
+    }
+
+    /// Returns the page that `stream` has to reach to interrupt; `None` where there is none, or it has no messages.
+    pub fn doorbell_of(&self, stream: StreamId) -> Option<Range<PhysAddr>> {
+        let device = self.devices.iter().find(|device| device.function.id == stream)?;
+        self.doorbell.clone().filter(|_| device.function.messages(&self.config).is_ok())
     }
 
     /// Notes that device `number` belongs to a guest, which has a name for it; or to nobody.
@@ -358,6 +396,51 @@ impl Hypervisor {
         if let Some(of_it) = self.conditions.get(number) {
             of_it.store(condition as u8, Relaxed);
         }
+        if condition == Condition::Clean {
+            self.silent.fetch_and(!(1 << number), Relaxed);
+            self.unasked.fetch_and(!(1 << number), Relaxed);
+        }
+    }
+
+    /// Notes that a guest owns the first stage of a device, or does no longer.
+    pub fn note_bound(&self, stream: StreamId, bound: bool) {
+        let Some(number) = self.place_of(stream) else { return };
+        if bound {
+            self.bound.fetch_or(1 << number, Relaxed);
+        } else {
+            self.bound.fetch_and(!(1 << number), Relaxed);
+        }
+    }
+
+    /// Returns whether a guest owns the first stage of a device.
+    pub fn is_bound(&self, stream: StreamId) -> bool {
+        let bound = self.bound.load(Relaxed);
+        bound != 0 && self.place_of(stream).is_some_and(|number| bound & 1 << number != 0)
+    }
+
+    /// Notes that a device did not answer when it was to forget something.
+    pub fn note_silent(&self, stream: StreamId) {
+        if let Some(number) = self.place_of(stream) {
+            self.silent.fetch_or(1 << number, Relaxed);
+        }
+    }
+
+    /// Notes that a device is blocked: if it did not answer before, it is not asked again until it was reset.
+    pub fn note_blocked(&self, stream: StreamId) {
+        if let Some(number) = self.place_of(stream) {
+            self.unasked.fetch_or(self.silent.load(Relaxed) & 1 << number, Relaxed);
+        }
+    }
+
+    /// Returns whether a device is blocked that did not answer.
+    pub fn is_unasked(&self, stream: StreamId) -> bool {
+        let unasked = self.unasked.load(Relaxed);
+        unasked != 0 && self.place_of(stream).is_some_and(|number| unasked & 1 << number != 0)
+    }
+
+    /// Returns the place of a device in `devices`. Looks at all of them.
+    fn place_of(&self, stream: StreamId) -> Option<usize> {
+        self.devices.iter().position(|device| device.function.id == stream)
     }
 
     /// Returns whether device `number` may be given to a guest.
@@ -372,10 +455,14 @@ impl Hypervisor {
 
     /// Returns the guest that owns a device, and its name for the device. Looks at all devices.
     pub fn owner_of(&self, stream: StreamId) -> Option<(usize, u32)> {
-        let number = self.devices.iter().position(|device| device.function.id == stream)?;
-        let word = self.given.get(number)?.load(Relaxed);
+        let word = self.given.get(self.place_of(stream)?)?.load(Relaxed);
         let guest = (word as u32).checked_sub(1)?;
         Some((guest as usize, (word >> 32) as u32))
+    }
+
+    /// Returns whether guest `index` owns a device.
+    pub fn owns_a_device(&self, index: usize) -> bool {
+        self.given.iter().any(|given| given.load(Relaxed) as u32 as usize == index + 1)
     }
 
     /// Makes the rings between the service core and the home cores. Called once.
@@ -443,8 +530,25 @@ impl Hypervisor {
 
     /// Submits `invalidations` and waits until they have completed. Interrupts are open, and no lock is held.
     ///
-    /// On an error nothing that they cover may be used again.
+    /// That they failed is the driver's to say: another device's may be at the head of the queue, and that is no reason to
+    /// give up on these. On an error nothing that they cover may be used again.
+    ///
+    /// A device that is blocked because it did not answer is not asked again: the unit lets nothing of it through, whatever it
+    /// remembers, and it is reset before anybody else gets it.
     pub fn invalidate(&self, invalidations: &[Invalidation]) -> Result<(), Error> {
+        const PART: usize = 8;
+        let is_unasked = |it: &Invalidation| it.asks().is_some_and(|stream| self.is_unasked(stream));
+        if !invalidations.iter().any(is_unasked) {
+            return self.submit_and_wait(invalidations);
+        }
+        for part in invalidations.chunks(PART) {
+            let unasked = part.iter().filter_map(|it| if is_unasked(it) { it.unasked() } else { Some(*it) });
+            self.submit_and_wait(&unasked.collect::<Vec<_, PART>>())?;
+        }
+        Ok(())
+    }
+
+    fn submit_and_wait(&self, invalidations: &[Invalidation]) -> Result<(), Error> {
         let submit = || {
             self.commands.with(|commands| {
                 let ticket = commands.submit(invalidations)?;
@@ -458,29 +562,38 @@ impl Hypervisor {
         }
         let start = cpu::now_us();
         while let Err(Error::QueueFull { .. } | Error::Busy { .. }) = submitted {
-            if cpu::now_us().saturating_sub(start) >= COMPLETION_LIMIT_US {
+            if cpu::now_us().saturating_sub(start) >= BACKSTOP_US {
                 break;
             }
             cpu::relax();
             submitted = submit();
         }
-        match submitted? {
-            (_, Completion::Done) => Ok(()),
-            (ticket, Completion::Failed) => Err(Error::Failed { ticket }),
-            (ticket, Completion::Pending) => self.wait(ticket, start),
+        let (ticket, completion) = submitted?;
+        match completion {
+            Completion::Done => Ok(()),
+            Completion::Failed => Err(self.has_failed(ticket)),
+            Completion::Pending => self.wait(ticket),
         }
     }
 
-    fn wait(&self, ticket: Ticket, start: u64) -> Result<(), Error> {
+    /// Has the service core find out why: not everything that fails interrupts.
+    fn has_failed(&self, ticket: Ticket) -> Error {
+        self.failed.store(true, Release);
+        interrupts::kick(SERVICE_CORE, Source::IommuFault);
+        Error::Failed { ticket }
+    }
+
+    fn wait(&self, ticket: Ticket) -> Result<(), Error> {
+        let start = cpu::now_us();
         loop {
             // The clock is read first: a wait that was preempted for long looks once more before it gives up.
             let waited_us = cpu::now_us().saturating_sub(start);
             match self.commands.with(|commands| commands.poll(ticket)) {
                 Completion::Done => return Ok(()),
-                Completion::Failed => return Err(Error::Failed { ticket }),
+                Completion::Failed => return Err(self.has_failed(ticket)),
                 Completion::Pending => {}
             }
-            if waited_us >= COMPLETION_LIMIT_US {
+            if waited_us >= BACKSTOP_US {
                 return Err(Error::Timeout { register: "the invalidation queue", waited_us });
             }
             cpu::relax();
@@ -499,7 +612,7 @@ impl Hypervisor {
             if self.drains.done.load(Acquire) >= wanted {
                 return Ok(());
             }
-            if waited_us >= COMPLETION_LIMIT_US {
+            if waited_us >= DRAIN_LIMIT_US {
                 return Err(Error::Timeout { register: "the service core", waited_us });
             }
             cpu::relax();

@@ -113,10 +113,11 @@ fn bring_up(boot: Boot) -> Result<BroughtUp, Failure> {
     POOL.with(|pool| pool.adopt(boot.memory(), found.bus()));
     #[cfg(not(feature = "measure"))]
     restart::live(&boot, &config).map_err(Failure::Before)?;
-    let unit = found.enable(|frames| memory::cut(&POOL, frames)).map_err(Failure::Unit)?;
+    let mut unit = found.enable(|frames| memory::cut(&POOL, frames)).map_err(Failure::Unit)?;
     #[cfg(feature = "measure")]
     let ticks = cpu::ticks() - start;
     defmt::info!("unit enabled: every device is blocked");
+    unit.serve_messages(&boot, |frames| memory::cut(&POOL, frames));
 
     let image = boot.guest_image_bytes().ok_or(Failure::NoGuestImage)?;
     let unit::Unit { events, commands, tables, remapping } = unit;

@@ -251,6 +251,13 @@ pub fn registers(range: Range<PhysAddr>) -> Grant {
     unsafe { Grant::new(range) }
 }
 
+/// Grants the page to which devices write their messages, to be mapped for devices alone.
+pub fn doorbell(page: Range<PhysAddr>) -> Grant {
+    // SAFETY: no hypervisor data lives there. A write makes an interrupt of the device that wrote, if the hypervisor opened
+    // one for it, and handlers are safe at any time.
+    unsafe { Grant::new(page) }
+}
+
 /// Opens registers of a device that the hypervisor itself drives. `None` if they are out of its reach.
 pub fn device(range: Range<PhysAddr>) -> Option<Mmio> {
     let bytes = range.end.0.checked_sub(range.start.0)?;

@@ -3,6 +3,7 @@
 //! A scene arranges, lets devices and guests act, and checks what came of it. It fails by saying which expectation did
 //! not hold. Frames are counted around each scene: one that leaves a frame taken has failed.
 
+mod doorbell;
 mod interrupts;
 mod nested;
 mod pressure;
@@ -44,6 +45,8 @@ mod task {
     pub const BATCH: u64 = 14;
     pub const NESTED: u64 = 15;
     pub const REFUSED_INTERRUPT: u64 = 16;
+    pub const LOSSES: u64 = 17;
+    pub const UNMAPS: u64 = 18;
 }
 
 /// How long a scene waits for a guest, in microseconds of the machine's time.
@@ -89,10 +92,10 @@ static SCENES: [SceneOf; 10] = [
 
 /// Scenes that are shown only where the command line names them: each needs a boot, or a machine, that is made for it.
 static FURTHER: &[SceneOf] = &[
-    ("recovery", false, recovery::recovery),
+    ("recovery", true, recovery::recovery),
     ("restart", true, restart::restart),
     ("nested", true, nested::nested),
-    ("storm", false, pressure::storm),
+    ("storm", true, pressure::storm),
     ("overflow", true, pressure::overflow),
     ("staleness", true, pressure::staleness),
     ("batch", true, pressure::batch),

@@ -15,9 +15,9 @@ use arch::{
     unit,
 };
 use broker::{Expiry, Verdict};
-use core::sync::atomic::Ordering::Relaxed;
+use core::sync::atomic::Ordering::{AcqRel, Relaxed};
 use heapless::Deque;
-use iommu::{Commands as _, Event, Events as _, FailureCause, FaultRecord, PageRequest};
+use iommu::{Commands as _, Event, Events as _, FailureCause, FaultRecord, PageRequest, Stages};
 
 /// Page requests that one pass takes, at most: as many as the unit's queue may hold.
 const PASS: usize = 128;
@@ -135,6 +135,9 @@ impl Service {
         }
         let asked = self.hv.drains.asked();
         let all_sent = self.hv.send_unsent();
+        if self.hv.failed.swap(false, AcqRel) {
+            self.recover();
+        }
         let mut done = true;
         if all || source == Source::PageRequest {
             self.events.acknowledge();
@@ -216,6 +219,7 @@ impl Service {
                 if self.log.allows(self.now_us) {
                     defmt::warn!("an unknown number of faults was lost");
                 }
+                self.lose_faults();
             }
             Event::Malformed { words: [low, high], group } => {
                 defmt::warn!("the unit reports {=u64:#x} {=u64:#x}, which is nothing known", low, high);
@@ -267,6 +271,7 @@ impl Service {
                 *last = Some(failure);
             });
             if let (FailureCause::Unanswered, Some(stream)) = (failure.cause, failure.stream) {
+                self.hv.note_silent(stream);
                 self.hv.ledger.quarantine(stream);
                 if let Some((index, _)) = self.hv.owner_of(stream) {
                     self.kick(index);
@@ -275,7 +280,7 @@ impl Service {
         }
     }
 
-    /// Hands a fault to whoever owns its device.
+    /// Hands a fault to whoever owns the tables that it failed in.
     fn fault(&mut self, fault: FaultRecord) {
         if self.log.allows(self.now_us) {
             match unit::refused_interrupt(&fault) {
@@ -284,6 +289,14 @@ impl Service {
                 }
                 None => defmt::info!("fault: {}", fault),
             }
+        }
+        if self.hv.is_bound(fault.stream) && self.events.refused_by(&fault) == Stages::Second {
+            // Behind the guest's own tables: what they lead to is the hypervisor's, and is not told.
+            self.hv.second_stage.with(|(count, last)| {
+                *count += 1;
+                *last = Some(fault);
+            });
+            return;
         }
         let attached = self.hv.ledger.owner_of(fault.stream, fault.pasid);
         let owner = attached.or_else(|| self.hv.owner_of(fault.stream).map(|(guest, name)| (guest, name, 0)));
@@ -297,6 +310,18 @@ impl Service {
         };
         notices.send(Notice { fault, device, opaque });
         self.kick(index);
+    }
+
+    /// Tells every guest that owns a device: what the unit lost may have been about that.
+    fn lose_faults(&mut self) {
+        for (index, notices) in self.notices.iter_mut().enumerate() {
+            if self.hv.owns_a_device(index) {
+                notices.lose();
+                if let Some(kick) = self.kicks.get_mut(index) {
+                    *kick = true;
+                }
+            }
+        }
     }
 
     /// Notes that there is news for a home: it is told once, when the pass is over.

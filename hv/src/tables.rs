@@ -3,7 +3,7 @@
 use crate::{memory, wanted};
 use arch::unit;
 use iommu::{Capabilities, FirstStage, Grant, Perms, Translation};
-use pgtable::{Error, Frames, Gather, Limits, Tree};
+use pgtable::{Attributes, Error, Frames, Gather, Limits, Memory, Tree};
 
 /// A stage of translation.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, defmt::Format)]
@@ -74,6 +74,17 @@ impl DeviceTables {
         match self {
             Self::First(tree) => tree.map(frames, iova, grant, perms),
             Self::Second(tree) => tree.map(frames, iova, grant, perms),
+        }
+    }
+
+    /// Maps `registers` of the machine at their own address, for writing.
+    pub fn map_registers(&self, frames: &mut impl Frames, registers: &Grant) -> Result<(), Error> {
+        let memory = Memory::Device;
+        let attributes = Attributes { memory, ..Perms::READ_WRITE.into() };
+        let at = registers.phys().start.0;
+        match self {
+            Self::First(tree) => tree.map(frames, at, registers, attributes),
+            Self::Second(tree) => tree.map(frames, at, registers, attributes),
         }
     }
 

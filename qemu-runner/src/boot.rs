@@ -238,6 +238,9 @@ impl Boot<'_> {
         command.args(["-machine", &machine, "-cpu", "max", "-m", "256M"]);
         command.args(["-semihosting-config", "enable=on,target=native"]);
         self.add_purpose(command, "smmu*");
+        if self.purpose == Purpose::Demonstrate {
+            command.args(["-trace", "gicv3_its_translation_write"]);
+        }
         self.add_devices(command);
     }
 

@@ -1,4 +1,5 @@
-//! The interrupt controller, GICv3: distributor, redistributors, and this core's interface to them.
+//! The interrupt controller, GICv3: distributor, redistributors, and this core's interface to them. What turns messages of
+//! devices into interrupts is beside it ([`its`](crate::its)).
 #![expect(unsafe_code, reason = "the interrupt controller is reached by address")]
 
 use crate::{
@@ -17,7 +18,7 @@ use aarch64_cpu::{
 };
 use core::{
     ptr,
-    sync::atomic::{AtomicUsize, Ordering},
+    sync::atomic::{AtomicU64, AtomicUsize, Ordering},
 };
 
 /// Bytes of the distributor's registers.
@@ -40,6 +41,8 @@ const ROUTE: usize = 0x6000;
 /// Registers of a redistributor.
 const REDISTRIBUTOR_TYPE: usize = 0x0008;
 const WAKER: usize = 0x0014;
+const LPI_CONFIGURATION: usize = 0x0070;
+const LPI_PENDING: usize = 0x0078;
 
 /// `ARE` and `EnableGrp1` of `GICD_CTLR`, or as a controller with two security states shows them to us, `ARE_NS` and
 /// `EnableGrp1A`: they have the same places.
@@ -50,6 +53,16 @@ const WRITE_PENDING: u32 = 1 << 31;
 /// `ProcessorSleep` and `ChildrenAsleep` of `GICR_WAKER`.
 const SLEEP: u32 = 1 << 1;
 const ASLEEP: u32 = 1 << 2;
+/// `LPIS` and `IDbits` of `GICD_TYPER`.
+const HAS_LPIS: u32 = 1 << 17;
+const ID_BITS_SHIFT: u32 = 19;
+/// `EnableLPIs` and `RWP` of `GICR_CTLR`.
+const ENABLE_LPIS: u32 = 1 << 0;
+const REDISTRIBUTOR_WRITE_PENDING: u32 = 1 << 3;
+/// `PTZ` of `GICR_PENDBASER`: the table holds zeros.
+const PENDING_NONE: u64 = 1 << 62;
+/// Normal memory that is not cached, of `GICR_PROPBASER` and `GICR_PENDBASER`.
+const NOT_CACHED: u64 = 0b001 << 7;
 /// `VLPIS` and `Last` of `GICR_TYPER`.
 const HAS_VIRTUAL_LPIS: u64 = 1 << 1;
 const IS_LAST: u64 = 1 << 4;
@@ -63,10 +76,16 @@ const ACK_LIMIT_US: u64 = 100_000;
 /// The first number that is no interrupt, but says why there is none.
 const NONE: u32 = 1020;
 const NONE_END: u32 = 1024;
+/// The first number of an interrupt that is a message (LPI), and how many there are: as many as fit 14 bits.
+pub(crate) const FIRST_LPI: u32 = 8192;
+pub(crate) const LPIS: usize = 8192;
+const LPI_BITS: u32 = 14;
 
 /// Where the distributor is, and each core's redistributor; set by [`init`].
 static DISTRIBUTOR: AtomicUsize = AtomicUsize::new(0);
 static REDISTRIBUTORS: [AtomicUsize; CORES] = [const { AtomicUsize::new(0) }; CORES];
+/// Where the configuration of LPIs is, and which of them wait for each core; 0 while there are none.
+static LPI_TABLES: [[AtomicU64; 2]; CORES] = [const { [const { AtomicU64::new(0) }; 2] }; CORES];
 
 fn read(base: usize, offset: usize) -> u32 {
     // SAFETY: `init` found the registers in the device tree, where they are mapped as a device.
@@ -152,7 +171,7 @@ pub(crate) fn init_core(core: usize, sgis: u32, ppis: &[u32]) -> Result<(), Erro
     wait_clear("GICR_WAKER.ChildrenAsleep", base, WAKER, ASLEEP)?;
     let frame = base + FRAME;
     write(frame, DISABLE, u32::MAX);
-    wait_clear("GICR_CTLR.RWP", base, CONTROL, 1 << 3)?;
+    wait_clear("GICR_CTLR.RWP", base, CONTROL, REDISTRIBUTOR_WRITE_PENDING)?;
     write(frame, CLEAR_PENDING, u32::MAX);
     write(frame, GROUP, u32::MAX);
     write(frame, GROUP_MODIFIER, 0);
@@ -175,7 +194,50 @@ pub(crate) fn init_core(core: usize, sgis: u32, ppis: &[u32]) -> Result<(), Erro
     ICC_PMR_EL1.set(0xFF);
     ICC_IGRPEN1_EL1.set(1);
     barrier::isb(barrier::SY);
-    Ok(())
+    enable_lpis(core)
+}
+
+/// Returns whether there are LPIs, of as many bits as are used.
+pub(crate) fn has_lpis() -> bool {
+    let kind = read(DISTRIBUTOR.load(Ordering::Relaxed), TYPE);
+    kind & HAS_LPIS != 0 && 1 + (kind >> ID_BITS_SHIFT & 0x1F) >= LPI_BITS
+}
+
+/// Names the tables of LPIs for `core`, which it uses from [`enable_lpis`] on: the configuration, a byte for each, and
+/// 64 KiB of zeros for those that wait.
+pub(crate) fn set_lpi_tables(core: usize, configuration: u64, pending: u64) {
+    let [first, second] = &LPI_TABLES[core];
+    first.store(configuration, Ordering::Relaxed);
+    second.store(pending, Ordering::Release);
+}
+
+/// Lets `core` take LPIs, if it has tables for that. What took them before, with other tables, ends.
+pub(crate) fn enable_lpis(core: usize) -> Result<(), Error> {
+    let [configuration, pending] = &LPI_TABLES[core];
+    let (pending, configuration) = (pending.load(Ordering::Acquire), configuration.load(Ordering::Relaxed));
+    if pending == 0 {
+        return Ok(());
+    }
+    let base = REDISTRIBUTORS[core].load(Ordering::Relaxed);
+    // The tables can be changed only while it is off, and a controller need not let itself be switched off.
+    write(base, CONTROL, read(base, CONTROL) & !ENABLE_LPIS);
+    wait_clear("GICR_CTLR.RWP", base, CONTROL, REDISTRIBUTOR_WRITE_PENDING)?;
+    if read(base, CONTROL) & ENABLE_LPIS != 0 {
+        return Err(Error::Unsupported {
+            feature: "LPIs whose tables can be changed (GICR_CTLR.EnableLPIs)",
+        });
+    }
+    write_wide(base, LPI_CONFIGURATION, configuration | NOT_CACHED | u64::from(LPI_BITS - 1));
+    write_wide(base, LPI_PENDING, pending | NOT_CACHED | PENDING_NONE);
+    write(base, CONTROL, read(base, CONTROL) | ENABLE_LPIS);
+    wait_clear("GICR_CTLR.RWP", base, CONTROL, REDISTRIBUTOR_WRITE_PENDING)
+}
+
+/// Returns how commands of an ITS name the redistributor of `core`: by its address, or by its number.
+pub(crate) fn message_target(core: usize, by_address: bool) -> u64 {
+    let base = REDISTRIBUTORS[core].load(Ordering::Relaxed);
+    // `Processor_Number` has 16 bits. Addresses are those of frames.
+    if by_address { base as u64 } else { (read_wide(base, REDISTRIBUTOR_TYPE) >> 8 & 0xFFFF) << 16 }
 }
 
 /// Sets up the shared interrupt `number`, signalled by `edge` or by level, and sends it to `core`.

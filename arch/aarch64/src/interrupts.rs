@@ -4,13 +4,13 @@
 use crate::{
     clock, console,
     cpu::{self, CORES},
-    gic,
+    gic, its,
     machine::{Boot, Error},
 };
 use core::{
     arch::global_asm,
     cell::UnsafeCell,
-    sync::atomic::{AtomicU32, Ordering},
+    sync::atomic::{AtomicU8, AtomicU32, Ordering},
 };
 use heapless::Vec;
 use smmuv3::tree::Wire;
@@ -29,7 +29,7 @@ pub enum Source {
     Kick,
     /// An IOMMU has an error of its own.
     IommuError,
-    /// A device. None comes yet: messages need an ITS, which has no driver here.
+    /// A device, by a message.
     Device,
 }
 
@@ -52,6 +52,8 @@ static TIMER: AtomicU32 = AtomicU32::new(0);
 static MAINTENANCE: AtomicU32 = AtomicU32::new(0);
 /// The shared interrupts of devices.
 static CONNECTED: Once<Vec<(Source, Wire), WIRES>> = Once::new();
+/// For which source each message of a device is (LPI), plus one; 0 if it is for none.
+static MESSAGES: [AtomicU8; its::EVENTS] = [const { AtomicU8::new(0) }; its::EVENTS];
 /// How often an interrupt with this number was unexpected; the last counts all higher ones, too.
 static UNEXPECTED: [AtomicU32; 256] = [const { AtomicU32::new(0) }; 256];
 
@@ -96,6 +98,18 @@ pub(crate) fn route(source: Source, core: usize) {
     for (_, wire) in CONNECTED.get().into_iter().flatten().filter(|(of, _)| *of == source) {
         gic::route(wire.number, wire.edge, core);
     }
+}
+
+/// Lets the device's message `number` (LPI), counted from 0, be for `source`.
+pub(crate) fn set_message(number: usize, source: Source) {
+    MESSAGES[number].store(source as u8 + 1, Ordering::Relaxed);
+}
+
+/// Returns the source that interrupt `number` is a message for.
+fn message_for(number: u32) -> Option<Source> {
+    let message = MESSAGES.get(number.checked_sub(gic::FIRST_LPI)? as usize)?;
+    let source = message.load(Ordering::Relaxed).checked_sub(1)?;
+    Source::ALL.get(usize::from(source)).copied()
 }
 
 /// Interrupts `core`, which may be this one, for `source`. Several kicks may arrive as one.
@@ -230,7 +244,7 @@ extern "C" fn dispatch() {
     let source = match Source::ALL.into_iter().find(|source| source.between_cores() == number) {
         Some(source) => Some(source),
         None if timer => Some(Source::Timer),
-        None => wire().map(|(source, _)| *source),
+        None => wire().map(|(source, _)| *source).or_else(|| message_for(number)),
     };
     match source.and_then(|source| HANDLERS[source as usize].get()) {
         Some(handler) => handler(),

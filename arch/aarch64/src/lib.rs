@@ -26,7 +26,7 @@
 //! | device tree | yes | version 17; buses that translate addresses are not searched |
 //! | ACPI | no | |
 //! | RAM | yes | in whole blocks of 2 MiB, below 512 GiB |
-//! | GICv3 | yes | SPIs, PPIs, SGIs of group 1; an ITS is left alone |
+//! | GICv3 | yes | SPIs, PPIs, SGIs of group 1; messages of devices by one ITS, 32 of them, for the hypervisor alone |
 //! | PCI | bus 0 | base address registers are assigned where firmware assigned none |
 //! | guests | yes | AArch64 EL1; 4-level stage 2, 44-bit addresses |
 #![no_std]
@@ -41,6 +41,7 @@ mod entry;
 mod gic;
 pub mod guest;
 pub mod interrupts;
+mod its;
 pub mod machine;
 mod paging;
 mod psci;

@@ -44,6 +44,23 @@ pub(crate) struct Pci {
     pub(crate) windows: Vec<Range<u64>, WINDOWS>,
 }
 
+/// What turns messages of PCI functions into interrupts (ITS).
+pub(crate) struct Its {
+    /// Its registers.
+    pub(crate) registers: Range<u64>,
+    /// Its number in the tree.
+    phandle: u32,
+    tree: Tree,
+}
+
+impl Its {
+    /// Returns the ID by which it knows the function with this requester ID; `None` if it takes no messages of that.
+    pub(crate) fn device(&self, requester: u16) -> Option<u32> {
+        let (phandle, device) = self.tree.message_receiver(requester)?;
+        (phandle == self.phandle).then_some(device)
+    }
+}
+
 /// The device tree.
 #[derive(Clone, Copy)]
 pub(crate) struct Tree {
@@ -234,6 +251,30 @@ impl Tree {
             redistributors,
             maintenance: maintenance
                 .ok_or(Error::NoNode { what: "a maintenance interrupt of arm,gic-v3" })?,
+        })
+    }
+
+    /// Returns what takes the messages of PCI bus 0, if that is an ITS.
+    pub(crate) fn its(&self) -> Option<Its> {
+        const BYTES: u64 = 0x2_0000;
+        let (phandle, _) = self.message_receiver(0)?;
+        let is_it = |node: &FdtNode<'_>| {
+            is_compatible(node, "arm,gic-v3-its") && number(node, "phandle") == Some(phandle.into())
+        };
+        let registers = registers(&self.find(&is_it)?).next()?;
+        let registers = registers.start..registers.start.checked_add(BYTES)?;
+        Some(Its { registers: reachable("the ITS", registers).ok()?, phandle, tree: *self })
+    }
+
+    /// Returns the number of what takes the messages of a PCI function (`msi-map`), and its name for the function.
+    fn message_receiver(&self, requester: u16) -> Option<(u32, u32)> {
+        let node = self.pci_node()?;
+        let mask = value(&node, "msi-map-mask").map_or(Some(u32::MAX), |mask| u32_at(mask, 0))?;
+        let requester = u32::from(requester) & mask;
+        value(&node, "msi-map")?.chunks_exact(16).find_map(|entry| {
+            let [first, phandle, device, count] = [0, 4, 8, 12].map(|at| u32_at(entry, at).unwrap_or(0));
+            let within = requester.checked_sub(first).filter(|&within| within < count)?;
+            Some((phandle, device.checked_add(within)?))
         })
     }
 

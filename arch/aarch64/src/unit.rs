@@ -5,6 +5,7 @@ use crate::{
     bus::Mmio,
     gic,
     interrupts::{self, Source},
+    its::{self, Its},
     machine::Boot,
     paging::MAPPED_END,
 };
@@ -30,6 +31,12 @@ pub type GuestTables = pgtable::Stage2<12, 44>;
 
 /// Whether the unit refuses translation requests for less than a page, so that a device must send none such.
 pub const WHOLE_PAGES_ALONE: bool = false;
+
+/// How long something may be at the head of the unit's queue before the unit has an end for it, in microseconds.
+///
+/// The driver sets no limit: the unit itself reports a device that does not answer (`CERROR_ATC_INV_SYNC`), within a time
+/// that is the implementer's. PCI Express, "Address Translation Services", gives a device one minute and a half at most.
+pub const HEAD_LIMIT_US: u64 = 90_000_000;
 
 /// Tells the unit what invalidations of a device TLB need: an SMMU asks for nothing but the stream.
 pub fn describe_device_tlb(_: &mut Commands, _: StreamId, _: &DeviceTlb) -> Result<(), iommu::Error> {
@@ -100,60 +107,78 @@ pub struct Unit {
     pub commands: Commands,
     /// Which device is translated how.
     pub tables: Tables,
-    /// Which device may interrupt whom: not this unit's to say.
+    /// Which device may interrupt whom; there is none before [`serve_messages`](Self::serve_messages).
     pub remapping: Option<Remapping>,
 }
 
-/// Which device may interrupt which core. There is none: on Arm that is the interrupt controller's part (ITS), which has no
-/// driver here, and messages of devices are memory accesses, which the unit translates.
-pub enum Remapping {}
+/// Which device may interrupt which core, for what.
+///
+/// Here that is not the unit's part. A message is a write, which the unit translates as any other: a device reaches the
+/// [`doorbell`](Self::doorbell) if its tables have it. What arrives there the interrupt controller tells apart.
+pub struct Remapping(Its);
 
 /// One interrupt that a device may send.
-pub struct InterruptHandle(());
+pub type InterruptHandle = its::Handle;
 /// One that it may send no more.
-pub struct LeavingInterrupt(());
+pub type LeavingInterrupt = its::Leaving;
 
 impl Remapping {
-    /// Takes an interrupt for a device.
-    pub fn allocate(&mut self, _: StreamId) -> Result<InterruptHandle, iommu::Error> {
-        match *self {}
+    /// Takes an interrupt for `stream`, which is dropped until it is opened.
+    pub fn allocate(&mut self, stream: StreamId) -> Result<InterruptHandle, iommu::Error> {
+        self.0.allocate(stream)
     }
 
     /// Returns the number of the interrupt.
-    pub fn number(&self, _: &InterruptHandle) -> u16 {
-        match *self {}
+    pub fn number(&self, handle: &InterruptHandle) -> u16 {
+        self.0.number(handle)
     }
 
-    /// Lets the interrupt reach a core.
-    pub fn open(&mut self, _: &InterruptHandle, _: Source, _: usize) -> Result<Invalidations, iommu::Error> {
-        match *self {}
+    /// Lets the interrupt reach `core` for `source`. It may at once: there is nothing to invalidate.
+    ///
+    /// PANICS: when there is no such core.
+    pub fn open(
+        &mut self,
+        handle: &InterruptHandle,
+        source: Source,
+        core: usize,
+    ) -> Result<Invalidations, iommu::Error> {
+        self.0.open(handle, source, core).map(|()| Invalidations::new())
     }
 
-    /// Returns the message by which the device sends it.
-    pub fn message(&self, _: &InterruptHandle) -> Result<Message, iommu::Error> {
-        match *self {}
+    /// Returns the message by which the device sends it. Its address is the device's own: the doorbell is to be mapped there.
+    pub fn message(&self, handle: &InterruptHandle) -> Result<Message, iommu::Error> {
+        Ok(self.0.message(handle))
     }
 
-    /// Returns a message that names core and vector itself.
-    pub fn compatibility_message(&self, _: Source, _: usize) -> Message {
-        match *self {}
+    /// Returns a message that names core and vector itself: there are none here.
+    pub fn compatibility_message(&self, _: Source, _: usize) -> Option<Message> {
+        None
     }
 
-    /// Refuses the interrupt again.
-    pub fn release(&mut self, _: InterruptHandle) -> (LeavingInterrupt, Invalidations) {
-        match *self {}
+    /// Returns the page to which devices write their messages, and which the tables of each have to map for that.
+    pub fn doorbell(&self) -> Option<Range<PhysAddr>> {
+        Some(self.0.doorbell())
     }
 
-    /// Takes note that the invalidations of one that left have completed.
-    pub fn finish(&mut self, _: LeavingInterrupt) {
-        match *self {}
+    /// Drops the interrupt again. There is nothing to invalidate.
+    pub fn release(&mut self, handle: InterruptHandle) -> (LeavingInterrupt, Invalidations) {
+        (self.0.release(handle), Invalidations::new())
+    }
+
+    /// Takes note that one that left is nobody's.
+    pub fn finish(&mut self, leaving: LeavingInterrupt) {
+        self.0.finish(leaving);
     }
 }
 
-/// Returns why a fault refused an interrupt, and the number that it had: none does here.
+/// Returns why a fault refused an interrupt, and the number that it had: none does here. What the interrupt controller does
+/// not know it drops in silence.
 pub fn refused_interrupt(_: &FaultRecord) -> Option<(&'static str, u16)> {
     None
 }
+
+/// What the unit reports of a message whose entry is not present, or is another's: nothing.
+pub const REFUSALS: Option<(u16, u16)> = None;
 
 /// The last stream that has a place: every function of a PCI segment; of a unit that knows fewer, every function of bus 0.
 const LAST_STREAMS: [StreamId; 2] = [StreamId(0xFFFF), StreamId(0xFF)];
@@ -275,5 +300,27 @@ impl Found {
         };
         let smmuv3::Smmu { events, commands, tables } = self.unit.enable(memory).map_err(Error::Unit)?;
         Ok(Unit { events, commands, tables, remapping: None })
+    }
+}
+
+impl Unit {
+    /// Takes what turns messages of devices into interrupts into service, with memory that `cut` gives as for the unit; if
+    /// there is nothing, or it cannot be used, no device interrupts.
+    ///
+    /// Here that is the ITS. Devices are blocked before, and afterwards as well.
+    pub fn serve_messages(&mut self, boot: &Boot, mut cut: impl FnMut(usize) -> Option<DmaBuf>) {
+        let Some(its) = boot.tree().its() else { return };
+        let (start, bytes) = (its.registers.start, its.registers.end - its.registers.start);
+        // SAFETY: the tree says that an ITS's registers are here, and its driver is the only one to use them.
+        let bus = unsafe { Mmio::new(PhysAddr(start), bytes as usize) };
+        let memory = |frames: usize| {
+            let none =
+                iommu::Error::Memory { purpose: "the ITS", words: 0, needed: frames * smmuv3::FRAME_WORDS };
+            cut(frames).ok_or(none)
+        };
+        match Its::enable(bus, its, memory) {
+            Ok(its) => self.remapping = Some(Remapping(its)),
+            Err(error) => defmt::warn!("no device can interrupt: {}", error),
+        }
     }
 }

@@ -33,6 +33,9 @@ pub type GuestTables = pgtable::SvmNested;
 /// Whether the unit refuses translation requests for less than a page, so that a device must send none such.
 pub const WHOLE_PAGES_ALONE: bool = true;
 
+/// How long something may be at the head of the unit's queue before unit or driver has an end for it, in microseconds.
+pub const HEAD_LIMIT_US: u64 = vtd::HEAD_LIMIT_US;
+
 /// Tells the unit what invalidations of a device TLB need: the physical function of `stream`, and how many may be
 /// outstanding there.
 pub fn describe_device_tlb(
@@ -98,6 +101,11 @@ pub struct Unit {
     pub remapping: Option<Remapping>,
 }
 
+impl Unit {
+    /// Takes what turns messages of devices into interrupts into service. Here that is the unit itself, which does so already.
+    pub fn serve_messages(&mut self, _: &Boot, _: impl FnMut(usize) -> Option<DmaBuf>) {}
+}
+
 /// Which device may interrupt which core, for what.
 pub struct Remapping(vtd::Remapping<Mmio>);
 
@@ -139,8 +147,14 @@ impl Remapping {
     /// it, whoever sends it.
     ///
     /// PANICS: when there is no such core.
-    pub fn compatibility_message(&self, source: Source, core: usize) -> Message {
-        interrupts::message(source, core)
+    pub fn compatibility_message(&self, source: Source, core: usize) -> Option<Message> {
+        Some(interrupts::message(source, core))
+    }
+
+    /// Returns the page to which devices write their messages, where their tables have to map it: none. The unit knows a message
+    /// by its address, and translates none.
+    pub fn doorbell(&self) -> Option<Range<PhysAddr>> {
+        None
     }
 
     /// Refuses the interrupt again, once the invalidations have completed.
@@ -158,6 +172,9 @@ impl Remapping {
 pub fn refused_interrupt(fault: &FaultRecord) -> Option<(&'static str, u16)> {
     remap::Refusal::of(fault).map(|(refusal, number)| (refusal.words(), number))
 }
+
+/// What the unit reports of a message whose entry is not present, or is another's.
+pub const REFUSALS: Option<(u16, u16)> = Some((0x22, 0x26));
 
 /// Frames for the unit's own tables.
 const TABLE_FRAMES: usize = 24;

@@ -52,6 +52,11 @@ impl<T> EventSender<'_, T> {
             count(&self.lost.0);
         }
     }
+
+    /// Counts one event as lost that the sender never had. Where nobody knows how many there were, it is at least one.
+    pub fn lose(&mut self) {
+        count(&self.lost.0);
+    }
 }
 
 impl<T> EventReceiver<'_, T> {
@@ -88,5 +93,7 @@ mod tests {
         assert_eq!(core::iter::from_fn(|| receiver.receive()).collect::<std::vec::Vec<_>>(), [0, 1, 2]);
         sender.send(9);
         assert_eq!((receiver.receive(), receiver.lost()), (Some(9), 0));
+        sender.lose();
+        assert_eq!((receiver.receive(), receiver.take_lost()), (None, 1));
     }
 }

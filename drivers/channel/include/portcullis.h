@@ -210,7 +210,7 @@ enum portcullis_counter {
     PORTCULLIS_COUNTER_UNKNOWN = 13,
     /* Answers with a cookie that names no place for a group. */
     PORTCULLIS_COUNTER_OUT_OF_RANGE = 14,
-    /* Events that the guest never saw. */
+    /* Events that the guest never saw, at least; each time that the unit lost nobody knows how many is one. */
     PORTCULLIS_COUNTER_LOST_EVENTS = 15,
     /* Groups that the guest answered with response failure. */
     PORTCULLIS_COUNTER_FAILED = 16,
@@ -237,7 +237,7 @@ struct portcullis_record {
     uint16_t reason; /* of an event: enum portcullis_reason */
     uint32_t pages; /* of a request's group */
     uint32_t index; /* which of them this is, from 0 */
-    uint64_t lost; /* events lost before this one */
+    uint64_t lost; /* events lost before this one, at least */
     uint8_t zero_56[8];
 };
 _Static_assert(sizeof(struct portcullis_record) == 64, "a record");

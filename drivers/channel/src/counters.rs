@@ -43,7 +43,7 @@ numbered! {
         Unknown = 13,
         /// Answers with a cookie that names no place for a group.
         OutOfRange = 14,
-        /// Events that the guest never saw.
+        /// Events that the guest never saw, at least; each time that the unit lost nobody knows how many is one.
         LostEvents = 15,
         /// Groups that the guest answered with response failure.
         Failed = 16,

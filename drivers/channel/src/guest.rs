@@ -46,7 +46,7 @@ impl<F: Frames> Guest<F> {
         self.frames.load(HEADER, REQUESTS_LOST_WORD)
     }
 
-    /// Returns how many events were lost so far, those after the last event included.
+    /// Returns how many events were lost so far at least, those after the last event included.
     pub fn events_lost(&self) -> u64 {
         self.frames.load(HEADER, EVENTS_LOST_WORD)
     }

@@ -14,7 +14,7 @@
 //! | 4 | 63:48 | reason of an event |
 //! | 5 | 31:0 | pages of the group; 0 for an event |
 //! | 5 | 63:32 | which of them this is, from 0 |
-//! | 6 | 63:0 | events lost so far; 0 for a request |
+//! | 6 | 63:0 | events lost so far, at least; 0 for a request |
 //! | 7 | 63:0 | zero |
 
 use iommu::{FaultReason, Field, Iova, Pasid, Perms, Words, descriptor};
@@ -91,9 +91,9 @@ pub struct Request {
 /// An unrecoverable fault, as a guest sees it.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Event {
-    /// Counted from 1 for each channel; a gap means lost events.
+    /// Counted from 1 for each channel; a gap means lost events, at least as many.
     pub number: u64,
-    /// Events lost so far.
+    /// Events lost so far, at least.
     pub lost: u64,
     /// The guest's own name for the device.
     pub device: u32,
@@ -169,7 +169,7 @@ impl Record {
         ("reason", Self::REASON, "of an event: enum portcullis_reason"),
         ("pages", Self::PAGES, "of a request's group"),
         ("index", Self::INDEX, "which of them this is, from 0"),
-        ("lost", Self::LOST, "events lost before this one"),
+        ("lost", Self::LOST, "events lost before this one, at least"),
     ];
 
     fn common(number: u64, device: u32, pasid: Option<Pasid>, opaque: u64, iova: Iova, perms: Perms) -> Self {

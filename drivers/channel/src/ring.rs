@@ -20,7 +20,9 @@
 //!
 //! Word 4 counts groups of page requests of the guest's devices that were refused, discarded, or answered before they
 //! came to the ring. Word 5 counts events that found no room, at the time when they were lost: after the last event was read,
-//! it minus the `lost` of that event is the number of events that were lost at the end.
+//! it minus the `lost` of that event is the number of events that were lost at the end. Where the unit itself had no room it
+//! does not say how many it lost, nor whose: each time counts as one event of every guest that owns a device behind it. So
+//! word 5 is how many were lost at least, and not zero if any may have been.
 //!
 //! The guest reads a producer index with acquire, then the records, and stores its consumer index with release. That
 //! index never goes back and never passes the producer's: the hypervisor ends a channel whose guest claims so.

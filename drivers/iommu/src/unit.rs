@@ -103,6 +103,8 @@ pub struct Capabilities {
     pub device_tlb: bool,
     /// Page walks see the CPU's caches.
     pub coherent_walks: bool,
+    /// Second-stage tables of legacy mode can make accesses snoop the CPU's caches, whatever the device says (SNP, `ECAP.SC`).
+    pub forced_snoop: bool,
     /// The unit may remember that something was not mapped (`CAP.CM`), or not see at once that it is (`CAP.RWBF`): what is
     /// mapped anew is invalidated, too.
     pub caches_absence: bool,
@@ -128,6 +130,7 @@ impl Capabilities {
             page_requests: a.page_requests && b.page_requests,
             device_tlb: a.device_tlb && b.device_tlb,
             coherent_walks: a.coherent_walks && b.coherent_walks,
+            forced_snoop: a.forced_snoop && b.forced_snoop,
             caches_absence: a.caches_absence || b.caches_absence,
         }
     }
@@ -309,6 +312,37 @@ impl Invalidation {
         let first = iova.0 / PAGE_SIZE;
         let last = iova.0.saturating_add(bytes.saturating_sub(1)) / PAGE_SIZE;
         Self::Pages { attachment, iova: Iova(first * PAGE_SIZE), pages: last - first + 1 }
+    }
+
+    /// Returns the device that has to forget something, too; `None` if it is the unit alone.
+    pub const fn asks(&self) -> Option<StreamId> {
+        match *self {
+            Self::Device { stream, device_tlb: true } => Some(stream),
+            Self::Attachment(attachment)
+            | Self::Pages { attachment, .. }
+            | Self::DeviceTlb { attachment, .. }
+                if attachment.device_tlb =>
+            {
+                Some(attachment.stream)
+            }
+            _ => None,
+        }
+    }
+
+    /// Returns the part of it that the unit does alone, without its device; `None` if there is no such part.
+    ///
+    /// For a device that does not answer ([`FailureCause::Unanswered`]), once it is blocked: what it remembers it can use no
+    /// more, so nobody has to wait for it again. It has to be reset before it is let through to anything.
+    pub const fn unasked(self) -> Option<Self> {
+        Some(match self {
+            Self::Device { stream, .. } => Self::Device { stream, device_tlb: false },
+            Self::Attachment(attachment) => Self::Attachment(Attachment { device_tlb: false, ..attachment }),
+            Self::Pages { attachment, iova, pages } => {
+                Self::Pages { attachment: Attachment { device_tlb: false, ..attachment }, iova, pages }
+            }
+            Self::DeviceTlb { .. } => return None,
+            other => other,
+        })
     }
 }
 
@@ -535,6 +569,30 @@ mod tests {
         assert_eq!(pages(u64::MAX - 1, 0x1_0000), (u64::MAX - 0xFFF, 1), "the end does not wrap");
     }
 
+    #[test]
+    fn unasked_an_invalidation_is_the_same_for_the_unit_and_asks_no_device() {
+        let of = |device_tlb| {
+            let attachment = Attachment { device_tlb, ..ATTACHMENT };
+            [
+                Invalidation::Device { stream: ATTACHMENT.stream, device_tlb },
+                Invalidation::Attachment(attachment),
+                Invalidation::Pages { attachment, iova: Iova(0x1000), pages: 2 },
+            ]
+        };
+        let device_tlb = |device_tlb| {
+            let attachment = Attachment { device_tlb, ..ATTACHMENT };
+            Invalidation::DeviceTlb { attachment, pasid: None, pages: None }
+        };
+
+        for (asking, not) in of(true).into_iter().zip(of(false)) {
+            assert_eq!((asking.asks(), asking.unasked()), (Some(ATTACHMENT.stream), Some(not)));
+            assert_eq!((not.asks(), not.unasked()), (None, Some(not)));
+        }
+        assert_eq!((device_tlb(true).asks(), device_tlb(true).unasked()), (Some(ATTACHMENT.stream), None));
+        let all = Invalidation::All;
+        assert_eq!((all.asks(), all.unasked()), (None, Some(all)));
+    }
+
     /// A unit that can do everything, and asks for nothing.
     const ABLE: Capabilities = Capabilities {
         stage1: true,
@@ -548,12 +606,13 @@ mod tests {
         page_requests: true,
         device_tlb: true,
         coherent_walks: true,
+        forced_snoop: true,
         caches_absence: false,
     };
 
     #[test]
     fn two_units_have_in_common_what_each_of_them_can_do() {
-        let changes: [fn(&mut Capabilities); 12] = [
+        let changes: [fn(&mut Capabilities); 13] = [
             |c| c.stage1 = false,
             |c| c.stage2 = false,
             |c| c.nested = false,
@@ -565,6 +624,7 @@ mod tests {
             |c| c.page_requests = false,
             |c| c.device_tlb = false,
             |c| c.coherent_walks = false,
+            |c| c.forced_snoop = false,
             |c| c.caches_absence = true,
         ];
         for (at, change) in changes.into_iter().enumerate() {

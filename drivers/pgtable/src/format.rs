@@ -328,21 +328,24 @@ impl<const LEVELS: u32> Format for SvmNested<LEVELS> {
 
 /// Second-stage tables of VT-d ("Second-Stage Paging Entries"): 3 to 5 levels, as `CAP.SAGAW` says.
 ///
-/// Leaves above 4 KiB need `CAP.SSLPS`. A and D (bits 8 and 9) are ignored where the unit keeps none.
+/// Leaves above 4 KiB need `CAP.SSLPS`. A and D (bits 8 and 9) are ignored where the unit keeps none. With `SNOOP` accesses snoop
+/// the CPU's caches whatever the device says (SNP), which needs `ECAP.SC`; in scalable mode the PASID table entry does that
+/// for all of a table (PGSNP).
 #[derive(Clone, Copy, Debug)]
-pub struct VtdSecondStage<const LEVELS: u32 = 4>;
+pub struct VtdSecondStage<const LEVELS: u32 = 4, const SNOOP: bool = false>;
 
-impl<const LEVELS: u32> Format for VtdSecondStage<LEVELS> {
+impl<const LEVELS: u32, const SNOOP: bool> Format for VtdSecondStage<LEVELS, SNOOP> {
     const LAYOUT: Layout = {
         assert!(LEVELS >= 3 && LEVELS <= 5, "the second stage has 3 to 5 levels");
         let (r, w, ps, a, d) = (1, 1 << 1, 1 << 7, 1 << 8, 1 << 9);
+        let snoop = if SNOOP { 1 << 11 } else { 0 };
         Layout {
             levels: LEVELS,
             input_bits: 12 + 9 * LEVELS,
             present: r | w,
             table: r | w | a,
-            page: 0,
-            block: ps,
+            page: snoop,
+            block: ps | snoop,
             read: r,
             writes: Writes { bits: w | d, forbidden: 0, untracked: w | d, clean: w, dirty: w | d },
             no_execute: 0,

@@ -41,7 +41,7 @@
 //! | feature | supported | evidence |
 //! |---|---|---|
 //! | VT-d first stage, 4 and 5 levels: [`VtdFirstStage`] | yes | model, walker, VT-d model, QEMU (4) |
-//! | VT-d second stage, 3 to 5 levels: [`VtdSecondStage`] | yes | model, walker, VT-d model (4) |
+//! | VT-d second stage, 3 to 5 levels, with forced snooping (SNP) or without: [`VtdSecondStage`] | yes | model, walker, VT-d model (4) |
 //! | x86-64 long mode, 4 and 5 levels, lower half: [`LongMode`] | yes | model, walker, `x86_64` (4) |
 //! | SVM nested tables, 4 and 5 levels: [`SvmNested`] | yes | model, walker, QEMU (4) |
 //! | AArch64 stage 1 and 2, 4, 16, 64 KiB, to 48 bits: [`Stage1`], [`Stage2`] | yes | model, walker, `aarch64-paging` (4 KiB), SMMUv3 model and QEMU (4 KiB) |

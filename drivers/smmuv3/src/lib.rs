@@ -185,6 +185,7 @@ impl<B: Bus + Clone> Found<B> {
             page_requests: self.idr0.is_set(IDR0::PRI) && device_tlb,
             device_tlb,
             coherent_walks: self.idr0.is_set(IDR0::COHACC),
+            forced_snoop: false,
             caches_absence: false,
         }
     }

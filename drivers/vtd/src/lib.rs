@@ -195,6 +195,7 @@ impl<B: Bus + Clone> Found<B> {
             page_requests: ecap.is_set(ECAP::PRS) && ecap.is_set(ECAP::PDS) && pasid && device_tlb,
             device_tlb,
             coherent_walks: ecap.is_set(if scalable { ECAP::SMPWCS } else { ECAP::C }),
+            forced_snoop: ecap.is_set(ECAP::SC),
             // A write buffer is flushed by an invalidation, too.
             caches_absence: cap.is_set(CAP::CM) || cap.is_set(CAP::RWBF),
         }

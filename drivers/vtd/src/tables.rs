@@ -10,8 +10,8 @@ use crate::{ACK_LIMIT_US, commands::number, regs};
 use heapless::Vec;
 use iommu::{
     Attachment, Bus, Capabilities, DmaBuf, DomainId, Error, Features, Field, FirstStage, Gpa, Invalidation,
-    Invalidations, Leaving, PAGE_SIZE, Pasid, PhysAddr, Root, StreamId, Translation, Words, bus::wait_until,
-    descriptor, unit::LeavingPart,
+    Invalidations, Leaving, PAGE_SIZE, Pasid, PhysAddr, Root, Stages, StreamId, Translation, Words,
+    bus::wait_until, descriptor, unit::LeavingPart,
 };
 use regs::GLOBAL;
 
@@ -751,6 +751,11 @@ impl<B: Bus> iommu::Tables for Tables<B> {
             *serial = 0;
         }
         let mut invalidations = Invalidations::new();
+        if self.abilities.mode == Mode::Scalable && attachment.stages == Stages::None {
+            // A bypass. QEMU's unit looks at the entry of a PASID whose accesses get past translation only when the context
+            // is forgotten, and lets them through until then.
+            let _ = invalidations.push(Invalidation::Device { stream, device_tlb: false });
+        }
         let _ = invalidations.push(Invalidation::Attachment(attachment));
         Ok((Leaving { stream, what: LeavingPart::Attachment(attachment) }, invalidations))
     }

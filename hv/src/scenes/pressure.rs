@@ -8,7 +8,7 @@ use crate::{
     control::{self, ALLOCATION},
     engine::Engine,
     guest,
-    hypervisor::Hypervisor,
+    hypervisor::{GUESTS, Hypervisor},
     memory::Share,
 };
 use arch::cpu;
@@ -21,12 +21,18 @@ const STORM: u64 = 200;
 /// How long the service core looks away at most, in microseconds.
 const AWAY_US: u64 = 1_000_000;
 
-/// More faults than the unit has room to record: an unknown number is lost, which is told, and the next one is recorded.
+/// More faults than the unit has room to record: an unknown number is lost, which every guest with a device is told, and the
+/// next one is recorded.
 pub fn storm(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
     let writers = [Writer::nth(hv, 0)?, Writer::nth(hv, 1)?];
     let target = Canary::new(hv)?;
     let faults = || hv.unowned.with(|(count, _)| *count);
     let losses = || hv.lost.faults.load(Relaxed);
+    let listeners = requesters(hv);
+    for (index, &device) in listeners.iter().enumerate() {
+        guest::start(hv, index, [task::LOSSES, 0, 0], &[device]);
+    }
+    let listen = wait_for(hv, PATIENCE_US, || (0..listeners.len()).all(|index| report(hv, index, 0) == 1));
     let (faults_before, losses_before) = (faults(), losses());
     writers.iter().for_each(|writer| writer.device.function.enable_bus_master(&hv.config));
 
@@ -39,6 +45,11 @@ pub fn storm(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
         }
     }
     let told = wait_for(hv, PATIENCE_US, || losses() > losses_before);
+    let mut heard = Ok(());
+    for index in 0..listeners.len() {
+        let passed = passes(hv, index);
+        heard = heard.and(passed);
+    }
     let recorded = faults() - faults_before;
     let notices = losses() - losses_before;
     let before = faults();
@@ -52,6 +63,13 @@ pub fn storm(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
     seen.count("refused", refused);
     seen.count("recorded", recorded);
     seen.count("notices_of_loss", notices);
+    let told_guests = (0..listeners.len()).filter(|&index| report(hv, index, 1) > 0).count();
+    seen.count("guests_told_of_loss", told_guests as u64);
+    expect(listen, "a guest does not listen")?;
+    heard?;
+    let agree = |index: usize| report(hv, index, 1) == report(hv, index, 2) && report(hv, index, 3) == 0;
+    expect((0..listeners.len()).all(agree), "a guest was told of faults that are another's")?;
+    expect(told_guests == GUESTS, "a guest was not told that faults were lost")?;
     expect(refused == STORM && again == Writer::REFUSED && unchanged, "a write was not refused")?;
     expect(told, "nobody was told that faults were lost")?;
     expect(recorded > 0 && recorded < STORM, "all faults of the storm were recorded, or none")?;
@@ -64,7 +82,7 @@ pub fn storm(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
         "the fault after the storm names another address",
     )?;
     Ok(
-        "200 writes refused while nobody looked: the unit said that it lost reports, and recorded the next fault",
+        "200 writes refused while nobody looked: the unit said that it lost reports, both guests were told, and the next fault was recorded",
     )
 }
 
@@ -181,7 +199,12 @@ pub fn batch(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
     seen.count("entries", entries);
     seen.count("done_before_the_bad_one", first);
     seen.count("done_when_asked_again", second);
+    let home = &hv.homes[0];
+    let counted = [&home.invalidated, &home.refused_invalidations].map(|count| count.load(Relaxed));
+    seen.count("counted_as_done", counted[0]);
+    seen.count("counted_as_refused", counted[1]);
     expect((entries, first, second) == (5, 2, 2), "an entry was done that should not be, or not done")?;
+    expect(counted == [4, 1], "the guest's entries were not counted as what became of them")?;
     Ok(
         "two entries before a bad one were done and reached the device, the two behind it only when asked for again",
     )

@@ -2,7 +2,7 @@
 
 use super::{Canary, PATIENCE_US, Seen, Unexpected, Writer, expect, wait_for};
 use crate::{
-    control::{Error, PassedThrough},
+    control::{self, Error, PassedThrough},
     hypervisor::Hypervisor,
 };
 use iommu::{Gpa, Iova};
@@ -32,6 +32,7 @@ pub fn trust(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
     for writer in [&trusted, &other] {
         writer.device.function.disable_bus_master(&hv.config);
     }
+    let leaving = control::block(hv, trusted.device.function.id);
     target.release(hv);
     seen.count("refused_for_lack_of_trust", refused.is_err().into());
     let stream = other.device.function.id;
@@ -42,8 +43,12 @@ pub fn trust(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
     }
     match ended {
         Ok(Ok(())) => {}
-        Ok(Err(_)) => return Err("the trusted device could not be blocked again"),
+        Ok(Err(_)) => return Err("the trusted device could not be detached again"),
         Err(_) => return Err("the trusted device was not let through"),
+    }
+    match leaving {
+        Ok(leaving) => hv.tables.with(|tables| iommu::Tables::finish(tables, leaving)),
+        Err(_) => return Err("the trusted device could not be blocked again"),
     }
     let not = (Writer::REFUSED, false);
     expect(before == not, "the trusted device reached memory before it was let through")?;

@@ -10,6 +10,8 @@ use crate::scenes::hex;
 
 /// Offset of the register `SMMU_CR0`.
 const CR0: u64 = 0x20;
+/// Offset of the register `SMMU_GERRORN`.
+const GERRORN: u64 = 0x64;
 /// Offset of the register `SMMU_CMDQ_PROD`.
 const CMDQ_PROD: u64 = 0x98;
 /// `SMMU_CR0.SMMUEN`: devices are translated.
@@ -41,8 +43,8 @@ fn register(text: &str) -> Option<Sight> {
     // In brackets, whether the unit took the write.
     match hex(addr)? {
         CR0 if size.ends_with("(0)") => Some(Sight::Translation(hex(value)? & SMMUEN != 0)),
-        // Traced when the commands have been executed.
-        CMDQ_PROD => Some(Sight::Doorbell),
+        // Traced when the commands have been executed. A queue that stopped goes on when its error is acknowledged.
+        CMDQ_PROD | GERRORN => Some(Sight::Doorbell),
         _ => None,
     }
 }
@@ -96,6 +98,16 @@ mod tests {
 
     fn range(start: u64, end: u64) -> Option<Taken> {
         Some(Taken { range: (start, end), ..DOMAIN })
+    }
+
+    #[test]
+    fn commands_are_executed_by_the_doorbell_or_when_an_error_is_acknowledged() {
+        for register in ["0x98", "0x64"] {
+            let text = format!("addr: {register} val:0x1 size: 0x4(0)");
+
+            assert_eq!(read("smmuv3_write_mmio", &text), Some(Sight::Doorbell));
+        }
+        assert_eq!(read("smmuv3_write_mmio", "addr: 0x9c val:0x1 size: 0x4(0)"), None);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 //! The device type `sva-dev`, and one device of it: what QEMU calls, and what is done with it.
 //!
-//! QEMU makes every call of this file under its big lock: type and device set-up, accesses to BAR 0, bottom halves,
+//! QEMU makes every call of this file under its big lock: type and device set-up, accesses to BAR 0, timers,
 //! reset handlers, and the notifiers, which run inside the guest's write to the invalidation queue's tail (or, called
 //! by [`crate::overlay`], to that of the command queue). So the state needs no lock of its own. It does need to expect
 //! calls within calls; see [`crate::engine`].
@@ -186,11 +186,14 @@ unsafe extern "C" fn reset(opaque: *mut c_void) {
     endpoint.say(format_args!("reset"));
 }
 
-/// A turn on its way through QEMU's main loop.
+/// How long the device takes to begin a turn, in nanoseconds of the guest's time.
+const BEGIN_NS: i64 = 1_000;
+
+/// A turn that is to come.
 struct Scheduled {
     endpoint: &'static Endpoint,
     turn: Turn,
-    /// Of a turn that is delayed. QEMU is done with it before it calls.
+    /// QEMU is done with it before it calls.
     timer: Timer,
 }
 
@@ -204,23 +207,20 @@ unsafe extern "C" fn run(opaque: *mut c_void) {
 }
 
 impl Endpoint {
-    /// Has the engine run `turn`, if there is one, from QEMU's main loop.
+    /// Has the engine run `turn`, if there is one, a moment of the guest's time from now.
     ///
     /// Not at once: the guest is in the middle of a register access, its own or one of the IOMMU, in which QEMU
-    /// refuses to deliver an interrupt or to enter the IOMMU again.
+    /// refuses to deliver an interrupt or to enter the IOMMU again. And not by a bottom half of QEMU's main loop, which
+    /// comes when the host has time for it: where the guest's clock jumps while the guest sleeps, any limit of the
+    /// guest's may have passed by then.
     fn schedule(&'static self, turn: Option<Turn>) {
         let Some(turn) = turn else { return };
-        let after_us = self.device.borrow().delay_us(turn);
+        let after_ns = i64::from(self.device.borrow().delay_us(turn)) * 1000 + BEGIN_NS;
         let scheduled = Box::into_raw(Box::new(Scheduled { endpoint: self, turn, timer: Timer::ZEROED }));
-        if after_us == 0 {
-            // SAFETY: `run` expects what was just boxed.
-            unsafe { self.pci.schedule(run, scheduled.cast()) };
-            return;
-        }
         // SAFETY: boxed above, and not freed before `run`.
         let timer = unsafe { &raw mut (*scheduled).timer };
         // SAFETY: `run` expects what was just boxed, of which the timer is a part: it stays until `run` frees both.
-        unsafe { self.pci.schedule_after(timer, after_us, run, scheduled.cast()) };
+        unsafe { self.pci.schedule_after(timer, after_ns, run, scheduled.cast()) };
     }
 
     /// Takes a page group response.

@@ -3,7 +3,7 @@
 //!
 //! None of this is a stable interface. The functions are those that QEMU's own devices call, declared in its headers
 //! `qom/object.h`, `hw/qdev-core.h`, `hw/sysbus.h`, `hw/irq.h`, `hw/pci/{pci,pcie,msi}.h`, `system/memory.h`,
-//! `system/{system,reset}.h`, `block/aio.h` and `qemu/timer.h`; a QEMU that is built with modules exports them, for its
+//! `system/{system,reset}.h` and `qemu/timer.h`; a QEMU that is built with modules exports them, for its
 //! modules. `vtd_find_add_as` alone is VT-d's own. What is declared here was checked against QEMU 11.1.3 by running it.
 //! Two things keep another QEMU from being called blindly: the plugin interface version, which QEMU compares before it
 //! calls us, and the names, all of which must be there. Beyond that there is the guest, to which a layout that has
@@ -65,8 +65,6 @@ pub(crate) struct Error([u8; 0]);
 #[repr(C)]
 struct AddressSpace([u8; 0]);
 #[repr(C)]
-struct AioContext([u8; 0]);
-#[repr(C)]
 struct Bus([u8; 0]);
 #[repr(C)]
 struct Irq([u8; 0]);
@@ -79,7 +77,7 @@ struct VtdAddressSpace([u8; 0]);
 pub(crate) type Realize = unsafe extern "C" fn(*mut PciDevice, *mut *mut Error);
 /// `PCIConfigWriteFunc`.
 pub(crate) type WriteConfig = unsafe extern "C" fn(*mut PciDevice, u32, u32, c_int);
-/// `QEMUBHFunc` and `QEMUResetHandler`.
+/// `QEMUTimerCB` and `QEMUResetHandler`.
 pub(crate) type Callback = unsafe extern "C" fn(*mut c_void);
 /// `IOMMUNotify`.
 type IotlbNotify = unsafe extern "C" fn(*mut IotlbNotifier, *const IotlbEntry);
@@ -340,9 +338,7 @@ symbols! {
         ) -> u32,
         memory_region_dispatch_write: unsafe extern "C" fn(*mut MemoryRegion, u64, u64, c_uint, u64) -> u32,
         address_space_rw: unsafe extern "C" fn(*mut AddressSpace, u64, u64, *mut c_void, u64, bool) -> u32,
-        // Its main loop.
-        qemu_get_aio_context: unsafe extern "C" fn() -> *mut AioContext,
-        aio_bh_schedule_oneshot_full: unsafe extern "C" fn(*mut AioContext, Callback, *mut c_void, *const c_char),
+        // Its resets, interrupts and clocks.
         qemu_register_reset: unsafe extern "C" fn(Callback, *mut c_void),
         qemu_add_machine_init_done_notifier: unsafe extern "C" fn(*mut MachineDone),
         qemu_set_irq: unsafe extern "C" fn(*mut Irq, c_int),
@@ -631,21 +627,7 @@ impl Pci {
         unsafe { (qemu.pci_register_bar)(device, 0, 0, region) };
     }
 
-    /// Has `callback` called with `opaque` once, soon, by QEMU's main loop.
-    ///
-    /// # Safety
-    ///
-    /// `callback` may be called with `opaque`, under the big QEMU lock.
-    pub(crate) unsafe fn schedule(&self, callback: Callback, opaque: *mut c_void) {
-        // SAFETY: the main loop exists before any device does.
-        let context = unsafe { (self.qemu.qemu_get_aio_context)() };
-        // SAFETY: passed on; the main loop takes the lock before it calls.
-        unsafe {
-            (self.qemu.aio_bh_schedule_oneshot_full)(context, callback, opaque, c"sva-dev".as_ptr());
-        }
-    }
-
-    /// Has `callback` called with `opaque` once, `after_us` microseconds of the guest's time from now, by `timer`.
+    /// Has `callback` called with `opaque` once, `after_ns` nanoseconds of the guest's time from now, by `timer`.
     ///
     /// # Safety
     ///
@@ -653,14 +635,14 @@ impl Pci {
     pub(crate) unsafe fn schedule_after(
         &self,
         timer: *mut Timer,
-        after_us: u32,
+        after_ns: i64,
         callback: Callback,
         opaque: *mut c_void,
     ) {
         // SAFETY: passed on.
         unsafe { self.qemu.init_timer(timer, callback, opaque) };
         // SAFETY: it was just made.
-        unsafe { self.qemu.set_timer(timer, i64::from(after_us) * 1000) };
+        unsafe { self.qemu.set_timer(timer, after_ns) };
     }
 
     /// Returns the requester id: bus 15:8, device 7:3, function 2:0.

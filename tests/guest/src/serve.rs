@@ -140,6 +140,11 @@ impl Server {
         event
     }
 
+    /// Returns how many events were lost at least.
+    pub fn events_lost(&self) -> u64 {
+        self.channel.events_lost()
+    }
+
     /// Waits for the next event.
     pub fn wait_event(&mut self) -> Result<Event, Failed> {
         wait_interrupted(|| Ok(self.next_event()))?.ok_or_else(|| {

@@ -9,12 +9,14 @@ mod forgery;
 mod hold;
 mod isolation;
 mod leave;
+mod losses;
 mod neighbour;
 mod nested;
 mod refused;
 mod repair;
 mod restraint;
 mod silence;
+mod unmaps;
 mod watch;
 
 use crate::{
@@ -51,7 +53,7 @@ const REPAIR: u64 = 3;
 const SILENCE: u64 = 4;
 const FORGERY: u64 = 5;
 const HOLD: u64 = 6;
-/// Ends [`HOLD`] and [`NEIGHBOUR`], and begins what [`FLOOD`] is for.
+/// Ends [`HOLD`], [`NEIGHBOUR`] and [`UNMAPS`], and begins what [`FLOOD`] is for.
 const RELEASE: u64 = 7;
 const LEAVE: u64 = 8;
 const ISOLATION: u64 = 9;
@@ -62,6 +64,8 @@ const FLOOD: u64 = 13;
 const BATCH: u64 = 14;
 const NESTED: u64 = 15;
 const REFUSED_INTERRUPT: u64 = 16;
+const LOSSES: u64 = 17;
+const UNMAPS: u64 = 18;
 
 /// Asks for the task, and does it.
 pub fn run() -> Result<(), Failed> {
@@ -83,7 +87,10 @@ pub fn run() -> Result<(), Failed> {
         FLOOD => flood::run(),
         BATCH => batch::run(),
         NESTED => nested::run(first),
+        REFUSED_INTERRUPT if first != 0 => refused::at_the_doorbell(first),
         REFUSED_INTERRUPT => refused::run(),
+        LOSSES => losses::run(),
+        UNMAPS => unmaps::run(),
         _ => {
             say!("this guest knows no task {task}");
             Err(Failed)

@@ -301,6 +301,33 @@ fn xsa_373_a_time_out_fails_its_own_ticket_names_its_device_and_a_late_answer_ch
     machine.assert_lawful();
 }
 
+/// Each further command to it would hold up everybody once more.
+#[test]
+fn cve_2024_26891_a_silent_device_is_blocked_and_let_go_of_without_being_asked_again() {
+    let mut machine = machine();
+    let (attachment, pages) = remembered(&mut machine);
+    machine.unit.hold_device_tlb(DISK);
+    let silent = machine.smmu.commands.submit(&[pages]).expect("there is room");
+    machine.unit.advance(60_000);
+    machine.recover();
+    assert_eq!(machine.smmu.commands.poll(silent), Completion::Failed);
+
+    let (device, blocked) = machine.smmu.tables.block(DISK).expect("it is assigned");
+    let (leaving, detached) = machine.smmu.tables.detach(attachment).expect("it is attached");
+    for invalidations in [blocked, detached] {
+        assert!(invalidations.iter().any(|it| it.asks() == Some(DISK)));
+        let unasked: Vec<_> = invalidations.into_iter().filter_map(Invalidation::unasked).collect();
+        let ticket = machine.smmu.commands.submit(&unasked).expect("there is room");
+        assert_eq!(machine.smmu.commands.poll(ticket), Completion::Done, "nobody waits for the device");
+    }
+
+    assert!(machine.ats_read(DISK, HERE).is_err(), "what it remembers is of no use");
+    machine.smmu.tables.finish(leaving);
+    machine.smmu.tables.finish(device);
+    assert_eq!(machine.recover(), []);
+    machine.assert_lawful();
+}
+
 #[test]
 fn cve_2024_26891_2026_43130_43161_a_device_that_is_gone_holds_up_nobody_for_ever() {
     let mut machine = machine();

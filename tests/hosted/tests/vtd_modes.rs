@@ -156,9 +156,31 @@ fn a_legacy_device_reaches_what_is_mapped_for_it_and_nothing_else() {
     check(VtdSecondStage::<3>, Config::qemu());
     check(VtdSecondStage::<4>, Config::full());
     check(VtdSecondStage::<5>, Config::full().with_five_levels());
+    check(VtdSecondStage::<4, true>, Config::full());
     for old in units_of_old() {
         check(VtdSecondStage::<4>, old);
     }
+}
+
+#[test]
+fn leaves_that_force_snooping_are_for_units_that_say_so() {
+    let read = |config| {
+        let mut machine = Machine::legacy(config);
+        let tree = machine.tree(VtdSecondStage::<4, true>);
+        machine.map(&tree, HERE, 0x1234);
+        machine.assign(DISK, PLAIN);
+        machine.attach_by(DISK, None, second(&tree));
+        machine.read(DISK, None, HERE)
+    };
+    let found = |config| Found::probe(unit(config).0).expect("it is there");
+    let says_so = |config| found(config).capabilities().forced_snoop;
+
+    assert_eq!((says_so(Config::full()), read(Config::full())), (true, Ok(0x1234)));
+    assert_eq!(
+        (says_so(Config::qemu()), read(Config::qemu())),
+        (false, refused(0x0C)),
+        "SNP is reserved (LSL)"
+    );
 }
 
 /// Units that know no other mode: ECAP.SMTS is bit 43; with a queue, and by registers alone: QI is bit 1, IR bit 3.
@@ -435,6 +457,12 @@ fn a_device_that_bypasses_reaches_all_of_memory_until_it_is_detached() {
         assert!(machine.read(NIC, None, there).is_err(), "the other does not");
         let (leaving, invalidations) = machine.vtd.tables.detach(attachment).expect("it is attached");
         assert_eq!(machine.read(DISK, None, there), Ok(0x77), "the entry is remembered");
+        // QEMU remembers by the context that a device bypasses, whatever becomes of the entry of its PASID.
+        let of_context = match machine.vtd.tables.mode() {
+            Mode::Legacy => Invalidation::Attachment(attachment),
+            Mode::Scalable => Invalidation::Device { stream: DISK, device_tlb: false },
+        };
+        assert!(invalidations.contains(&of_context), "{invalidations:?}");
         machine.invalidate(&invalidations);
 
         assert_eq!(machine.read(DISK, None, there), refused(absent));

@@ -6,7 +6,7 @@ use hosted::{Machine, Random};
 use iommu::{
     Attachment, Bus, Commands, Completion, DomainId, Error, Event, Events, Failure, FailureCause, Features,
     GroupTag, Invalidation, Iova, Outcome, PageRequest, PageResponse, Pasid, Perms, PhysAddr, Stages,
-    StreamId, Ticket,
+    StreamId, Tables, Ticket,
 };
 use models::vtd::{Config, Requested};
 use pgtable::VtdFirstStage;
@@ -291,6 +291,37 @@ fn a_device_that_does_not_answer_is_named_and_its_ticket_failed() {
         }
         machine.assert_lawful();
     }
+}
+
+/// Whatever is still asked of it would hold up everybody once more.
+#[test]
+fn a_silent_device_is_blocked_and_let_go_of_without_being_asked_again() {
+    let mut machine = Machine::new(Config { device_tlb_timeout_us: 1_000, ..Config::full() });
+    let tree = machine.tree(VtdFirstStage::<4>);
+    machine.assign(DISK, ALL);
+    machine.map(&tree, Iova(0x1000), 7);
+    let attachment = machine.attach(DISK, pasid(5), &tree);
+    assert_eq!(machine.ats_read(DISK, pasid(5), Iova(0x1000)), Ok(7));
+    machine.unit.hold_device_tlb(DISK);
+    let silent = submit(&mut machine, &[device_tlb(DISK)]);
+    machine.unit.advance(2_000);
+    recovered(&mut machine);
+    assert_eq!(machine.vtd.commands.poll(silent), Completion::Failed);
+
+    let (device, blocked) = machine.vtd.tables.block(DISK).expect("it is assigned");
+    let (leaving, detached) = machine.vtd.tables.detach(attachment).expect("it is attached");
+    for invalidations in [blocked, detached] {
+        assert!(invalidations.iter().any(|it| it.asks() == Some(DISK)));
+        let unasked: Vec<_> = invalidations.into_iter().filter_map(Invalidation::unasked).collect();
+        let ticket = submit(&mut machine, &unasked);
+        assert_eq!(machine.vtd.commands.poll(ticket), Completion::Done, "nobody waits for the device");
+    }
+
+    assert!(machine.ats_read(DISK, pasid(5), Iova(0x1000)).is_err(), "what it remembers is of no use");
+    machine.vtd.tables.finish(leaving);
+    machine.vtd.tables.finish(device);
+    assert_eq!(machine.vtd.commands.recover(), None);
+    machine.assert_lawful();
 }
 
 /// However far the unit had fetched when it gave the device up, also if the wait for the device was not.

@@ -21,6 +21,7 @@ const OPAQUE: u64 = 0x2E57ED;
 const FIRST: u64 = 0x5500_0000;
 const LATER: u64 = FIRST + PAGE_SIZE;
 const OUTSIDE: u64 = FIRST + 2 * PAGE_SIZE;
+const ABSENT: u64 = FIRST + 3 * PAGE_SIZE;
 /// The guest's own number of the address space.
 const ASID: u64 = 7;
 
@@ -40,7 +41,7 @@ const CONTEXT: u64 = 0x0000_E204_C000_3510;
 const FOREIGN: [(usize, u64); 3] = [(3, 0x1000), (2, 5), (0, 2 << 1)];
 
 /// Reports: words that arrived, events, words by a translation that the unit remembered, writes past the guest's memory that
-/// were refused, bindings that were refused. `target` is a host-physical address that is not the guest's.
+/// were refused, bindings that were refused, and where those writes went. `target` is a host-physical address that is not the guest's.
 pub fn run(target: u64) -> Result<(), Failed> {
     let mut server = Server::open()?;
     let device = Device::find(DEVICE)?;
@@ -98,16 +99,17 @@ pub fn run(target: u64) -> Result<(), Failed> {
     writes(&device, FIRST, 0xA4)?;
     arrived += holds(&PAGES[2], 0xA4)?;
 
-    // Past the guest's memory the second stage has nothing.
+    // Past the guest's memory the second stage has nothing, and that is not told: the next event is of the next fault.
     fails(&device, OUTSIDE)?;
-    told(&mut server, OUTSIDE)?;
+    fails(&device, ABSENT)?;
+    told(&mut server, ABSENT)?;
     set(OUTSIDE, PAGES[3].address() | PAGE);
     writes(&device, OUTSIDE, 0xA5)?;
     arrived += holds(&PAGES[3], 0xA5)?;
 
     demand(Call::Detach, [attachment, 0, 0, 0])?;
     fails(&device, FIRST)?;
-    report(&[arrived, server.events, stale, 1, bindings])
+    report(&[arrived, server.events, stale, 1, bindings, OUTSIDE])
 }
 
 fn start(device: &Device, address: u64, data: u64) -> Result<Status, Failed> {

@@ -74,7 +74,7 @@ fn xsa_275_large_replaces_small_and_small_large_and_every_leaf_that_was_is_gathe
 #[test]
 fn xsa_304_a_leaf_has_a_size_that_every_unit_takes() {
     let (memory, mut frames) = frames(1);
-    let kind = Kind::SecondStage { levels: 4 };
+    let kind = Kind::SecondStage { levels: 4, snoop: false };
     let [all, large, small] =
         [1 << 21 | 1 << 30, 1 << 30, 1 << 21].map(|leaf_sizes| Limits { output_bits: 46, leaf_sizes });
     for (limits, sizes) in [
@@ -126,7 +126,7 @@ fn xsa_311_and_390_the_depth_of_a_tree_is_its_formats_for_life() {
 #[test]
 fn xsa_321_what_changed_is_published_whole_at_any_alignment() {
     let (memory, mut frames) = frames(4);
-    let kind = Kind::SecondStage { levels: 4 };
+    let kind = Kind::SecondStage { levels: 4, snoop: false };
     let tree = Tree::<VtdSecondStage>::new(&mut frames, Limits::NONE).expect("a frame");
 
     // Ends of ranges at every place of a cache line of eight entries, on both sides of a boundary between tables.
@@ -154,7 +154,7 @@ fn xsa_321_what_changed_is_published_whole_at_any_alignment() {
 #[test]
 fn xsa_378_and_400_a_map_that_fails_half_way_leaves_no_part_behind() {
     let (memory, mut frames) = frames(4);
-    let kind = Kind::SecondStage { levels: 4 };
+    let kind = Kind::SecondStage { levels: 4, snoop: false };
     let tree = Tree::<VtdSecondStage>::new(&mut frames, Limits::PAGES).expect("a frame");
     map(&tree, &mut frames, 3 * MIB2 - PAGE_SIZE, 0, PAGE_SIZE, Perms::READ).expect("there is room");
     let before = frames.content();

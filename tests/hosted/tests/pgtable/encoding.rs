@@ -101,6 +101,9 @@ fn entries_are_the_words_of_the_manuals() {
     assert_eq!(entry::<VtdSecondStage<3>>(0x8020_0000, mib2, READ), 0x8020_0181);
     let write_only = Perms { read: false, ..Perms::READ_WRITE };
     assert_eq!(entry::<VtdSecondStage<5>>(0x4000_0000, gib1, clean(write_only)), 0x4000_0182);
+    // SNP 0x800.
+    assert_eq!(entry::<VtdSecondStage<4, true>>(0x12_3456_7000, kib4, Perms::READ_WRITE), 0x12_3456_7B03);
+    assert_eq!(entry::<VtdSecondStage<4, true>>(0x8020_0000, mib2, READ), 0x8020_0981);
     // The fact sheet's D1 to D3, D5 and D7, with MAIR attribute 0 for write-back.
     assert_eq!(entry::<Stage1>(0x8000_0000, kib4, RWX), 0x8000_0F43);
     assert_eq!(entry::<Stage1>(0x8000_0000, kib4, READ), 0x0060_0000_8000_0FC3);

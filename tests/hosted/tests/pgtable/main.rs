@@ -39,9 +39,10 @@ macro_rules! in_every_format {
         $test::<pgtable::LongMode<5>>(Kind::LongMode { levels: 5, execute_disable: true, nested: false });
         $test::<pgtable::SvmNested<4>>(Kind::LongMode { levels: 4, execute_disable: true, nested: true });
         $test::<pgtable::SvmNested<5>>(Kind::LongMode { levels: 5, execute_disable: true, nested: true });
-        $test::<pgtable::VtdSecondStage<3>>(Kind::SecondStage { levels: 3 });
-        $test::<pgtable::VtdSecondStage<4>>(Kind::SecondStage { levels: 4 });
-        $test::<pgtable::VtdSecondStage<5>>(Kind::SecondStage { levels: 5 });
+        $test::<pgtable::VtdSecondStage<3>>(Kind::SecondStage { levels: 3, snoop: false });
+        $test::<pgtable::VtdSecondStage<4>>(Kind::SecondStage { levels: 4, snoop: false });
+        $test::<pgtable::VtdSecondStage<5>>(Kind::SecondStage { levels: 5, snoop: false });
+        $test::<pgtable::VtdSecondStage<4, true>>(Kind::SecondStage { levels: 4, snoop: true });
         $test::<pgtable::Stage1<12, 39>>(Kind::Arm { stage: 1, granule: 12, bits: 39 });
         $test::<pgtable::Stage1<12, 48>>(Kind::Arm { stage: 1, granule: 12, bits: 48 });
         $test::<pgtable::Stage1<12, 52>>(Kind::Arm { stage: 1, granule: 12, bits: 52 });

@@ -30,7 +30,7 @@ impl Shape {
             Kind::LongMode { levels, nested, .. } => {
                 (12, 9, levels, if nested { 12 + 9 * levels } else { 11 + 9 * levels }, false)
             }
-            Kind::SecondStage { levels } => (12, 9, levels, 12 + 9 * levels, false),
+            Kind::SecondStage { levels, .. } => (12, 9, levels, 12 + 9 * levels, false),
             Kind::Arm { stage, granule, bits } => {
                 let first = crate::walker::start_level(stage, granule, bits);
                 (granule, granule - 3, (4 - first) as u32, bits, bits > 48)

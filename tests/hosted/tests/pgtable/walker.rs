@@ -8,8 +8,8 @@
 pub enum Kind {
     /// Long mode, and the first stage of VT-d: `execute_disable` where XD may be set.
     LongMode { levels: u32, execute_disable: bool, nested: bool },
-    /// The second stage of VT-d.
-    SecondStage { levels: u32 },
+    /// The second stage of VT-d; on a unit that is asked to, all leaves force accesses to snoop.
+    SecondStage { levels: u32, snoop: bool },
     /// AArch64: granule of 2^`granule` bytes, input addresses of `bits` bits.
     Arm { stage: u32, granule: u32, bits: u32 },
 }
@@ -46,7 +46,7 @@ pub fn walk(load: impl Fn(u64) -> u64, kind: Kind, root: u64, address: u64) -> O
         Kind::LongMode { levels, execute_disable, nested } => {
             long_mode(load, levels, execute_disable, nested, root, address)
         }
-        Kind::SecondStage { levels } => second_stage(load, levels, root, address),
+        Kind::SecondStage { levels, snoop } => second_stage(load, levels, snoop, root, address),
         Kind::Arm { stage, granule, bits } => arm(load, stage, granule, bits, root, address),
     }
 }
@@ -101,7 +101,13 @@ fn long_mode(
     unreachable!("level 1 has leaves alone")
 }
 
-fn second_stage(load: impl Fn(u64) -> u64, levels: u32, root: u64, address: u64) -> Option<Seen> {
+fn second_stage(
+    load: impl Fn(u64) -> u64,
+    levels: u32,
+    snoop: bool,
+    root: u64,
+    address: u64,
+) -> Option<Seen> {
     let mut table = root;
     for level in (1..=levels).rev() {
         let entry = load(table + bits(address, 9 * level + 11, 9 * level + 3) * 8);
@@ -110,8 +116,10 @@ fn second_stage(load: impl Fn(u64) -> u64, levels: u32, root: u64, address: u64)
         }
         assert_eq!(bits(entry, 63, 52), 0, "TM and ignored bits are left alone: {entry:#x}");
         assert_eq!(bits(entry, 6, 2), 0, "X, EMT and IPAT are left alone: {entry:#x}");
-        assert!(!bit(entry, 11), "SNP is reserved in tables, and where the unit does not snoop: {entry:#x}");
-        if level > 1 && !bit(entry, 7) {
+        let is_table = level > 1 && !bit(entry, 7);
+        let snoops = snoop && !is_table;
+        assert_eq!(bit(entry, 11), snoops, "SNP is for leaves, where the unit can snoop: {entry:#x}");
+        if is_table {
             assert_eq!(bits(entry, 1, 0), 0b11, "a table permits everything: {entry:#x}");
             table = bits(entry, 51, 12) << 12;
             continue;

@@ -294,6 +294,8 @@ impl Guest {
                 self.home().answer_times.with(|sums| sums.iter_mut().zip(latencies.answer).for_each(add));
             }
             self.hv.ledger.remove_device(id);
+            // Neither machine lists a device whose faults stall. Where one does, this is the place for
+            // `Invalidation::Stalls`: it is blocked, all that it reported is answered, and what was never reported waits.
             // Nothing may be invalidated there while it is reset, and by now nothing has to.
             self.hv.mark(number, if blocked.is_ok() { reset(self.hv, device) } else { Condition::Broken });
             self.hv.give(number, None);

@@ -290,6 +290,7 @@ impl Found {
             context_tables,
             empty_table: cut(1)?,
             command_queue: cut(COMMAND_FRAMES)?,
+            status: cut(1)?,
             event_queue: cut(EVENT_FRAMES)?,
             page_requests: cut(REQUEST_FRAMES)?,
             answers: OUTSTANDING,

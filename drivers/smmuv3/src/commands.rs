@@ -11,7 +11,7 @@ use crate::{
 use heapless::{Deque, Vec};
 use iommu::{
     Attachment, Bus, Completion, Error, Failure, FailureCause, Field, Invalidation, Iova, Outcome, PAGE_SIZE,
-    PageResponse, Pasid, Stages, StreamId, Ticket, Words, descriptor,
+    PageResponse, Pasid, PhysAddr, Stages, StreamId, Ticket, Words, descriptor,
 };
 use tock_registers::fields::FieldValue;
 
@@ -218,6 +218,22 @@ impl Command {
     pub fn sync() -> Self {
         Self::default().with(Self::OPCODE, 0x46)
     }
+
+    /// The same, and then writes `data` to `address` (`CMD_SYNC`, CS = SIG_IRQ), a multiple of 4 below 2^56: memory that is
+    /// inner shareable and cached, as the CPU has it. The wire for it, where a part has one, is pulsed as well.
+    pub fn sync_with_message(address: PhysAddr, data: u32) -> Self {
+        const SIGNAL: Field<Command> = Field::bits(13, 12);
+        const SHAREABILITY: Field<Command> = Field::bits(23, 22);
+        const ATTRIBUTES: Field<Command> = Field::bits(27, 24);
+        const DATA: Field<Command> = Field::bits(63, 32);
+        const ADDRESS: Field<Command> = Field::bits(119, 66);
+        Self::sync()
+            .with(SIGNAL, 1)
+            .with(SHAREABILITY, 3)
+            .with(ATTRIBUTES, 0xF)
+            .with(DATA, data.into())
+            .with_address(ADDRESS, address.0)
+    }
 }
 
 /// The size with which `CMD_ATC_INV` covers the whole address space.
@@ -367,15 +383,19 @@ impl Failures {
 
 /// The command side of a unit; see [`iommu::Commands`].
 ///
-/// Completion is where `CMDQ_CONS` stands: it passes a `CMD_SYNC` only when everything before that has completed. A command
-/// that the unit refuses, or a device that does not answer, stops it there, until [`recover`](iommu::Commands::recover).
+/// Completion is a `CMD_SYNC` that was consumed: that happens only when everything before it has completed. Where the unit's
+/// messages reach memory, the last one of a batch writes how far the queue has come to a word there, and `poll` looks at that;
+/// else, and when a message is late, at `CMDQ_CONS`. After a message that was lost there are no more.
+///
+/// A command that the unit refuses, or a device that does not answer, stops the queue there, until
+/// [`recover`](iommu::Commands::recover).
 ///
 /// As a `CMD_SYNC` that fails does not tell which device was silent, one device at a time is asked to forget something:
 /// `submit` refuses a second ([`Error::Busy`]) until the first has answered or was given up.
 ///
 /// It alone writes `GERRORN`: errors are acknowledged by `recover`, and by nobody else. In service it alone writes `CR0`.
 ///
-/// Worst case of a call: one read of `CMDQ_CONS`, `BATCH` commands stored and published, one write of `CMDQ_PROD`; of
+/// Worst case of a call: two reads of `CMDQ_CONS`, `BATCH` commands stored and published, one write of `CMDQ_PROD`; of
 /// `recover` five reads of registers, a look at `BATCH` commands, one of them stored, and two writes of registers.
 #[derive(Debug)]
 pub struct Commands<B> {
@@ -388,6 +408,8 @@ pub struct Commands<B> {
     stalling: Vec<StreamId, STALLING>,
     /// Batches that may not be done, oldest first.
     underway: Deque<Underway, TICKETS>,
+    /// A ticket that was done, as `CMDQ_CONS` said, before its message came.
+    untold: Option<u64>,
     failures: Failures,
     /// Where the queue last had to be helped on, and how often.
     helped: (u64, usize),
@@ -410,6 +432,7 @@ impl<B: Bus> Commands<B> {
             reserve,
             stalling,
             underway: Deque::new(),
+            untold: None,
             failures: Failures::new(),
             helped: (0, 0),
             stopped: false,
@@ -575,11 +598,24 @@ impl<B: Bus> Commands<B> {
         if at.device_tlb { batch.push_to_device(at.stream, at.pasid, Iova(0), EVERYTHING) } else { Ok(()) }
     }
 
+    /// Has no more messages sent: that the next ticket is done is certain when the last of them has come.
+    pub(crate) fn without_messages(&mut self) {
+        self.queue.without_messages();
+    }
+
     /// Returns how many commands the unit has consumed, and forgets the batches that are done.
     fn consumed(&mut self) -> u64 {
-        let consumed = self.queue.consumed(&self.bus);
-        while self.underway.front().is_some_and(|batch| batch.end() <= consumed) {
+        let due = self.underway.back().map_or(0, |batch| batch.end());
+        let consumed = self.queue.consumed(&self.bus, due);
+        while let Some(batch) = self.underway.front().filter(|batch| batch.end() <= consumed) {
+            let ticket = batch.end();
             self.underway.pop_front();
+            let Some(told) = self.queue.told() else { continue };
+            if self.untold.is_some_and(|late| told < late) {
+                // A `CMD_SYNC` has completed the message of the one before. So that was lost, and others may be.
+                self.queue.without_messages();
+            }
+            self.untold = Some(ticket).filter(|&ticket| told < ticket);
         }
         consumed
     }
@@ -587,6 +623,7 @@ impl<B: Bus> Commands<B> {
     /// What becomes of a queue that cannot go on: it is switched off, so that no error of it comes again.
     fn stop(&mut self) -> Failure {
         self.stopped = true;
+        self.queue.without_messages();
         let kept = regs::CR0.read(&self.bus).get();
         regs::CR0.set(&self.bus, kept & !CR0::CMDQEN::SET.value);
         Failure { cause: FailureCause::Stopped, stream: None, ticket: None }
@@ -594,7 +631,7 @@ impl<B: Bus> Commands<B> {
 
     /// Helps the queue past the command at which it stopped; returns what was wrong with that.
     fn help(&mut self, code: u32) -> Failure {
-        let at = self.consumed();
+        let at = self.queue.read_consumed(&self.bus);
         self.helped = if self.helped.0 == at { (at, self.helped.1 + 1) } else { (at, 1) };
         let Some(command) = self.queue.command(at) else { return self.stop() };
         let batch = self.underway.iter().find(|batch| at < batch.end());
@@ -613,6 +650,7 @@ impl<B: Bus> Commands<B> {
             self.failures.add(ticket);
         }
         if code == ILLEGAL {
+            // Without a message, even in place of one that had one: it is failed, and the next message is past it.
             self.queue.replace(&self.bus, at, Command::sync());
         }
         Failure { cause, stream, ticket: ticket.map(Ticket) }
@@ -643,7 +681,8 @@ impl<B: Bus> iommu::Commands for Commands<B> {
         for &invalidation in invalidations {
             self.encode(&mut batch, invalidation)?;
         }
-        batch.push(Command::sync())?;
+        let needed = batch.commands.len() + 1;
+        batch.push(self.queue.end(self.queue.produced() + needed as u64))?;
         if self.stopped {
             return Err(Error::Failed { ticket: Ticket(self.queue.produced()) });
         }
@@ -654,7 +693,6 @@ impl<B: Bus> iommu::Commands for Commands<B> {
         if device && self.underway.iter().any(Underway::asks_a_device) {
             return Err(Error::Busy { what: DEVICE_TLB });
         }
-        let needed = batch.commands.len();
         if self.underway.is_full() {
             return Err(Error::QueueFull { needed, free: 0 });
         }
@@ -705,6 +743,9 @@ impl<B: Bus> iommu::Commands for Commands<B> {
             let code = regs::CMDQ.cons.read(&self.bus).read(INDEX::ERR);
             failure = Some(self.help(code));
         }
+        if is(GERROR::MSI_CMDQ_ABT_ERR::SET) {
+            self.queue.without_messages();
+        }
         if active != 0 {
             // Only bits that are active may turn. ORDER: after the command that took the place of a bad one.
             regs::GERRORN.set(&self.bus, kept ^ active);
@@ -720,7 +761,7 @@ mod tests {
 
     const SID: StreamId = StreamId(0x108);
 
-    /// The commands of facts/smmuv3.md, section 11.5, rows K3, K5 to K7, K9 to K11, K14, K19, K20, K22 to K25, K27 to K34; but for
+    /// The commands of facts/smmuv3.md, section 11.5, rows K3, K5 to K7, K9 to K11, K14, K19, K20, K22 to K25, K27 to K34, K37; but for
     /// K6, whose way is forgotten here, too.
     #[test]
     fn commands_are_the_words_of_the_manual() {
@@ -765,6 +806,10 @@ mod tests {
             (answer(None, 3, Outcome::Failure), [0x0000_0108_0000_0041, 0x0003]),
             (answer(None, 3, Outcome::Invalid), [0x0000_0108_0000_0041, 0x1003]),
             (Command::sync(), [0x46, 0]),
+            (
+                Command::sync_with_message(PhysAddr(0x8010_3F40), 0xCAFE),
+                [0x0000_CAFE_0FC0_1046, 0x0000_0000_8010_3F40],
+            ),
         ] {
             assert_eq!(command.0, words, "{command:#x?}");
         }

@@ -21,8 +21,8 @@ pub struct Erratum {
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 #[non_exhaustive]
 pub enum Avoid {
-    /// `CMD_SYNC` that wakes a waiting core (CS = SEV). The driver asks for no signal: it looks at
-    /// `CMDQ_CONS`.
+    /// `CMD_SYNC` that wakes a waiting core (CS = SEV). The driver asks for a message, or for
+    /// no signal.
     WakeUp,
     /// Both stages of one stream. The driver selects one or the other.
     NestedStages,

@@ -192,9 +192,11 @@ impl EventKind {
 
     const fn reason(self) -> FaultReason {
         match self {
-            // A bad stream table entry is one that is not valid: this driver makes no others.
+            // A bad stream table entry is one that is not valid, and so is a bad context descriptor: this driver makes no
+            // others. In a table of a guest's own it may also be one that makes no sense; the unit does not say which.
             Self::BadStreamId
             | Self::BadStreamEntry
+            | Self::BadContext
             | Self::BadTranslationRequest
             | Self::StreamDisabled
             | Self::TranslationForbidden
@@ -204,7 +206,6 @@ impl EventKind {
             Self::Access | Self::Permission => FaultReason::NotPermitted,
             Self::StreamEntryFetch
             | Self::ContextFetch
-            | Self::BadContext
             | Self::WalkAborted
             | Self::TlbConflict
             | Self::ConfigurationConflict

@@ -29,7 +29,9 @@
 //! | replacement | every translation by every other, without a gap where one word decides | model, between any two stores |
 //! | stream table | linear, or two levels: the second is made as devices are assigned, and stays | model, QEMU |
 //! | silence of a blocked device | Config = abort | model |
-//! | command queue | tickets, polled; a command that is refused fails its own, a queue that cannot be read is switched off | model, QEMU (no errors) |
+//! | command queue | tickets; a command that is refused fails its own, a queue that cannot be read is switched off | model, QEMU (no errors) |
+//! | completion | `CMD_SYNC` by message to memory (`IDR0.MSI`, `IDR0.COHACC`), else by `CMDQ_CONS`; by that too when a message is late or lost | model, QEMU (`CMDQ_CONS`) |
+//! | completion that wakes a core (CS = SEV) | no: `poll` never sleeps, and of MMU-600 it cannot be relied on | |
 //! | take-over, stop | a unit that firmware left on, without a moment of bypass; a unit in service, which then refuses all | model |
 //! | device TLBs (ATS) | all PASIDs or one; one device at a time is asked to forget, and one that is silent is named | model |
 //! | page requests (PRI) | groups are put together by the broker | model |
@@ -39,7 +41,7 @@
 //! | interrupts of the unit | by wires or by messages (MSI) | model, QEMU (wires) |
 //! | doorbells of devices | their address; whoever owns the tables maps them, as device memory | QEMU, stage 1 and stage 2: mapped, unmapped, not attached |
 //! | errata | by `IIDR`; the driver does without what cannot be relied on, whatever the part | model |
-//! | a message as the end of `CMD_SYNC`, queues or tables preset, forced stalls, page 0 alone, Secure and Realm, MPAM, HTTU, AArch32 tables | no | |
+//! | queues or tables preset, forced stalls, page 0 alone, Secure and Realm, MPAM, HTTU, AArch32 tables | no | |
 //!
 //! Hardware: none yet.
 //!
@@ -126,6 +128,8 @@ pub struct Memory {
     pub empty_table: DmaBuf,
     /// The command queue, 256 entries a frame.
     pub command_queue: DmaBuf,
+    /// One word: how far the unit has come with its commands, where it writes that by message ([`Found::messages`]).
+    pub status: DmaBuf,
     /// The event queue, 128 entries a frame.
     pub event_queue: DmaBuf,
     /// The queue of page requests, 256 entries a frame.
@@ -222,6 +226,12 @@ impl<B: Bus + Clone> Found<B> {
         Ok(StreamTableNeeds::new(log2, self.has_two_levels()))
     }
 
+    /// Whether the unit can say by message, in memory that it shares with the CPU, that commands are done (`IDR0.MSI`,
+    /// `IDR0.COHACC`). No erratum is known against it.
+    pub fn messages(&self) -> bool {
+        self.idr0.is_set(IDR0::MSI) && self.idr0.is_set(IDR0::COHACC)
+    }
+
     /// Returns the bits of a StreamID.
     fn stream_bits(&self) -> u32 {
         self.idr1.read(IDR1::SIDSIZE).min(32)
@@ -245,6 +255,7 @@ impl<B: Bus + Clone> Found<B> {
             context_tables,
             mut empty_table,
             command_queue,
+            status,
             event_queue,
             page_requests,
             answers,
@@ -265,6 +276,7 @@ impl<B: Bus + Clone> Found<B> {
         for (purpose, frame) in [("context descriptors", &contexts), ("the empty table", &empty_table)] {
             aligned(purpose, frame, FRAME_WORDS)?;
         }
+        aligned("the status of commands", &status, 1)?;
         for frame in &context_tables {
             aligned("tables of context descriptors", frame, FRAME_WORDS)?;
         }
@@ -322,7 +334,8 @@ impl<B: Bus + Clone> Found<B> {
             page_requests: capabilities.page_requests,
             stalls: self.can_stall(),
         };
-        let queue = CommandQueue::new(command_queue);
+        let word = self.messages().then_some(status);
+        let queue = CommandQueue::new(bus, command_queue, word);
         let mut commands = Commands::new(self.bus.clone(), queue, abilities, answers, stalling.clone());
         let ticket = commands.submit(&[Invalidation::All])?;
         wait_until(bus, "CMDQ_CONS", ACK_LIMIT_US, || commands.poll(ticket) == Completion::Done)?;
@@ -412,7 +425,8 @@ impl<B: Bus + Clone> Smmu<B> {
         let bus = self.commands.bus().clone();
         refuse_all(&bus)?;
         // What was queued before is done: an answer to a device is ignored once translation is off. A queue that stopped for
-        // good is left as it is.
+        // good is left as it is. Nothing is written any more when this one is done, which has no message of its own.
+        self.commands.without_messages();
         if let Ok(ticket) = self.commands.submit(&[]) {
             let over = || self.commands.poll(ticket) != Completion::Pending;
             wait_until(&bus, "CMDQ_CONS", ACK_LIMIT_US, over)?;

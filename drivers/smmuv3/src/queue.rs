@@ -14,21 +14,37 @@ pub(crate) const COMMAND_WORDS: usize = 2;
 pub(crate) const EVENT_WORDS: usize = 4;
 pub(crate) const REQUEST_WORDS: usize = 2;
 
+/// How long no message may come, in microseconds, before CONS is looked at as well: it may be lost.
+///
+/// The manual sets no bound. Most waits are over long before; those for a device are not, and then a read matters little.
+pub(crate) const MESSAGE_LIMIT_US: u64 = 1000;
+
 /// The command queue: the driver fills it at PROD, the unit empties it at CONS.
 ///
-/// Both ends are counted in 64 bits from bring-up on; the registers show the low bits of these counts.
+/// Both ends are counted in 64 bits from bring-up on; registers and messages show the low bits of these counts.
 #[derive(Debug)]
 pub(crate) struct CommandQueue {
     ring: DmaBuf,
     produced: u64,
-    /// As far as CONS had come when it was last read; the unit can only be further.
+    /// As far as CONS is known to have come; the unit can only be further.
     consumed: u64,
+    /// Where messages are written, if the unit sends any: the low half of a word. The upper half is nobody's, as there are
+    /// parts that write 8 bytes.
+    word: Option<DmaBuf>,
+    /// As far as messages had come when they were last looked at.
+    told: u64,
+    /// Since when at least no message came, while one was due.
+    quiet_since_us: Option<u64>,
 }
 
 impl CommandQueue {
-    /// A queue that fills `ring`, whose size is a power of two.
-    pub(crate) fn new(ring: DmaBuf) -> Self {
-        Self { ring, produced: 0, consumed: 0 }
+    /// A queue that fills `ring`, whose size is a power of two; `word` is where messages are to go, if there shall be any.
+    pub(crate) fn new<B: Bus>(bus: &B, ring: DmaBuf, mut word: Option<DmaBuf>) -> Self {
+        if let Some(word) = &mut word {
+            word.store(0, 0);
+            bus.publish(word.range(0, 1));
+        }
+        Self { ring, produced: 0, consumed: 0, word, told: 0, quiet_since_us: None }
     }
 
     fn entries(&self) -> u64 {
@@ -40,8 +56,64 @@ impl CommandQueue {
         self.entries() - (self.produced - self.consumed)
     }
 
+    /// Returns the command that ends `count` commands: all that were queued since bring-up, itself included.
+    pub(crate) fn end(&self, count: u64) -> Command {
+        match &self.word {
+            Some(word) => Command::sync_with_message(word.phys(), count as u32),
+            None => Command::sync(),
+        }
+    }
+
+    /// Has no more messages sent, and trusts none that was.
+    pub(crate) fn without_messages(&mut self) {
+        self.word = None;
+    }
+
+    /// Returns how many commands were consumed, as far as messages told; `None` where there are none.
+    pub(crate) fn told(&self) -> Option<u64> {
+        self.word.is_some().then_some(self.told)
+    }
+
+    /// Returns how many commands the unit has consumed since bring-up, as far as is known, when the last message that is
+    /// due comes with `due`. Where messages tell, no register is read; unless one is late.
+    pub(crate) fn consumed<B: Bus>(&mut self, bus: &B, due: u64) -> u64 {
+        let before = self.told;
+        if self.look(bus) {
+            if self.told > before || self.consumed >= due {
+                self.quiet_since_us = None;
+                return self.consumed;
+            }
+            let now = bus.now_us();
+            let since = *self.quiet_since_us.get_or_insert(now);
+            if now.saturating_sub(since) < MESSAGE_LIMIT_US {
+                return self.consumed;
+            }
+            self.read_consumed(bus);
+            // What is behind a `CMD_SYNC` that was consumed came by now.
+            self.look(bus);
+            return self.consumed;
+        }
+        self.read_consumed(bus)
+    }
+
+    /// Looks at the word that messages are written to; returns whether there is one.
+    fn look<B: Bus>(&mut self, bus: &B) -> bool {
+        if self.produced - self.told > u64::from(u32::MAX / 2) {
+            // Half a count says no more which of two it is.
+            self.word = None;
+        }
+        let Some(word) = &self.word else { return false };
+        bus.observe(word.range(0, 1));
+        let low = word.load(0) as u32;
+        // ORDER: whoever learns that a command was consumed sees what devices stored before it was.
+        bus.observe(self.ring.range(0, 0));
+        self.told = whole(low, self.told, self.produced);
+        self.consumed = self.consumed.max(self.told);
+        true
+    }
+
     /// Reads CONS, and returns how many commands the unit has consumed since bring-up.
-    pub(crate) fn consumed<B: Bus>(&mut self, bus: &B) -> u64 {
+    pub(crate) fn read_consumed<B: Bus>(&mut self, bus: &B) -> u64 {
         let index = u64::from(regs::CMDQ.cons.read(bus).read(INDEX::INDEX));
         // ORDER: whoever learns that a command was consumed sees what devices stored before it was.
         bus.observe(self.ring.range(0, 0));
@@ -90,7 +162,7 @@ impl CommandQueue {
         let needed = (commands.len() + reserve) as u64;
         if self.free() < needed {
             // The register is read only when what is known does not suffice.
-            self.consumed(bus);
+            self.read_consumed(bus);
         }
         let free = self.free();
         if free < needed {
@@ -110,6 +182,14 @@ impl CommandQueue {
         regs::CMDQ.prod.write(bus, INDEX::INDEX.val(index as u32));
         Ok(self.produced)
     }
+}
+
+/// Returns the count whose low half is `low`, from `told` to `produced`, which are less than 2^32 apart.
+///
+/// Another is no progress: somebody wrote something else.
+fn whole(low: u32, told: u64, produced: u64) -> u64 {
+    let behind = u64::from((produced as u32).wrapping_sub(low));
+    if behind <= produced - told { produced - behind } else { told }
 }
 
 /// A queue of reports, events or page requests: the unit fills it at PROD, the driver empties it at CONS.
@@ -172,5 +252,32 @@ impl<const WORDS: usize> ReportQueue<WORDS> {
     fn write_cons<B: Bus>(&self, bus: &B) {
         let index = INDEX::INDEX.val(self.cons);
         self.registers.cons.write(bus, index + INDEX::OVERFLOW.val(self.overflow.1.into()));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::whole;
+
+    #[test]
+    fn a_count_is_known_by_its_low_half() {
+        const WRAP: u64 = 1 << 32;
+        for (low, told, produced, count) in [
+            (0, 0, 0, 0),
+            (3, 0, 5, 3),
+            (5, 5, 5, 5),
+            // Across the end of the low half.
+            (u32::MAX, WRAP - 9, WRAP + 7, WRAP - 1),
+            (0, WRAP - 9, WRAP + 7, WRAP),
+            (7, WRAP - 9, WRAP + 7, WRAP + 7),
+            (2, 3 * WRAP, 3 * WRAP + 4, 3 * WRAP + 2),
+            // Before what was told, and after what was queued.
+            (4, 5, 9, 5),
+            (10, 5, 9, 5),
+            (8, WRAP - 9, WRAP + 7, WRAP - 9),
+            (u32::MAX - 9, WRAP - 9, WRAP + 7, WRAP - 9),
+        ] {
+            assert_eq!(whole(low, told, produced), count, "{low:#x} from {told:#x} to {produced:#x}");
+        }
     }
 }

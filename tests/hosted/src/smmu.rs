@@ -159,6 +159,7 @@ pub fn needs(table: StreamTable, memory: &Memory) -> smmuv3::Memory {
         context_tables: (0..CONTEXT_TABLES).map(|_| frame()).collect(),
         empty_table: frame(),
         command_queue: frame(),
+        status: frame(),
         event_queue: frame(),
         page_requests: frame(),
         answers: ANSWERS,

@@ -6,7 +6,7 @@
 //! - pKVM leaves the event queue to its host, MilvusVisor all queues and messages to its guest. No guest reaches a register
 //!   here: there is nothing that would show it one.
 //! - seL4's bindings keep one fault of SMMUv2: there is a queue here, and what is lost of it is told.
-//! - The status of a wait lay on a stack (ACRN): nothing is written for a wait here, `CMDQ_CONS` is looked at.
+//! - The status of a wait lay on a stack (ACRN): what is written for a wait here is written to memory of the unit's.
 //! - CVE-2026-43253 and "Improve CMDQ lock fairness": locks are the caller's; `submit` and `poll` wait for nothing.
 //! - CVE-2022-48894, CVE-2022-49426, CVE-2026-93205, CVE-2025-39966: objects of an operating system that were freed while in
 //!   use; here `stop` takes all that uses the unit by value.

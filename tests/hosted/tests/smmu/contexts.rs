@@ -507,3 +507,31 @@ fn a_dropped_ticket_of_a_pasid_leaves_it_out_of_use() {
     assert_eq!(gone, Some(Error::PasidState { stream: DISK, pasid: pasid(1) }));
     machine.assert_lawful();
 }
+
+#[test]
+fn a_pasid_that_nobody_attached_is_told_as_such() {
+    let mut machine = Machine::new(STREAM_TABLE, Config::full());
+    machine.assign(DISK, PASIDS);
+    let tree = tree(&mut machine, 1);
+    let attachment = machine.attach_to(DISK, pasid(1), one(&tree)).expect("there is room");
+    let reasons = |machine: &mut Machine| -> Vec<_> {
+        let events = machine.pass().into_iter();
+        events
+            .map(|event| match event {
+                iommu::Event::Fault(fault) => (fault.pasid, fault.reason, fault.code),
+                other => panic!("{other:?}"),
+            })
+            .collect()
+    };
+
+    // One beside it in the same table, one in a table that there is not; then the one that was detached.
+    assert_eq!(machine.read(DISK, pasid(3), HERE), Err(C_BAD_CD));
+    assert_eq!(machine.read(DISK, pasid(0x405), HERE), Err(C_BAD_SUBSTREAMID));
+    let not_attached = iommu::FaultReason::NotAttached;
+    assert_eq!(reasons(&mut machine), [(pasid(3), not_attached, 0x0A), (pasid(0x405), not_attached, 0x08)]);
+    machine.detach(attachment);
+
+    assert_eq!(machine.read(DISK, pasid(1), HERE), Err(C_BAD_CD));
+    assert_eq!(reasons(&mut machine), [(pasid(1), not_attached, 0x0A)]);
+    machine.assert_lawful();
+}

@@ -433,6 +433,9 @@ mod messages {
         machine.smmu.events.enable_interrupts().expect("it is acknowledged");
         machine.smmu.events.enable_messages(&MESSAGES).expect("it is acknowledged");
         machine.assign(NIC, ALL);
+        // Commands end by messages, too.
+        assert_eq!(machine.unit.messages().iter().filter(|message| message.0 < 0x0900_0000).count(), 0);
+        assert!(machine.unit.pulses().iter().all(|&wire| wire == Wire::CommandSync));
 
         fault(machine.unit);
         assert_eq!(machine.unit.messages(), [(0x00FF_FFFF_FFFF_FFFC, 0xFFFF_FFFF)]);

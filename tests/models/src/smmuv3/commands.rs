@@ -63,6 +63,10 @@ pub(super) struct Commands {
     promised: Vec<Forget>,
     /// CMD_ATC_INV that no device answered yet, and when the device is given up.
     unanswered: Vec<(Forget, u64)>,
+    /// Messages of CMD_SYNC are not written before they have to be: when the next CMD_SYNC is complete.
+    late: bool,
+    /// Those on their way, address and data.
+    messages: Vec<(u64, u32)>,
 }
 
 impl SmmuUnit {
@@ -91,6 +95,15 @@ impl SmmuUnit {
     /// Lets each read of the command queue be aborted, or none.
     pub fn fail_fetches(&self, fail: bool) {
         self.lock().commands.unreadable = fail;
+    }
+
+    /// Lets the message of a CMD_SYNC take as long as it may, which is until the next CMD_SYNC is complete; or not any more.
+    pub fn hold_messages(&self, hold: bool) {
+        let mut state = self.lock();
+        state.commands.late = hold;
+        if !hold {
+            state.write_messages();
+        }
     }
 
     /// Returns the commands that were consumed, oldest first.
@@ -336,14 +349,35 @@ impl State {
         }
         let promised = std::mem::take(&mut self.commands.promised);
         self.caches.forget(&promised);
+        // Those of earlier ones are complete when this one is.
+        self.write_messages();
         if w0 >> 12 & 3 == 1 {
             if self.config.messages() && w1 != 0 {
-                // MSIAddress, MSIData; MSI_CMDQ_ABT_ERR.
-                self.send(w1, (w0 >> 32) as u32, 1 << 4);
+                // MSH and MSIAttr: memory is read through caches, which only what is inner shareable write-back meets.
+                let cached = self.config.has(4) && w0 >> 22 & 0x3F == 0x3F;
+                if !cached && self.memory.device_load(PhysAddr(w1 & !7)).is_ok() {
+                    self.violation(format!("CMD_SYNC {w0:#x}: its message to memory passes by the caches"));
+                }
+                // MSIAddress, MSIData.
+                self.commands.messages.push((w1, (w0 >> 32) as u32));
+                if !self.commands.late {
+                    self.write_messages();
+                }
             }
             self.pulses.push(Wire::CommandSync);
         }
         Ok(true)
+    }
+
+    /// Writes the messages of CMD_SYNC that are on their way, or has them aborted: MSI_CMDQ_ABT_ERR.
+    fn write_messages(&mut self) {
+        for (address, data) in std::mem::take(&mut self.commands.messages) {
+            if !self.lose_messages {
+                // What is not memory is a doorbell somewhere.
+                let _ = self.memory.device_store32(PhysAddr(address), data);
+            }
+            self.send(address, data, 1 << 4);
+        }
     }
 }
 
@@ -682,6 +716,38 @@ mod tests {
 
         assert_eq!((bench.unit.messages(), bench.unit.read32(GERROR)), (vec![], 1 << 4));
         bench.assert_lawful();
+    }
+
+    #[test]
+    fn a_message_may_be_late_until_the_next_sync() {
+        let bench = Bench::started(Config { idr0: Config::qemu().idr0 | 1 << 13, ..Config::qemu() });
+        bench.unit.hold_messages(true);
+
+        bench.submit(&[golden::SYNC_IRQ]);
+        assert_eq!(bench.unit.messages(), []);
+        bench.submit(&[golden::CFGI_ALL]);
+        assert_eq!(bench.unit.messages(), []);
+        bench.submit(&[SYNC]);
+
+        assert_eq!(bench.unit.messages(), [(0x8010_3F40, 0xCAFE)]);
+    }
+
+    #[test]
+    fn a_message_to_memory_is_written_there_and_not_past_the_caches() {
+        // Write-back and inner shareable; Device-nGnRE; write-back and not shareable.
+        for (attributes, lawful) in [(0x3F, true), (1 << 2, false), (0xF << 2, false)] {
+            let mut bench = Bench::started(Config { idr0: Config::qemu().idr0 | 1 << 13, ..Config::qemu() });
+            let word = bench.page();
+
+            bench.submit(&[[0xCAFE << 32 | attributes << 22 | 1 << 12 | 0x46, word]]);
+
+            assert_eq!(bench.word(word), 0xCAFE);
+            if lawful {
+                bench.assert_lawful();
+            } else {
+                bench.assert_broken("passes by the caches");
+            }
+        }
     }
 
     #[test]

@@ -151,10 +151,11 @@ impl<const WORDS: usize> ReportQueue<WORDS> {
                 return None;
             }
         }
-        let at = (self.cons % self.entries()) as usize * WORDS;
+        // There is a power of two of places.
+        let at = (self.cons & (self.entries() - 1)) as usize * WORDS;
         bus.observe(self.ring.range(at, WORDS));
-        let entry = core::array::from_fn(|i| self.ring.load(at + i));
-        self.cons = (self.cons + 1) % (2 * self.entries());
+        let entry = self.ring.load_all(at);
+        self.cons = (self.cons + 1) & (2 * self.entries() - 1);
         if self.cons == self.prod {
             self.write_cons(bus);
         }

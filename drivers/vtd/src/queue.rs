@@ -184,8 +184,9 @@ impl PageRequestQueue {
         }
         let at = self.head * ENTRY_WORDS;
         bus.observe(self.ring.range(at, ENTRY_WORDS));
-        let entry = core::array::from_fn(|i| self.ring.load(at + i));
-        self.head = (self.head + 1) % self.entries();
+        let entry = self.ring.load_all(at);
+        // There is a power of two of places.
+        self.head = (self.head + 1) & (self.entries() - 1);
         if self.head == self.tail {
             regs::PQH.write(bus, regs::PQ::INDEX.val(self.head as u64));
         }

@@ -104,9 +104,11 @@ impl CommandQueue {
             self.ring.store_all(((start + n) & last) * COMMAND_WORDS, command.0);
         }
         // Published together: up to the end of the ring, and from its start what is left.
-        let up_to_end = commands.len().min(last + 1 - start);
-        bus.publish(self.ring.range(start * COMMAND_WORDS, up_to_end * COMMAND_WORDS));
-        if up_to_end < commands.len() {
+        let up_to_end = last + 1 - start;
+        if commands.len() <= up_to_end {
+            bus.publish(self.ring.range(start * COMMAND_WORDS, commands.len() * COMMAND_WORDS));
+        } else {
+            bus.publish(self.ring.range(start * COMMAND_WORDS, up_to_end * COMMAND_WORDS));
             bus.publish(self.ring.range(0, (commands.len() - up_to_end) * COMMAND_WORDS));
         }
         self.produced += commands.len() as u64;

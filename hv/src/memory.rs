@@ -133,7 +133,8 @@ impl pgtable::Words for Pool {
     type Table = Table;
 
     fn table(&self, frame: PhysAddr) -> Table {
-        let inside = frame.0 >= self.start && (frame.0 - self.start) / PAGE_SIZE < self.frames as u64;
+        // What lies before the first frame is far after it when it wraps.
+        let inside = frame.0.wrapping_sub(self.start) / PAGE_SIZE < self.frames as u64;
         assert!(inside, "tables lie in frames of the pool");
         let base = arch::bus::direct(PhysAddr(frame.0 & !(PAGE_SIZE - 1)));
         // PANICS: never: what the pool holds is mapped.

@@ -6,7 +6,7 @@ use crate::{
     cpu::{CORES, core, cpuid},
 };
 use core::{
-    arch::x86_64::{_mm_lfence, _mm_mfence},
+    arch::asm,
     ptr,
     sync::atomic::{AtomicBool, Ordering},
 };
@@ -184,10 +184,8 @@ pub(crate) fn send_startup(id: u32, page: u64) {
 fn command(id: u32, message: u64) {
     // ORDER: a write to an x2APIC register waits for nothing, so without these the other core could be interrupted before
     // it can see what it is interrupted for (the manual: MFENCE; LFENCE).
-    // SAFETY: every 64-bit x86 processor has it.
-    unsafe { _mm_mfence() };
-    // SAFETY: every 64-bit x86 processor has it.
-    unsafe { _mm_lfence() };
+    // SAFETY: every 64-bit x86 processor has both.
+    unsafe { asm!("mfence", "lfence", options(nostack, preserves_flags)) };
     if is_x2apic() {
         write(COMMAND, u64::from(id) << 32 | message);
         return;

@@ -3,7 +3,7 @@
 
 use crate::{cpu::cpuid, machine::Error};
 use core::{
-    arch::x86_64::{_mm_lfence, _rdtsc},
+    arch::{asm, x86_64::_rdtsc},
     sync::atomic::{AtomicU64, Ordering},
 };
 use x86_64::instructions::port::Port;
@@ -42,8 +42,9 @@ pub(crate) fn init() -> Result<(), Error> {
 /// Returns the TSC. In QEMU with `-icount shift=0,sleep=off` it counts instructions.
 pub fn ticks() -> u64 {
     // ORDER: without it the processor may read the TSC before it has done what comes earlier in the program.
-    // SAFETY: every 64-bit x86 processor has LFENCE.
-    unsafe { _mm_lfence() };
+    // SAFETY: every 64-bit x86 processor has LFENCE. It is written out because the intrinsic would be a call: this target
+    // has no SSE2.
+    unsafe { asm!("lfence", options(nostack, preserves_flags)) };
     // SAFETY: every 64-bit x86 processor has RDTSC, and CR4.TSD does not matter in ring 0.
     unsafe { _rdtsc() }
 }

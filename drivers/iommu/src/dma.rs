@@ -59,6 +59,20 @@ impl DmaBuf {
         self.word(at).read()
     }
 
+    /// Loads the words from `at`, each in one load, in their order.
+    ///
+    /// PANICS: when they are not all inside the buffer.
+    pub fn load_all<const N: usize>(&self, at: usize) -> [u64; N] {
+        let fits = at.checked_add(N).is_some_and(|end| end <= self.words);
+        assert!(fits, "words outside the buffer");
+        core::array::from_fn(|i| {
+            // SAFETY: `at + N` words are inside the memory that `new` was promised.
+            let word = unsafe { self.cpu.add(at + i) };
+            // SAFETY: `new` was promised that the address is valid and aligned for volatile access of one word.
+            unsafe { VolatilePtr::new(word) }.read()
+        })
+    }
+
     /// Stores `value` in word `at`, in one store.
     ///
     /// PANICS: when `at` is outside the buffer.

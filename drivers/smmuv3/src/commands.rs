@@ -377,7 +377,8 @@ impl Failures {
     }
 
     fn contain(&self, ticket: u64) -> bool {
-        ticket <= self.before || self.known.iter().any(|&failed| failed == ticket)
+        // Mostly there are none.
+        ticket <= self.before || !self.known.is_empty() && self.known.iter().any(|&failed| failed == ticket)
     }
 }
 
@@ -448,8 +449,8 @@ impl<B: Bus> Commands<B> {
     ///
     /// What a later step must not find stale is made certain by a `CMD_SYNC` before it: translations are fetched through
     /// the configuration, and what the device asks for anew comes from the unit's translations.
-    fn encode(&self, batch: &mut Batch, invalidation: Invalidation) -> Result<(), Error> {
-        match invalidation {
+    fn encode(&self, batch: &mut Batch, invalidation: &Invalidation) -> Result<(), Error> {
+        match *invalidation {
             Invalidation::All => {
                 batch.push(Command::cfgi_all())?;
                 batch.push(Command::sync())?;
@@ -678,7 +679,7 @@ impl<B: Bus> iommu::Commands for Commands<B> {
     /// Of device TLBs, one device's at a time: [`Error::Busy`] until the one before has answered.
     fn submit(&mut self, invalidations: &[Invalidation]) -> Result<Ticket, Error> {
         let mut batch = Batch::new();
-        for &invalidation in invalidations {
+        for invalidation in invalidations {
             self.encode(&mut batch, invalidation)?;
         }
         let needed = batch.commands.len() + 1;

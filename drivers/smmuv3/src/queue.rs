@@ -169,14 +169,21 @@ impl CommandQueue {
             let free = (free as usize).saturating_sub(reserve);
             return Err(Error::QueueFull { needed: commands.len(), free });
         }
-        for command in commands {
-            let at = (self.produced % self.entries()) as usize * COMMAND_WORDS;
-            for (i, word) in command.0.into_iter().enumerate() {
-                self.ring.store(at + i, word);
-            }
-            bus.publish(self.ring.range(at, COMMAND_WORDS));
-            self.produced += 1;
+        // There is a power of two of places.
+        let last = self.entries() as usize - 1;
+        let start = self.produced as usize & last;
+        for (n, command) in commands.iter().enumerate() {
+            self.ring.store_all(((start + n) & last) * COMMAND_WORDS, command.0);
         }
+        // Published together: up to the end of the ring, and from its start what is left.
+        let up_to_end = last + 1 - start;
+        if commands.len() <= up_to_end {
+            bus.publish(self.ring.range(start * COMMAND_WORDS, commands.len() * COMMAND_WORDS));
+        } else {
+            bus.publish(self.ring.range(start * COMMAND_WORDS, up_to_end * COMMAND_WORDS));
+            bus.publish(self.ring.range(0, (commands.len() - up_to_end) * COMMAND_WORDS));
+        }
+        self.produced += commands.len() as u64;
         // ORDER: `publish` put every command before this write.
         let index = self.produced & (2 * self.entries() - 1);
         regs::CMDQ.prod.write(bus, INDEX::INDEX.val(index as u32));
@@ -226,10 +233,11 @@ impl<const WORDS: usize> ReportQueue<WORDS> {
                 return None;
             }
         }
-        let at = (self.cons % self.entries()) as usize * WORDS;
+        // There is a power of two of places.
+        let at = (self.cons & (self.entries() - 1)) as usize * WORDS;
         bus.observe(self.ring.range(at, WORDS));
-        let entry = core::array::from_fn(|i| self.ring.load(at + i));
-        self.cons = (self.cons + 1) % (2 * self.entries());
+        let entry = self.ring.load_all(at);
+        self.cons = (self.cons + 1) & (2 * self.entries() - 1);
         if self.cons == self.prod {
             self.write_cons(bus);
         }

@@ -38,6 +38,28 @@ impl Block {
     }
 }
 
+/// What is left of a range: the fewest blocks that it can be cut into.
+#[derive(Clone, Debug)]
+struct Blocks {
+    page: u64,
+    left: u64,
+    limit: u8,
+}
+
+impl Iterator for Blocks {
+    type Item = Block;
+
+    fn next(&mut self) -> Option<Block> {
+        if self.left == 0 {
+            return None;
+        }
+        let block = Block::largest(self.page, self.left, self.limit);
+        self.page = self.page.wrapping_add(1 << block.mask);
+        self.left = self.left.saturating_sub(1 << block.mask);
+        Some(block)
+    }
+}
+
 impl Descriptor {
     const TYPE: Field<Self> = Field::bits(3, 0);
     const GRANULARITY: Field<Self> = Field::bits(5, 4);
@@ -338,10 +360,17 @@ struct Descriptors {
 }
 
 impl Descriptors {
-    /// Adds a descriptor, behind those that must come before it.
+    const FULL: Error = Error::Exhausted { what: "descriptors in a batch" };
+
+    /// Adds a descriptor, behind those that must come before it. Most come in their order.
     fn push(&mut self, descriptor: Descriptor) -> Result<(), Error> {
-        let after = |other: &Descriptor| other.stage() > descriptor.stage();
-        let at = self.list.iter().position(after).unwrap_or(self.list.len());
+        let stage = descriptor.stage();
+        let at = match self.list.last() {
+            Some(last) if last.stage() > stage => {
+                self.list.iter().position(|other| other.stage() > stage).unwrap_or(self.list.len())
+            }
+            _ => return self.list.push(descriptor).map_err(|_| Self::FULL),
+        };
         self.insert(at, descriptor)
     }
 
@@ -359,7 +388,7 @@ impl Descriptors {
     }
 
     fn insert(&mut self, at: usize, descriptor: Descriptor) -> Result<(), Error> {
-        self.list.insert(at, descriptor).map_err(|_| Error::Exhausted { what: "descriptors in a batch" })
+        self.list.insert(at, descriptor).map_err(|_| Self::FULL)
     }
 }
 
@@ -435,10 +464,10 @@ impl<B: Bus> Commands<B> {
     }
 
     /// Encodes one invalidation.
-    fn encode(&self, batch: &mut Descriptors, invalidation: Invalidation) -> Result<(), Error> {
+    fn encode(&self, batch: &mut Descriptors, invalidation: &Invalidation) -> Result<(), Error> {
         let drain = self.abilities.drain;
         let scalable = self.abilities.mode == Mode::Scalable;
-        match invalidation {
+        match *invalidation {
             Invalidation::All => {
                 batch.push(Descriptor::all_contexts())?;
                 if scalable {
@@ -491,7 +520,7 @@ impl<B: Bus> Commands<B> {
                     });
                 }
                 let blocks = pages.and_then(|(iova, pages)| self.cut(iova, pages));
-                self.ask(batch, at.stream, at.pasid, blocks.as_deref())
+                self.ask(batch, at.stream, at.pasid, blocks)
             }
             Invalidation::PageRequestDrain if !self.abilities.request_drain => {
                 Err(Error::Unsupported { feature: "ECAP.PDS (page request drain)" })
@@ -533,7 +562,7 @@ impl<B: Bus> Commands<B> {
         else {
             return self.forget_all(batch, at);
         };
-        for &block in &blocks {
+        for block in blocks.clone() {
             batch.push(if by_domain {
                 Descriptor::domain_pages(at.domain.0, block, self.abilities.drain)
             } else {
@@ -545,11 +574,7 @@ impl<B: Bus> Commands<B> {
         if nested {
             batch.push(Descriptor::pasid(at.domain.0, number(at)))?;
         }
-        if at.device_tlb {
-            self.ask(batch, at.stream, at.pasid, (!nested).then_some(&blocks[..]))
-        } else {
-            Ok(())
-        }
+        if at.device_tlb { self.ask(batch, at.stream, at.pasid, (!nested).then_some(blocks)) } else { Ok(()) }
     }
 
     fn forget_first_stage(
@@ -568,7 +593,7 @@ impl<B: Bus> Commands<B> {
     }
 
     /// Cuts a range into the fewest blocks, or returns `None` if all is to be forgotten instead.
-    fn cut(&self, iova: Iova, pages: u64) -> Option<Vec<Block, BLOCKS>> {
+    fn cut(&self, iova: Iova, pages: u64) -> Option<Blocks> {
         blocks(iova, pages, self.abilities.mask_limit)
     }
 
@@ -578,18 +603,18 @@ impl<B: Bus> Commands<B> {
         batch: &mut Descriptors,
         stream: StreamId,
         pasid: Option<Pasid>,
-        blocks: Option<&[Block]>,
+        blocks: Option<Blocks>,
     ) -> Result<(), Error> {
         let own = Described { stream, physical: stream, outstanding: 0 };
         let told = self.described.iter().find(|known| known.stream == stream).copied().unwrap_or(own);
         let (physical, outstanding) =
             if self.abilities.throttle { (told.physical, told.outstanding) } else { (StreamId(0), 0) };
         let mut push = |descriptor: Descriptor| batch.push(descriptor.at_most(outstanding));
-        match (blocks, pasid) {
+        match (&blocks, pasid) {
             (None, None) => push(Descriptor::device_tlb(stream, physical))?,
             (None, Some(pasid)) => push(Descriptor::pasid_device_tlb(stream, physical, pasid))?,
             (Some(blocks), pasid) => {
-                for &block in blocks {
+                for block in blocks.clone() {
                     push(match pasid {
                         Some(pasid) => Descriptor::pasid_device_tlb_pages(stream, physical, pasid, block),
                         None => Descriptor::device_tlb_pages(stream, physical, block),
@@ -597,7 +622,7 @@ impl<B: Bus> Commands<B> {
                 }
             }
         }
-        if blocks.is_none_or(|blocks| !blocks.is_empty()) {
+        if blocks.is_none_or(|blocks| blocks.left > 0) {
             batch.asked = batch.asked.and(stream);
         }
         Ok(())
@@ -609,9 +634,8 @@ impl<B: Bus> Commands<B> {
     }
 
     /// The oldest place in the queue that belongs to a ticket without an end.
-    fn kept(&self) -> Option<usize> {
-        let queue = self.queue.as_ref()?;
-        self.tickets.pending().iter().map(|batch| batch.start).min_by_key(|&start| queue.age(start))
+    fn kept(tickets: &Tickets, queue: &InvalidationQueue) -> Option<usize> {
+        tickets.pending().iter().map(|batch| batch.start).min_by_key(|&start| queue.age(start))
     }
 
     /// Looks at what has completed.
@@ -720,7 +744,7 @@ impl<B: Bus> Commands<B> {
             let mut list: Vec<Descriptor, BATCH> = queue.between(start, end).collect();
             list.pop();
             let _ = list.push(Descriptor::wait(self.status.phys(), done_at as u32, drains));
-            match queue.push(&self.bus, &list, 0, None) {
+            match queue.push(&self.bus, &list, 0, |_| None) {
                 Ok(start) => {
                     let end = queue.tail();
                     self.tickets.took();
@@ -811,7 +835,7 @@ impl<B: Bus> iommu::Commands for Commands<B> {
     fn submit(&mut self, invalidations: &[Invalidation]) -> Result<Ticket, Error> {
         self.is_stopped()?;
         let mut batch = Descriptors { list: Vec::new(), asked: Asked::Nobody };
-        for &invalidation in invalidations {
+        for invalidation in invalidations {
             self.encode(&mut batch, invalidation)?;
         }
         let sequence = self.tickets.next();
@@ -821,19 +845,24 @@ impl<B: Bus> iommu::Commands for Commands<B> {
             self.tickets.took();
             return Ok(ticket);
         }
-        let drains = invalidations.contains(&Invalidation::PageRequestDrain);
+        let drains = invalidations.iter().any(|asked| matches!(asked, Invalidation::PageRequestDrain));
         batch.fence(Descriptor::wait(self.nowhere(), 0, false))?;
         batch.push(Descriptor::wait(self.status.phys(), sequence as u32, drains))?;
-        self.settle();
-        if batch.asked != Asked::Nobody && self.tickets.waits_for_device() {
+        let needed = batch.list.len();
+        let asks = batch.asked != Asked::Nobody;
+        let room = self.queue.as_ref().is_some_and(|queue| queue.has_room(needed + self.reserve));
+        if !room || !self.tickets.has_room() || asks && self.tickets.waits_for_device() {
+            // What has completed is looked at only when what is known does not suffice.
+            self.settle();
+        }
+        if asks && self.tickets.waits_for_device() {
             return Err(Error::Busy { what: "device-TLB invalidation" });
         }
-        let needed = batch.list.len();
         if !self.tickets.has_room() {
             return Err(Error::QueueFull { needed, free: 0 });
         }
-        let kept = self.kept();
         let Some(queue) = &mut self.queue else { return Err(Error::Failed { ticket }) };
+        let kept = |queue: &_| Self::kept(&self.tickets, queue);
         let start = queue.push(&self.bus, &batch.list, self.reserve, kept)?;
         let end = queue.tail();
         self.tickets.took();
@@ -843,10 +872,10 @@ impl<B: Bus> iommu::Commands for Commands<B> {
     }
 
     fn respond(&mut self, response: PageResponse) -> Result<(), (PageResponse, Error)> {
-        let kept = self.kept();
         let result = self.is_stopped().and_then(|()| match &mut self.queue {
             Some(queue) => {
                 let descriptor = Descriptor::page_group_response(&response);
+                let kept = |queue: &_| Self::kept(&self.tickets, queue);
                 queue.push(&self.bus, &[descriptor], 0, kept).map(|_| ())
             }
             None => Err(Error::Unsupported { feature: "ECAP.QI (queued invalidation)" }),
@@ -856,7 +885,9 @@ impl<B: Bus> iommu::Commands for Commands<B> {
 
     fn poll(&mut self, ticket: Ticket) -> Completion {
         self.settle();
-        if let Some(late) = self.tickets.overdue(self.bus.now_us()) {
+        // The clock is for what is not done.
+        let waits = !self.tickets.pending().is_empty();
+        if waits && let Some(late) = self.tickets.overdue(self.bus.now_us()) {
             let stream = late.asked.stream();
             let cause =
                 if late.asked == Asked::Nobody { FailureCause::Stopped } else { FailureCause::Unanswered };
@@ -904,17 +935,9 @@ pub(crate) fn number(attachment: Attachment) -> Pasid {
 }
 
 /// Cuts a range into the fewest blocks, or returns `None` if there would be too many.
-fn blocks(iova: Iova, pages: u64, limit: u8) -> Option<Vec<Block, BLOCKS>> {
-    let mut blocks = Vec::new();
-    let mut page = iova.0 / PAGE_SIZE;
-    let mut left = pages;
-    while left > 0 {
-        let block = Block::largest(page, left, limit);
-        blocks.push(block).ok()?;
-        page = page.wrapping_add(1 << block.mask);
-        left = left.saturating_sub(1 << block.mask);
-    }
-    Some(blocks)
+fn blocks(iova: Iova, pages: u64, limit: u8) -> Option<Blocks> {
+    let blocks = Blocks { page: iova.0 / PAGE_SIZE, left: pages, limit };
+    blocks.clone().nth(BLOCKS).is_none().then_some(blocks)
 }
 
 #[cfg(test)]
@@ -925,7 +948,7 @@ mod tests {
     fn a_range_is_cut_into_the_fewest_blocks() {
         let masks = |iova, pages| {
             blocks(Iova(iova), pages, 18)
-                .map(|all| all.iter().map(|b| (b.iova.0, b.mask)).collect::<std::vec::Vec<_>>())
+                .map(|all| all.map(|b| (b.iova.0, b.mask)).collect::<std::vec::Vec<_>>())
         };
 
         assert_eq!(masks(0x1000, 3), Some(vec![(0x1000, 0), (0x2000, 1)]));

@@ -15,6 +15,8 @@ pub(crate) struct InvalidationQueue {
     ring: DmaBuf,
     /// 64-bit words of an entry.
     width: usize,
+    /// The last place. There is a power of two of places, so this is also what reduces a number to one.
+    last: usize,
     tail: usize,
     /// The first entry that is not free: the unit has not fetched it, or its ticket has no end yet.
     oldest: usize,
@@ -23,20 +25,21 @@ pub(crate) struct InvalidationQueue {
 impl InvalidationQueue {
     /// A queue that fills `ring`, whose size is a power of two, with entries of `width` words.
     pub(crate) fn new(ring: DmaBuf, width: usize) -> Self {
-        Self { ring, width, tail: 0, oldest: 0 }
+        let last = (ring.words() / width).saturating_sub(1);
+        Self { ring, width, last, tail: 0, oldest: 0 }
     }
 
     /// The queue in `ring` that somebody else filled, and the unit has emptied.
     pub(crate) fn left<B: Bus>(bus: &B, ring: DmaBuf, width: usize) -> Self {
         let mut queue = Self::new(ring, width);
         let units = regs::IQT.read(bus).read(regs::IQ::INDEX) as usize;
-        queue.tail = units * NARROW_WORDS / width % queue.entries();
+        queue.tail = (units * NARROW_WORDS / width) & queue.last;
         queue.oldest = queue.tail;
         queue
     }
 
     pub(crate) fn entries(&self) -> usize {
-        self.ring.words() / self.width
+        self.last + 1
     }
 
     pub(crate) fn tail(&self) -> usize {
@@ -45,19 +48,19 @@ impl InvalidationQueue {
 
     /// Returns how many entries `at` is after the oldest one that is in use.
     pub(crate) fn age(&self, at: usize) -> usize {
-        (at + self.entries() - self.oldest) % self.entries()
+        at.wrapping_sub(self.oldest) & self.last
     }
 
     /// Returns the place before `at`.
     pub(crate) fn before(&self, at: usize) -> usize {
-        (at + self.entries() - 1) % self.entries()
+        at.wrapping_sub(1) & self.last
     }
 
     /// Returns the descriptors from `start` to before `end`.
     pub(crate) fn between(&self, start: usize, end: usize) -> impl Iterator<Item = Descriptor> {
-        let count = (end + self.entries() - start) % self.entries();
+        let count = end.wrapping_sub(start) & self.last;
         (0..count).map(move |n| {
-            let at = (start + n) % self.entries() * self.width;
+            let at = ((start + n) & self.last) * self.width;
             Descriptor(core::array::from_fn(|i| if i < self.width { self.ring.load(at + i) } else { 0 }))
         })
     }
@@ -70,12 +73,17 @@ impl InvalidationQueue {
     /// Reads where the unit fetches next. The value is reduced: what hardware says must not lead outside the ring.
     pub(crate) fn read_head<B: Bus>(&self, bus: &B) -> usize {
         let units = regs::IQH.read(bus).read(regs::IQ::INDEX) as usize;
-        units * NARROW_WORDS / self.width % self.entries()
+        (units * NARROW_WORDS / self.width) & self.last
     }
 
     /// Entries that can be pushed as far as is known; one stays empty, or full would look like empty.
     fn free(&self) -> usize {
-        self.entries() - 1 - self.age(self.tail)
+        self.last - self.age(self.tail)
+    }
+
+    /// Returns whether `needed` more entries can be pushed as far as is known.
+    pub(crate) fn has_room(&self, needed: usize) -> bool {
+        self.free() >= needed
     }
 
     /// Gives back the entries that were fetched, up to the first one that is `kept`.
@@ -84,22 +92,22 @@ impl InvalidationQueue {
         // A head past the tail is none.
         let fetched = if fetched <= self.age(self.tail) { fetched } else { 0 };
         let released = kept.map_or(fetched, |kept| fetched.min(self.age(kept)));
-        self.oldest = (self.oldest + released) % self.entries();
+        self.oldest = (self.oldest + released) & self.last;
     }
 
     /// Appends `descriptors` and rings the doorbell once, if `reserve` entries remain free after them. Returns where they
-    /// are. What is `kept` is not overwritten, nor anything after it.
+    /// are. What `kept` returns is not overwritten, nor anything after it; it is asked only when the queue looks full.
     pub(crate) fn push<B: Bus>(
         &mut self,
         bus: &B,
         descriptors: &[Descriptor],
         reserve: usize,
-        kept: Option<usize>,
+        kept: impl FnOnce(&Self) -> Option<usize>,
     ) -> Result<usize, Error> {
         let needed = descriptors.len() + reserve;
-        if self.free() < needed {
+        if !self.has_room(needed) {
             // The register is read only when what is known does not suffice.
-            self.release(bus, kept);
+            self.release(bus, kept(self));
         }
         let free = self.free();
         if free < needed {
@@ -107,8 +115,14 @@ impl InvalidationQueue {
         }
         let start = self.tail;
         for &descriptor in descriptors {
-            self.put(bus, self.tail, descriptor);
-            self.tail = (self.tail + 1) % self.entries();
+            self.store(self.tail, descriptor);
+            self.tail = (self.tail + 1) & self.last;
+        }
+        // Published together: up to the end of the ring, and from its start what is left.
+        let up_to_end = descriptors.len().min(self.entries() - start);
+        bus.publish(self.ring.range(start * self.width, up_to_end * self.width));
+        if up_to_end < descriptors.len() {
+            bus.publish(self.ring.range(0, (descriptors.len() - up_to_end) * self.width));
         }
         self.ring_doorbell(bus);
         Ok(start)
@@ -116,12 +130,18 @@ impl InvalidationQueue {
 
     /// Stores a descriptor at entry `at`, and makes it visible to the unit.
     pub(crate) fn put<B: Bus>(&mut self, bus: &B, at: usize, descriptor: Descriptor) {
+        self.store(at, descriptor);
+        bus.publish(self.ring.range(at * self.width, self.width));
+    }
+
+    fn store(&mut self, at: usize, descriptor: Descriptor) {
         let at = at * self.width;
+        let [low, high, ..] = descriptor.0;
         // The upper half, where there is none, is zero in every descriptor.
-        for (i, word) in descriptor.0.into_iter().take(self.width).enumerate() {
-            self.ring.store(at + i, word);
+        match self.width {
+            NARROW_WORDS => self.ring.store_all(at, [low, high]),
+            _ => self.ring.store_all(at, descriptor.0),
         }
-        bus.publish(self.ring.range(at, self.width));
     }
 
     /// Returns the first word of entry `at`.
@@ -164,8 +184,9 @@ impl PageRequestQueue {
         }
         let at = self.head * ENTRY_WORDS;
         bus.observe(self.ring.range(at, ENTRY_WORDS));
-        let entry = core::array::from_fn(|i| self.ring.load(at + i));
-        self.head = (self.head + 1) % self.entries();
+        let entry = self.ring.load_all(at);
+        // There is a power of two of places.
+        self.head = (self.head + 1) & (self.entries() - 1);
         if self.head == self.tail {
             regs::PQH.write(bus, regs::PQ::INDEX.val(self.head as u64));
         }

@@ -84,7 +84,7 @@ impl<B: Bus + Clone> Found<B> {
             status.store(0, 0);
             bus.publish(status.range(0, 1));
             let wait = Descriptor::wait(status.phys(), ENDED as u32, false);
-            queue.push(bus, &[wait], 0, None)?;
+            queue.push(bus, &[wait], 0, |_| None)?;
             wait_until(bus, "the old invalidation queue", ACK_LIMIT_US, || {
                 bus.observe(status.range(0, 1));
                 status.load(0) as u32 == ENDED as u32

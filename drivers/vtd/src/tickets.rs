@@ -110,6 +110,9 @@ impl Tickets {
         }
         // A word that goes back is an old wait's that came late. What is done is not pending any more, and stays done.
         let completed = self.completed;
+        if completed == self.submitted {
+            return self.pending.clear();
+        }
         self.pending.retain(|batch| batch.done_at > completed);
     }
 

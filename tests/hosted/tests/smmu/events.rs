@@ -1049,6 +1049,23 @@ mod commands {
     }
 
     #[test]
+    fn a_batch_that_wraps_is_executed_as_it_was_queued() {
+        let mut machine = machine();
+        let before = machine.unit.executed().len();
+
+        // Three commands each, so that each lap of the ring ends at another of them.
+        for batch in 0..COMMANDS as u32 {
+            let about = |n| Invalidation::Device { stream: StreamId(2 * batch + n), device_tlb: false };
+            machine.invalidate(&[about(0), about(1)]);
+        }
+
+        let executed = machine.unit.executed();
+        let streams: Vec<_> =
+            executed[before..].chunks(3).flat_map(|batch| [batch[0][0] >> 32, batch[1][0] >> 32]).collect();
+        assert_eq!(streams, (0..2 * COMMANDS as u64).collect::<Vec<_>>());
+    }
+
+    #[test]
     fn a_ticket_is_done_exactly_when_its_sync_is_however_often_the_queue_wraps() {
         let mut machine = machine();
         machine.unit.pause();

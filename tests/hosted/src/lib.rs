@@ -6,6 +6,7 @@
 #![expect(clippy::expect_used, reason = "a test that is surprised has failed")]
 
 pub mod fuzz;
+mod hardware;
 pub mod interleave;
 pub mod iort;
 mod machine;
@@ -22,6 +23,7 @@ pub mod tree;
 #[doc(no_inline)]
 pub use core::{fmt, iter, mem, ops, ptr};
 
+pub use hardware::Hardware;
 pub use machine::{Machine, needs, unit};
 pub use memory::{TableFrames, TableWords, Window};
 pub use models::memory::{grant, root, trust};

@@ -1,13 +1,13 @@
 //! A machine with one VT-d unit, and the driver that has it in service.
 
-use crate::{TableFrames, grant, root};
+use crate::{Hardware, TableFrames, grant, root};
 use iommu::{
     Attachment, Bus, Commands, Completion, Error, Event, Events, Features, Invalidation, Iova, PAGE_SIZE,
     Pasid, Perms, PhysAddr, StreamId, Tables, Ticket, Translation,
 };
 use models::{
     memory::Memory,
-    vtd::{Config, Refusal, VtdUnit},
+    vtd::{Config, Pace, Refusal, VtdUnit},
 };
 use pgtable::{Format, Gather, Limits, Tree};
 use vtd::{FRAME_WORDS, Found, Vtd};
@@ -24,6 +24,8 @@ pub struct Machine<B = &'static VtdUnit> {
     pub vtd: Vtd<B>,
     /// Frames for translation tables.
     pub frames: TableFrames,
+    /// How the unit behaves.
+    pub hardware: Hardware,
 }
 
 /// Returns a unit with `config` and its memory of 1 MiB. It lives as long as the process: tests are short.
@@ -44,6 +46,55 @@ pub fn needs(memory: &Memory) -> vtd::Memory {
         interrupts: frame(),
         x2apic: true,
         answers: 64,
+    }
+}
+
+impl Hardware {
+    /// A unit with `config`, and its memory.
+    pub fn unit(self, config: Config) -> (&'static VtdUnit, Memory) {
+        unit(Config {
+            pace: self.looks().map_or(config.pace, Pace::OneIn),
+            reorders: config.reorders || self == Self::Slow,
+            acknowledge_after: config.acknowledge_after.max(self.acknowledges_after()),
+            ..config
+        })
+    }
+
+    /// A machine with its unit in service.
+    pub fn machine(self, config: Config) -> Machine {
+        let (unit, memory) = self.unit(config);
+        let needs = needs(&memory);
+        self.enable(unit, memory, unit, needs).expect("it comes into service")
+    }
+
+    /// A machine with its unit in service in legacy mode.
+    pub fn legacy(self, config: Config) -> Machine {
+        let (unit, memory) = self.unit(config);
+        let needs = needs(&memory);
+        let found = Found::probe(unit).expect("it is there").in_legacy_mode();
+        self.from_found(found, unit, memory, needs).expect("it comes into service")
+    }
+
+    /// Takes `unit` into service through `bus`.
+    pub fn enable<B: Bus + Clone>(
+        self,
+        unit: &'static VtdUnit,
+        memory: Memory,
+        bus: B,
+        needs: vtd::Memory,
+    ) -> Result<Machine<B>, Error> {
+        self.from_found(Found::probe(bus)?, unit, memory, needs)
+    }
+
+    /// Takes `unit`, which is `found`, into service.
+    pub fn from_found<B: Bus + Clone>(
+        self,
+        found: Found<B>,
+        unit: &'static VtdUnit,
+        memory: Memory,
+        needs: vtd::Memory,
+    ) -> Result<Machine<B>, Error> {
+        Ok(Machine { hardware: self, ..Machine::from_found(found, unit, memory, needs)? })
     }
 }
 
@@ -79,7 +130,7 @@ impl<B: Bus + Clone> Machine<B> {
     ) -> Result<Self, Error> {
         let vtd = found.enable(needs)?;
         let frames = TableFrames::new(memory.clone(), usize::MAX);
-        Ok(Self { memory, unit, vtd, frames })
+        Ok(Self { memory, unit, vtd, frames, hardware: Hardware::Prompt })
     }
 
     /// Returns a page that begins with `word`, as devices see it.
@@ -150,13 +201,30 @@ impl<B: Bus + Clone> Machine<B> {
 
     /// Submits `invalidations`, and waits.
     pub fn invalidate(&mut self, invalidations: &[Invalidation]) {
-        let ticket = self.vtd.commands.submit(invalidations).expect("there is room");
+        let ticket = self.submit(invalidations);
         self.wait(ticket);
+    }
+
+    /// Submits `invalidations`; where units are not prompt, tries again until there is room.
+    pub fn submit(&mut self, invalidations: &[Invalidation]) -> Ticket {
+        if self.hardware == Hardware::Full && self.unit.pace() != Pace::AtOnce {
+            // A unit of old has no queue; and one that is looked at between stores is as quick as what fills it.
+            let _ = (0..200).any(|_| self.vtd.commands.submit(&[]).is_err());
+        }
+        for _ in 0..10_000 {
+            match self.vtd.commands.submit(invalidations) {
+                Err(Error::QueueFull { .. } | Error::Busy { .. }) if self.hardware != Hardware::Prompt => {
+                    self.unit.advance(1);
+                }
+                submitted => return submitted.expect("there is room"),
+            }
+        }
+        panic!("there is never room");
     }
 
     /// Waits for `ticket`, on the unit's clock.
     pub fn wait(&mut self, ticket: Ticket) {
-        for _ in 0..1000 {
+        for _ in 0..10_000 {
             if self.vtd.commands.poll(ticket) == Completion::Done {
                 return;
             }

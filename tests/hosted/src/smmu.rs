@@ -1,13 +1,13 @@
 //! A machine with one SMMUv3, and the driver that has it in service.
 
-use crate::{Moment, TableFrames, grant, root};
+use crate::{Hardware, Moment, TableFrames, grant, root};
 use iommu::{
     Attachment, Bus, Commands, Completion, Error, Event, Events, Failure, Features, Grant, Invalidation,
     Iova, PAGE_SIZE, Pasid, Perms, PhysAddr, StreamId, Tables, Ticket, Translation,
 };
 use models::{
     memory::Memory,
-    smmuv3::{Config, Refusal, SmmuUnit},
+    smmuv3::{Config, Pace, Refusal, SmmuUnit},
 };
 use pgtable::{Gather, Limits, Stage1, Stage2, Tree};
 use smmuv3::{FRAME_WORDS, Found, Smmu};
@@ -136,6 +136,8 @@ pub struct Machine<B = &'static SmmuUnit> {
     pub smmu: Smmu<B>,
     /// Frames for translation tables.
     pub frames: TableFrames,
+    /// How the unit behaves.
+    pub hardware: Hardware,
 }
 
 /// Returns a unit with `config` and its memory of 2 MiB. It lives as long as the process: tests are short.
@@ -168,6 +170,35 @@ pub fn needs(table: StreamTable, memory: &Memory) -> smmuv3::Memory {
     }
 }
 
+impl Hardware {
+    /// An SMMUv3 with `config`, and its memory.
+    pub fn smmu_unit(self, config: Config) -> (&'static SmmuUnit, Memory) {
+        unit(Config {
+            pace: self.looks().map_or(config.pace, Pace::OneIn),
+            acknowledge_after: config.acknowledge_after.max(self.acknowledges_after()),
+            ..config
+        })
+    }
+
+    /// A machine with its SMMUv3 in service.
+    pub fn smmu(self, table: StreamTable, config: Config) -> Machine {
+        let (unit, memory) = self.smmu_unit(config);
+        let needs = needs(table, &memory);
+        self.enable_smmu(unit, memory, unit, needs).expect("it comes into service")
+    }
+
+    /// Takes `unit` into service through `bus`.
+    pub fn enable_smmu<B: Bus + Clone>(
+        self,
+        unit: &'static SmmuUnit,
+        memory: Memory,
+        bus: B,
+        needs: smmuv3::Memory,
+    ) -> Result<Machine<B>, Error> {
+        Ok(Machine { hardware: self, ..Machine::enable(unit, memory, bus, needs)? })
+    }
+}
+
 impl Machine {
     /// A machine with its unit in service.
     pub fn new(table: StreamTable, config: Config) -> Self {
@@ -187,7 +218,7 @@ impl<B: Bus + Clone> Machine<B> {
     ) -> Result<Self, Error> {
         let smmu = Found::probe(bus)?.enable(needs)?;
         let frames = TableFrames::new(memory.clone(), usize::MAX);
-        Ok(Self { memory, unit, smmu, frames })
+        Ok(Self { memory, unit, smmu, frames, hardware: Hardware::Prompt })
     }
 
     /// Returns an empty tree for `stage`.
@@ -271,13 +302,26 @@ impl<B: Bus + Clone> Machine<B> {
 
     /// Submits `invalidations`, and waits.
     pub fn invalidate(&mut self, invalidations: &[Invalidation]) {
-        let ticket = self.smmu.commands.submit(invalidations).expect("there is room");
+        let ticket = self.submit(invalidations);
         self.wait(ticket);
+    }
+
+    /// Submits `invalidations`; where units are not prompt, tries again until there is room.
+    pub fn submit(&mut self, invalidations: &[Invalidation]) -> Ticket {
+        for _ in 0..10_000 {
+            match self.smmu.commands.submit(invalidations) {
+                Err(Error::QueueFull { .. } | Error::Busy { .. }) if self.hardware != Hardware::Prompt => {
+                    self.unit.advance(1);
+                }
+                submitted => return submitted.expect("there is room"),
+            }
+        }
+        panic!("there is never room");
     }
 
     /// Waits for `ticket`, on the unit's clock.
     pub fn wait(&mut self, ticket: Ticket) {
-        for _ in 0..1000 {
+        for _ in 0..10_000 {
             if self.smmu.commands.poll(ticket) == Completion::Done {
                 return;
             }

@@ -13,7 +13,7 @@
 //! | Use device rbtree in iopf reporting path (fault against removal at once) | `broker_interleaved.rs`; in turns, in `broker_departure.rs` |
 //! | Manage teardown with devm (interrupt after teardown) | the broker is never torn down; a request after a departure is tested |
 //! | Fix a deadlock in intel_svm_drain_prq() | no locks |
-//! | Only handle IOPF for SVA when PRI is supported; PRS isn't usable if PDS isn't supported | bring-up: `vtd_bring_up.rs`, `pcie.rs` |
+//! | Only handle IOPF for SVA when PRI is supported; PRS isn't usable if PDS isn't supported | bring-up: `vtd/bring_up.rs`, `pcie.rs` |
 //! | Clear PRQ overflow only when PRQ is empty | the driver's: `vtd_events.rs`; what the broker does then is tested here |
 //! | Reject unsupported page request modes; Report the right page fault address | decoding: `golden_vtd.rs` |
 //! | FAILURE encoded as 2 instead of 0xF | encoding: `golden_vtd.rs`, `golden_smmuv3.rs`; the broker never asks for it, tested |

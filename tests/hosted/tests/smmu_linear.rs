@@ -1,6 +1,8 @@
 //! The SMMUv3 driver against the modelled unit, with a linear stream table.
 #![expect(clippy::expect_used, reason = "a test that is surprised has failed")]
 
+/// How the units here behave.
+const HARDWARE: hosted::Hardware = hosted::Hardware::Prompt;
 /// The stream table of every machine here.
 const STREAM_TABLE: hosted::smmu::StreamTable = hosted::smmu::StreamTable::Linear;
 

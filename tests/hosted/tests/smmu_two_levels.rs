@@ -2,6 +2,8 @@
 //! linear one, and what is about the levels.
 #![expect(clippy::expect_used, reason = "a test that is surprised has failed")]
 
+/// How the units here behave.
+const HARDWARE: hosted::Hardware = hosted::Hardware::Prompt;
 /// The stream table of every machine here.
 const STREAM_TABLE: hosted::smmu::StreamTable = hosted::smmu::StreamTable::TwoLevels;
 

@@ -3,21 +3,21 @@
 //!
 //! | advisory or commit | where it is, or why not |
 //! |---|---|
-//! | XSA-33, XSA-36, XSA-49, XSA-59, XSA-337, XSA-360; ACRN 25c0e3817 | interrupt entries: `vtd_interrupts.rs` and `golden_vtd.rs` |
+//! | XSA-33, XSA-36, XSA-49, XSA-59, XSA-337, XSA-360; ACRN 25c0e3817 | interrupt entries: `vtd/interrupts.rs` and `golden_vtd.rs` |
 //! | XSA-80, XSA-222 | no flag puts a flush off; a [`Ticket`] must be used, by lint |
 //! | XSA-237, XSA-285, XSA-395, XSA-461, XSA-467, XSA-492 | the hypervisor's: ownership, locks; the driver takes none |
 //! | XSA-275, XSA-311, XSA-442, XSA-445; CVE-2026-43253 | AMD's unit |
-//! | XSA-304 | `vtd_bring_up.rs` |
-//! | XSA-321, XSA-328, XSA-347; CVE-2026-45894, -45944, -45945, -45862, -74439, -90243 | order and publication of entries: `vtd_tables.rs` |
-//! | XSA-378, XSA-386, XSA-400, XSA-460 | reserved regions are the caller's to map; failures on the way: `vtd_tables.rs` |
+//! | XSA-304 | `vtd/bring_up.rs` |
+//! | XSA-321, XSA-328, XSA-347; CVE-2026-45894, -45944, -45945, -45862, -74439, -90243 | order and publication of entries: `vtd/tables.rs` |
+//! | XSA-378, XSA-386, XSA-400, XSA-460 | reserved regions are the caller's to map; failures on the way: `vtd/tables.rs` |
 //! | XSA-449 | the caller assigns each requester ID; `dmar.rs` tells which there are |
 //! | XSA-450, XSA-458 | no features that change code; no locks |
 //! | "Handle two DRHD" of Asterinas #3920 | `dmar.rs` |
 //! | Jailhouse a76e766b, ae8b272f | no queue is emulated for a guest |
 //! | CVE-2024-44994, "Handle iommu faults for a bad iopf setup", "Fix leak in iopf_queue_discard_partial()" | the broker's: `broker_groups.rs` |
 //! | "Fix a deadlock in intel_svm_drain_prq()" | a drain is a ticket, and holds no lock |
-//! | "Program device table when reuse fails", "Fix kdump boot failure with scalable mode" | `vtd_takeover.rs` |
-//! | CVE-2026-90428 (an error from before) | `vtd_bring_up.rs` |
+//! | "Program device table when reuse fails", "Fix kdump boot failure with scalable mode" | `vtd/takeover.rs` |
+//! | CVE-2026-90428 (an error from before) | `vtd/bring_up.rs` |
 #![expect(clippy::expect_used, reason = "a test that is surprised has failed")]
 
 use hosted::{Machine, Moment, Tapped, needs, root, unit};

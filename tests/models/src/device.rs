@@ -40,6 +40,17 @@ impl DeviceTlbEntry {
     }
 }
 
+/// When a unit executes what is in its queue.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Pace {
+    /// As soon as it is told of it.
+    AtOnce,
+    /// One entry each time that the driver has looked this often: at a register, at what the unit wrote to memory, at the
+    /// clock. A test that asks what was executed or answered in the end looks for long; one that pauses or resumes the
+    /// unit sets the pace itself from then on.
+    OneIn(u32),
+}
+
 /// A response to a group of page requests, as the device gets it.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Answer {

@@ -37,7 +37,7 @@ mod registers;
 mod requests;
 mod walk;
 
-pub use crate::device::{Answer, DeviceTlbEntry};
+pub use crate::device::{Answer, DeviceTlbEntry, Pace};
 pub use device::Refusal;
 pub use events::{Ended, Wire};
 pub use registers::Update;
@@ -75,6 +75,8 @@ pub struct Config {
     pub device_tlb_timeout_us: u64,
     /// Whether devices want the PASID of their requests in responses (PRG Response PASID Required).
     pub pasid_in_responses: bool,
+    /// When the unit executes what is in its queue.
+    pub pace: Pace,
 }
 
 impl Config {
@@ -94,6 +96,7 @@ impl Config {
             clock_step_us: 1,
             device_tlb_timeout_us: 50_000,
             pasid_in_responses: true,
+            pace: Pace::AtOnce,
         }
     }
 
@@ -294,7 +297,9 @@ impl SmmuUnit {
 
     /// Returns the rules of the architecture that were broken so far, in their order.
     pub fn violations(&self) -> Vec<String> {
-        self.lock().violations.clone()
+        let mut state = self.lock();
+        state.catch_up();
+        state.violations.clone()
     }
 
     /// Takes the pulses that the unit gave on its interrupt wires since the last call, oldest first.
@@ -322,6 +327,11 @@ impl SmmuUnit {
         let mut state = self.lock();
         state.withheld = updates.to_vec();
         state.acknowledge();
+    }
+
+    /// Returns when it executes what is queued.
+    pub fn pace(&self) -> Pace {
+        self.lock().config.pace
     }
 
     /// Lets `us` microseconds pass.
@@ -365,6 +375,7 @@ impl Bus for SmmuUnit {
 
     fn observe(&self, range: Range<PhysAddr>) {
         let mut state = self.lock();
+        state.looked();
         if let Err(error) = state.memory.observe(range) {
             state.violation(format!("observe: {error}"));
         }

@@ -40,7 +40,7 @@ mod remap;
 mod requests;
 mod walk;
 
-pub use crate::device::{Answer, DeviceTlbEntry};
+pub use crate::device::{Answer, DeviceTlbEntry, Pace};
 pub use device::Refusal;
 pub use remap::Arrived;
 pub use requests::Requested;
@@ -79,6 +79,8 @@ pub struct Config {
     pub ends_queue_after_wait: bool,
     /// Whether fetching resumes only at the next write to IQT after IQE was cleared, as on QEMU, or at once.
     pub resumes_at_tail_write: bool,
+    /// When the unit executes what is in its queue.
+    pub pace: Pace,
 }
 
 impl Config {
@@ -100,6 +102,7 @@ impl Config {
             ends_queue_after_wait: false,
             reorders: false,
             resumes_at_tail_write: true,
+            pace: Pace::AtOnce,
         }
     }
 
@@ -274,7 +277,9 @@ impl VtdUnit {
 
     /// Returns the rules of the manual that were broken so far, in their order.
     pub fn violations(&self) -> Vec<String> {
-        self.lock().violations.clone()
+        let mut state = self.lock();
+        state.catch_up();
+        state.violations.clone()
     }
 
     /// Takes the messages (MSIs) that the unit sent since the last call.
@@ -297,6 +302,11 @@ impl VtdUnit {
     /// Returns how often memory was published since the unit was made: each costs the flush of its cache lines.
     pub fn flushes(&self) -> usize {
         self.lock().flushes
+    }
+
+    /// Returns when it executes what is queued.
+    pub fn pace(&self) -> Pace {
+        self.lock().config.pace
     }
 
     /// Lets `us` microseconds pass.
@@ -350,6 +360,7 @@ impl Bus for VtdUnit {
 
     fn observe(&self, range: Range<PhysAddr>) {
         let mut state = self.lock();
+        state.looked();
         if let Err(error) = state.memory.observe(range) {
             state.violation(format!("observe: {error}"));
         }

@@ -1,9 +1,9 @@
 //! How the SMMUv3 driver takes a unit into service, and why it does not.
 
-use crate::STREAM_TABLE;
+use crate::{HARDWARE, STREAM_TABLE};
 use hosted::{
     Moment,
-    smmu::{Machine, Stage, Tapped, needs, unit},
+    smmu::{Machine, Stage, Tapped, needs},
 };
 use iommu::{
     Bus, Commands, DmaBuf, Error, Event, Events, FaultReason, Features, GroupTag, Iova, Outcome, PageRequest,
@@ -70,7 +70,7 @@ struct Log {
 
 /// A unit, its memory, and a bus to it that keeps a log.
 fn logged(config: Config) -> (&'static SmmuUnit, Memory, Tapped, Arc<Mutex<Log>>) {
-    let (unit, memory) = unit(config);
+    let (unit, memory) = HARDWARE.smmu_unit(config);
     let log = Arc::<Mutex<Log>>::default();
     let kept = Arc::clone(&log);
     let bus = Tapped::new(unit, move |unit, moment| {
@@ -101,7 +101,7 @@ fn bring_up_follows_the_order_of_the_manual() {
         [&needs.stream_table, &needs.command_queue, &needs.event_queue, &needs.page_requests]
             .map(|b| b.phys().0);
 
-    let machine = Machine::enable(unit, memory, bus, needs).expect("it comes into service");
+    let machine = HARDWARE.enable_smmu(unit, memory, bus, needs).expect("it comes into service");
 
     let writes = log.lock().expect("no test panics here").writes.clone();
     let at = |offset: usize, value: u64| {
@@ -155,7 +155,7 @@ fn from_its_second_write_on_no_device_gets_through() {
         assert!(unit.dma_read(DISK, None, HERE, 1).is_ok(), "firmware lets all");
         let needs = needs(STREAM_TABLE, &memory);
 
-        let mut machine = Machine::enable(unit, memory, bus, needs).expect("it comes into service");
+        let mut machine = HARDWARE.enable_smmu(unit, memory, bus, needs).expect("it comes into service");
 
         let mut log = log.lock().expect("no test panics here");
         assert_eq!(log.leaks, 0);
@@ -185,7 +185,7 @@ fn from_its_second_write_on_no_device_gets_through() {
 
 #[test]
 fn what_a_device_says_it_has_translated_is_refused_as_well() {
-    let mut machine = Machine::new(STREAM_TABLE, Config::full());
+    let mut machine = HARDWARE.smmu(STREAM_TABLE, Config::full());
     machine.unit.plug(DISK);
     assert!(machine.ats_read(DISK, HERE).is_err());
 
@@ -216,7 +216,7 @@ fn before_it_is_taken_into_service_a_unit_is_only_read() {
 #[test]
 fn what_a_unit_can_do_is_what_its_bits_say() {
     let full = Config::full();
-    let of = |config| Found::probe(unit(config).0).expect("it is there").capabilities();
+    let of = |config| Found::probe(HARDWARE.smmu_unit(config).0).expect("it is there").capabilities();
     // IDR0: S2P 0, S1P 1, COHACC 4, ATS 10, PRI 16, CD2L 19. IDR1.SSIDSIZE [10:6]. IDR5.OAS [2:0].
     let without = |bits: u32| of(Config { idr0: full.idr0 & !bits, ..full });
 
@@ -257,7 +257,7 @@ fn what_a_unit_does_not_have_is_left_untouched() {
         (Config { idr0: full.idr0 & !1, ..full }, 0x1F),
         (Config { idr0: full.idr0 & !2, ..full }, 0x1F),
     ] {
-        let mut machine = Machine::new(STREAM_TABLE, config);
+        let mut machine = HARDWARE.smmu(STREAM_TABLE, config);
 
         assert_eq!(machine.unit.read32(CR0ACK), enabled);
         assert_eq!(machine.read(DISK, None, HERE), Err(STREAM_TABLE.untouched()));
@@ -273,7 +273,7 @@ fn what_a_unit_does_not_have_is_left_untouched() {
 #[test]
 fn a_unit_that_is_not_coherent_accesses_memory_past_the_caches() {
     let full = Config::full();
-    let mut machine = Machine::new(STREAM_TABLE, Config { idr0: full.idr0 & !(1 << 4), ..full });
+    let mut machine = HARDWARE.smmu(STREAM_TABLE, Config { idr0: full.idr0 & !(1 << 4), ..full });
 
     assert_eq!(machine.unit.read32(CR1), 0);
     machine.assign(DISK, Features::default());
@@ -285,7 +285,7 @@ fn a_unit_that_is_not_coherent_accesses_memory_past_the_caches() {
 
 #[test]
 fn what_firmware_left_behind_is_taken_over_and_not_taken_for_ours() {
-    let (unit, memory) = unit(Config::full());
+    let (unit, memory) = HARDWARE.smmu_unit(Config::full());
     // Queues on, of firmware's own, with an event in them; interrupts on, in the other manner; errors active.
     let queue = memory.take(512, 512);
     unit.write64(EVENTQ_BASE, queue.phys().0 | 4);
@@ -299,7 +299,7 @@ fn what_firmware_left_behind_is_taken_over_and_not_taken_for_ours() {
     unit.pulses();
     let parts = needs(STREAM_TABLE, &memory);
 
-    let mut machine = Machine::enable(unit, memory, unit, parts).expect("it comes into service");
+    let mut machine = HARDWARE.enable_smmu(unit, memory, unit, parts).expect("it comes into service");
 
     assert_eq!(machine.pass(), [], "events and errors of the time before");
     assert_eq!(unit.read32(PRIQ_IRQ_CFG2), 0, "LO");
@@ -362,11 +362,11 @@ fn what_a_unit_lacks_is_named_and_the_unit_left_alone() {
         (IDR1, idr1 | 1 << 29, "IDR1.QUEUES_PRESET"),
         (IDR5, idr5 & !(1 << 4), "IDR5.GRAN4K"),
     ] {
-        let (unit, memory) = unit(Config::qemu());
+        let (unit, memory) = HARDWARE.smmu_unit(Config::qemu());
         let needs = needs(STREAM_TABLE, &memory);
         let bus = Posing { unit: Some(unit), register, value };
 
-        let error = Machine::enable(unit, memory, bus, needs).err();
+        let error = HARDWARE.enable_smmu(unit, memory, bus, needs).err();
 
         let Some(Error::Unsupported { feature }) = error else { panic!("{name}: {error:?}") };
         assert!(feature.contains(name), "{feature} does not name {name}");
@@ -407,7 +407,9 @@ fn firmware(unit: &SmmuUnit, memory: &Memory, pending: usize) -> DmaBuf {
 fn a_unit_that_firmware_left_on_is_taken_over_without_a_moment_of_bypass() {
     // Firmware's last commands: none, some that take their time, some that never complete.
     for (pending, completes) in [(0, true), (5, true), (5, false)] {
-        let (unit, memory) = unit(Config { clock_step_us: 100, ..Config::full() });
+        // Its firmware sets the time of the queue.
+        let (unit, memory) =
+            hosted::Hardware::Prompt.smmu_unit(Config { clock_step_us: 100, ..Config::full() });
         firmware(unit, &memory, pending);
         let page = memory.take(512, 512).phys().0;
         let read = |unit: &SmmuUnit| unit.dma_read(DISK, None, Iova(page), 1);
@@ -434,7 +436,7 @@ fn a_unit_that_firmware_left_on_is_taken_over_without_a_moment_of_bypass() {
         });
         let needs = needs(STREAM_TABLE, &memory);
 
-        let mut machine = Machine::enable(unit, memory, bus, needs);
+        let mut machine = HARDWARE.enable_smmu(unit, memory, bus, needs);
         log.lock().expect("no test panics here").2 = true;
         if !completes {
             // The new queue does not complete either: the unit is out of order, and still refuses everything.
@@ -462,12 +464,12 @@ fn a_unit_that_firmware_left_on_is_taken_over_without_a_moment_of_bypass() {
 
 #[test]
 fn an_update_that_firmware_left_underway_is_waited_for() {
-    let (unit, memory) = unit(Config::qemu());
+    let (unit, memory) = HARDWARE.smmu_unit(Config::qemu());
     unit.acknowledge_after(40);
     unit.write32(CR0, EVENTQEN);
     let needs = needs(STREAM_TABLE, &memory);
 
-    let machine = Machine::enable(unit, memory, unit, needs).expect("it comes into service");
+    let machine = HARDWARE.enable_smmu(unit, memory, unit, needs).expect("it comes into service");
 
     // The model notes a bit that changes again before its acknowledgement.
     machine.assert_lawful();
@@ -475,9 +477,9 @@ fn an_update_that_firmware_left_underway_is_waited_for() {
 
 #[test]
 fn a_unit_that_is_stopped_refuses_everything_and_can_be_taken_into_service_again() {
-    let (unit, memory) = unit(Config::full());
+    let (unit, memory) = HARDWARE.smmu_unit(Config::full());
     let parts = needs(STREAM_TABLE, &memory);
-    let mut machine = Machine::enable(unit, memory.clone(), unit, parts).expect("it comes into service");
+    let mut machine = HARDWARE.enable_smmu(unit, memory.clone(), unit, parts).expect("it comes into service");
     machine.smmu.events.enable_interrupts().expect("it is acknowledged");
     let tree = machine.tree(Stage::One);
     machine.map(&tree, HERE, 7, Perms::READ);
@@ -494,8 +496,13 @@ fn a_unit_that_is_stopped_refuses_everything_and_can_be_taken_into_service_again
 
     assert_eq!((unit.read32(CR0ACK), unit.read32(IRQ_CTRLACK)), (0, 0));
     refused(unit);
-    let mut again =
-        Machine { smmu: found.enable(parts).expect("it comes back"), memory, unit, frames: machine.frames };
+    let mut again = Machine {
+        smmu: found.enable(parts).expect("it comes back"),
+        memory,
+        unit,
+        frames: machine.frames,
+        hardware: HARDWARE,
+    };
     // What it remembered of the time before is forgotten: the device is nobody's.
     assert_eq!(again.read(DISK, None, HERE), Err(STREAM_TABLE.untouched()));
     assert_eq!(again.pass().len(), 1);
@@ -504,7 +511,7 @@ fn a_unit_that_is_stopped_refuses_everything_and_can_be_taken_into_service_again
 
 #[test]
 fn an_answer_that_is_queued_reaches_its_device_before_the_unit_is_stopped() {
-    let (unit, memory) = unit(Config::full());
+    let (unit, memory) = HARDWARE.smmu_unit(Config::full());
     // The unit executes nothing, until it has been looked at for a while.
     let looks = Arc::new(Mutex::new(None::<u32>));
     let left = Arc::clone(&looks);
@@ -516,7 +523,7 @@ fn an_answer_that_is_queued_reaches_its_device_before_the_unit_is_stopped() {
         }
     });
     let parts = needs(STREAM_TABLE, &memory);
-    let mut machine = Machine::enable(unit, memory, bus, parts).expect("it comes into service");
+    let mut machine = HARDWARE.enable_smmu(unit, memory, bus, parts).expect("it comes into service");
     let tag = GroupTag { pasid: None, index: 3 };
     let perms = Perms::READ;
     assert_eq!(
@@ -542,7 +549,7 @@ fn a_unit_that_does_not_let_itself_be_stopped_is_named_and_refuses_what_comes() 
         (Update::Cr0(EVENTQEN), "CR0ACK.EVENTQEN"),
         (Update::Cr0(CMDQEN), "CR0ACK"),
     ] {
-        let machine = Machine::new(STREAM_TABLE, Config { clock_step_us: 100, ..Config::full() });
+        let machine = HARDWARE.smmu(STREAM_TABLE, Config { clock_step_us: 100, ..Config::full() });
         machine.unit.never_acknowledge(&[update]);
 
         let error = machine.smmu.stop().err();
@@ -582,11 +589,11 @@ fn memory_that_is_too_small_or_crooked_is_named_and_the_unit_left_alone() {
         ("page request queue", |m, from| m.page_requests = from.take(1536, 2048)),
     ];
     for (purpose, change) in cases {
-        let (unit, memory) = unit(Config::full());
+        let (unit, memory) = HARDWARE.smmu_unit(Config::full());
         let mut needs = needs(STREAM_TABLE, &memory);
         change(&mut needs, &memory);
 
-        let error = Machine::enable(unit, memory, unit, needs).err();
+        let error = HARDWARE.enable_smmu(unit, memory, unit, needs).err();
 
         let Some(Error::Memory { purpose: named, words, needed }) = error else {
             panic!("{purpose}: {error:?}")
@@ -608,9 +615,9 @@ fn a_queue_larger_than_the_unit_can_use_is_refused() {
     ] {
         let with = |log2: u32| Config { idr1: full.idr1 & !(0x1F << shift) | log2 << shift, ..full };
         let enable = |config| {
-            let (unit, memory) = unit(config);
+            let (unit, memory) = HARDWARE.smmu_unit(config);
             let needs = needs(STREAM_TABLE, &memory);
-            Machine::enable(unit, memory, unit, needs).map(|machine| machine.assert_lawful()).err()
+            HARDWARE.enable_smmu(unit, memory, unit, needs).map(|machine| machine.assert_lawful()).err()
         };
 
         assert_eq!(enable(with(log2)), Some(Error::Memory { purpose, words: 512, needed }));
@@ -621,14 +628,14 @@ fn a_queue_larger_than_the_unit_can_use_is_refused() {
 #[test]
 fn a_queue_of_requests_lies_where_the_unit_can_be_told() {
     // One entry is 16 bytes, and PRIQ_BASE.ADDR begins at bit 5.
-    let (unit, memory) = unit(Config::full());
+    let (unit, memory) = HARDWARE.smmu_unit(Config::full());
     let mut parts = needs(STREAM_TABLE, &memory);
     let _ = memory.take(2, 4);
     parts.page_requests = memory.take(2, 2);
     let place = parts.page_requests.phys().0;
     assert!(!place.is_multiple_of(32));
 
-    let enabled = Machine::enable(unit, memory, unit, parts);
+    let enabled = HARDWARE.enable_smmu(unit, memory, unit, parts);
 
     if enabled.is_ok() {
         assert_eq!(unit.read64(PRIQ_BASE) & 0x00FF_FFFF_FFFF_FFE0, place, "the unit writes to other memory");
@@ -645,13 +652,13 @@ fn a_unit_that_never_acknowledges_is_given_up_in_time_by_the_name_of_the_registe
         (Update::Cr0(ATSCHK), "CR0ACK.ATSCHK"),
         (Update::Cr0(SMMUEN), "CR0ACK.SMMUEN"),
     ] {
-        let (unit, memory) = unit(Config::full());
+        let (unit, memory) = HARDWARE.smmu_unit(Config::full());
         let needs = needs(STREAM_TABLE, &memory);
         // Firmware left interrupts on, which are to be acknowledged off.
         command(unit, IRQ_CTRL, 0x4);
         unit.never_acknowledge(&[silent]);
 
-        let error = Machine::enable(unit, memory, unit, needs).err();
+        let error = HARDWARE.enable_smmu(unit, memory, unit, needs).err();
 
         let Some(Error::Timeout { register, waited_us }) = error else { panic!("{name}: {error:?}") };
         assert_eq!(register, name);
@@ -665,12 +672,12 @@ fn a_unit_that_never_acknowledges_is_given_up_in_time_by_the_name_of_the_registe
 
 #[test]
 fn a_unit_whose_queues_do_not_go_off_is_given_up() {
-    let (unit, memory) = unit(Config::full());
+    let (unit, memory) = HARDWARE.smmu_unit(Config::full());
     command(unit, CR0, EVENTQEN);
     unit.never_acknowledge(&[Update::Cr0(EVENTQEN)]);
     let needs = needs(STREAM_TABLE, &memory);
 
-    let error = Machine::enable(unit, memory, unit, needs).err();
+    let error = HARDWARE.enable_smmu(unit, memory, unit, needs).err();
 
     assert!(matches!(error, Some(Error::Timeout { register: "CR0ACK.EVENTQEN", .. })), "{error:?}");
     assert_eq!(unit.violations(), Vec::<String>::new(), "what a queue that is on uses stays as it is");
@@ -678,11 +685,11 @@ fn a_unit_whose_queues_do_not_go_off_is_given_up() {
 
 #[test]
 fn a_unit_that_never_completes_its_first_invalidation_is_not_switched_on() {
-    let (unit, memory) = unit(Config::qemu());
+    let (unit, memory) = HARDWARE.smmu_unit(Config::qemu());
     let needs = needs(STREAM_TABLE, &memory);
     unit.pause();
 
-    let error = Machine::enable(unit, memory, unit, needs).err();
+    let error = HARDWARE.enable_smmu(unit, memory, unit, needs).err();
 
     assert!(matches!(error, Some(Error::Timeout { register: "CMDQ_CONS", .. })), "{error:?}");
     assert_eq!(unit.read32(CR0), CMDQEN);
@@ -691,7 +698,7 @@ fn a_unit_that_never_completes_its_first_invalidation_is_not_switched_on() {
 
 #[test]
 fn interrupts_that_are_never_acknowledged_are_given_up_by_name() {
-    let mut machine = Machine::new(STREAM_TABLE, Config::full());
+    let mut machine = HARDWARE.smmu(STREAM_TABLE, Config::full());
     machine.unit.never_acknowledge(&[Update::IrqCtrl]);
 
     let error = machine.smmu.events.enable_interrupts();
@@ -701,7 +708,7 @@ fn interrupts_that_are_never_acknowledged_are_given_up_by_name() {
 
 #[test]
 fn a_slow_unit_comes_into_service() {
-    let machine = Machine::new(STREAM_TABLE, Config { acknowledge_after: 500, ..Config::full() });
+    let machine = HARDWARE.smmu(STREAM_TABLE, Config { acknowledge_after: 500, ..Config::full() });
 
     assert_eq!(machine.unit.read32(CR0ACK), 0x1F);
     machine.assert_lawful();
@@ -712,8 +719,12 @@ fn a_part_with_errata_is_kept_clear_of_them() {
     // IIDR: MMU-600 r0p0, MMU-700 r0p0, and a part of which nothing is known.
     for (iidr, known) in [(0x4830_043B, 2), (0x4870_043B, 3), (0, 0)] {
         let config = Config { iidr, ..Config::full() };
-        assert_eq!(Found::probe(unit(config).0).expect("it is there").errata().count(), known, "{iidr:#x}");
-        let mut machine = Machine::new(STREAM_TABLE, config);
+        assert_eq!(
+            Found::probe(HARDWARE.smmu_unit(config).0).expect("it is there").errata().count(),
+            known,
+            "{iidr:#x}"
+        );
+        let mut machine = HARDWARE.smmu(STREAM_TABLE, config);
         let before = machine.unit.executed().len();
 
         machine.assign(DISK, Features::default());
@@ -733,7 +744,7 @@ fn a_part_with_errata_is_kept_clear_of_them() {
 fn a_unit_of_few_streams_is_given_no_more_than_it_has() {
     // IDR1.SIDSIZE is [5:0]: 4 bits.
     let qemu = Config::qemu();
-    let mut machine = Machine::new(STREAM_TABLE, Config { idr1: qemu.idr1 & !0x3F | 4, ..qemu });
+    let mut machine = HARDWARE.smmu(STREAM_TABLE, Config { idr1: qemu.idr1 & !0x3F | 4, ..qemu });
 
     let refused = machine.smmu.tables.assign(StreamId(16), Features::default()).err();
     assert_eq!(refused, Some(Error::UnknownStream { stream: StreamId(16) }));

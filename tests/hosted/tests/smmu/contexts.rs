@@ -1,9 +1,9 @@
 //! Context descriptors of the SMMUv3 driver against the modelled unit: PASIDs, bypass beside them, stalls; and devices that
 //! bypass translation or are silenced.
 
-use crate::STREAM_TABLE;
+use crate::{HARDWARE, STREAM_TABLE};
 use hosted::{
-    smmu::{CONTEXT_TABLES, Machine, Stage, StageTree, needs, translation, unit},
+    smmu::{CONTEXT_TABLES, Machine, Stage, StageTree, needs, translation},
     trust,
 };
 use iommu::{
@@ -58,7 +58,7 @@ fn units() -> [(Config, u32); 5] {
 fn a_pasid_is_translated_by_its_own_tables_and_nothing_else() {
     for (config, last) in units() {
         for features in [PASIDS, ALL] {
-            let mut machine = Machine::new(STREAM_TABLE, config);
+            let mut machine = HARDWARE.smmu(STREAM_TABLE, config);
             machine.assign(DISK, features);
             machine.assign(NIC, features);
             // None, and PASIDs that share a second-level table, and the last.
@@ -108,7 +108,7 @@ fn a_pasid_is_translated_by_its_own_tables_and_nothing_else() {
 
 #[test]
 fn what_the_unit_remembers_of_a_pasid_lasts_until_the_invalidation_and_no_longer() {
-    let mut machine = Machine::new(STREAM_TABLE, Config::full());
+    let mut machine = HARDWARE.smmu(STREAM_TABLE, Config::full());
     machine.assign(DISK, PASIDS);
     let near = tree(&mut machine, 1);
     machine.attach_to(DISK, pasid(1), one(&near)).expect("there is room");
@@ -137,7 +137,7 @@ fn what_the_unit_remembers_of_a_pasid_lasts_until_the_invalidation_and_no_longer
 
 #[test]
 fn pages_of_one_pasid_are_forgotten_by_unit_and_device() {
-    let mut machine = Machine::new(STREAM_TABLE, Config::full());
+    let mut machine = HARDWARE.smmu(STREAM_TABLE, Config::full());
     machine.assign(DISK, ALL);
     let trees = [tree(&mut machine, 1), tree(&mut machine, 2)];
     let attachments = [1, 2]
@@ -158,7 +158,7 @@ fn pages_of_one_pasid_are_forgotten_by_unit_and_device() {
 #[test]
 fn accesses_without_pasid_bypass_beside_pasids_or_alone() {
     for features in [PLAIN, PASIDS] {
-        let mut machine = Machine::new(STREAM_TABLE, Config::full());
+        let mut machine = HARDWARE.smmu(STREAM_TABLE, Config::full());
         let page = machine.memory.take(512, 512).phys();
         machine.memory.device_store(page, 0x77).expect("inside");
         machine.assign(DISK, features);
@@ -182,10 +182,10 @@ fn accesses_without_pasid_bypass_beside_pasids_or_alone() {
 #[test]
 fn frames_that_run_out_leave_everything_blocked_and_none_is_lost() {
     for frames in 0..=6 {
-        let (unit, memory) = unit(Config::full());
+        let (unit, memory) = HARDWARE.smmu_unit(Config::full());
         let mut parts = needs(STREAM_TABLE, &memory);
         parts.context_tables.truncate(frames);
-        let mut machine = Machine::enable(unit, memory, unit, parts).expect("it comes into service");
+        let mut machine = HARDWARE.enable_smmu(unit, memory, unit, parts).expect("it comes into service");
         let content = tree(&mut machine, 9);
         for _ in 0..2 {
             // Each wants a second-level table more than the one before; the first wants the first level as well.
@@ -224,7 +224,7 @@ fn frames_that_run_out_leave_everything_blocked_and_none_is_lost() {
 
 #[test]
 fn a_device_that_comes_and_goes_takes_and_gives_the_same() {
-    let mut machine = Machine::new(STREAM_TABLE, Config::full());
+    let mut machine = HARDWARE.smmu(STREAM_TABLE, Config::full());
     for turn in 0..50 {
         machine.assign(DISK, PASIDS);
         let trees = [tree(&mut machine, turn), tree(&mut machine, turn + 100)];
@@ -257,7 +257,7 @@ fn a_device_that_comes_and_goes_takes_and_gives_the_same() {
 
 #[test]
 fn a_device_whose_pasids_did_not_leave_keeps_its_place_and_frames() {
-    let mut machine = Machine::new(STREAM_TABLE, Config::full());
+    let mut machine = HARDWARE.smmu(STREAM_TABLE, Config::full());
     machine.assign(DISK, PASIDS);
     let tree = tree(&mut machine, 1);
     let attachment = machine.attach_to(DISK, pasid(1), one(&tree)).expect("there is room");
@@ -276,7 +276,7 @@ fn a_device_whose_pasids_did_not_leave_keeps_its_place_and_frames() {
 #[test]
 fn what_a_pasid_cannot_have_is_refused_by_name() {
     let full = Config::full();
-    let mut machine = Machine::new(STREAM_TABLE, full);
+    let mut machine = HARDWARE.smmu(STREAM_TABLE, full);
     let first = tree(&mut machine, 1);
     let second = machine.tree(Stage::Two);
     machine.assign(DISK, PASIDS);
@@ -301,7 +301,7 @@ fn what_a_pasid_cannot_have_is_refused_by_name() {
     machine.assert_lawful();
 
     // ASIDs of 8 bits: IDR0.ASID16 is bit 12. Three PASIDs have one below 256, whichever device they are of.
-    let mut machine = Machine::new(STREAM_TABLE, Config { idr0: full.idr0 & !(1 << 12), ..full });
+    let mut machine = HARDWARE.smmu(STREAM_TABLE, Config { idr0: full.idr0 & !(1 << 12), ..full });
     machine.assign(DISK, PASIDS);
     let tree = tree(&mut machine, 1);
     for n in 1..=3 {
@@ -315,7 +315,7 @@ fn what_a_pasid_cannot_have_is_refused_by_name() {
 
 #[test]
 fn every_place_for_a_pasid_can_be_taken_and_one_more_is_refused() {
-    let mut machine = Machine::new(STREAM_TABLE, Config::full());
+    let mut machine = HARDWARE.smmu(STREAM_TABLE, Config::full());
     machine.assign(DISK, PASIDS);
     let tree = tree(&mut machine, 1);
     let places = smmuv3::tables::PASIDS as u32;
@@ -338,10 +338,10 @@ fn accesses_wait_of_devices_that_were_named_and_of_no_others() {
     const NEVER: u64 = 1 << (91 - 64);
     const SECOND_STALL: u64 = 1 << (185 - 128);
     for features in [PLAIN, PASIDS] {
-        let (unit, memory) = unit(Config::full());
+        let (unit, memory) = HARDWARE.smmu_unit(Config::full());
         let mut parts = needs(STREAM_TABLE, &memory);
         parts.stalling.push(DISK).expect("there is room");
-        let mut machine = Machine::enable(unit, memory, unit, parts).expect("it comes into service");
+        let mut machine = HARDWARE.enable_smmu(unit, memory, unit, parts).expect("it comes into service");
         let tree = tree(&mut machine, 1);
         for (stream, stalls) in [(DISK, true), (NIC, false)] {
             machine.assign(stream, features);
@@ -367,7 +367,7 @@ fn accesses_wait_of_devices_that_were_named_and_of_no_others() {
         let (unit, memory) = hosted::smmu::unit(Config::full());
         let mut parts = needs(STREAM_TABLE, &memory);
         parts.stalling.push(DISK).expect("there is room");
-        let mut machine = Machine::enable(unit, memory, unit, parts).expect("it comes into service");
+        let mut machine = HARDWARE.enable_smmu(unit, memory, unit, parts).expect("it comes into service");
         let error = machine.smmu.tables.assign(DISK, ats).err();
         assert!(
             matches!(error, Some(Error::Unsupported { feature }) if feature.contains("ATS")),
@@ -379,7 +379,7 @@ fn accesses_wait_of_devices_that_were_named_and_of_no_others() {
 #[test]
 fn a_unit_that_cannot_stall_has_no_bits_of_it() {
     // S1STALLD with STALL_MODEL 1 is illegal.
-    let mut machine = Machine::new(STREAM_TABLE, Config::qemu());
+    let mut machine = HARDWARE.smmu(STREAM_TABLE, Config::qemu());
     machine.assign(DISK, PLAIN);
     let tree = tree(&mut machine, 3);
     machine.attach(DISK, Stage::One, &tree);
@@ -391,7 +391,7 @@ fn a_unit_that_cannot_stall_has_no_bits_of_it() {
 
 #[test]
 fn a_silenced_device_is_refused_without_a_record() {
-    let mut machine = Machine::new(STREAM_TABLE, Config::full());
+    let mut machine = HARDWARE.smmu(STREAM_TABLE, Config::full());
     machine.assign(DISK, ALL);
     let tree = tree(&mut machine, 1);
     let plain = machine.attach_to(DISK, None, one(&tree)).expect("it can be attached");
@@ -426,7 +426,7 @@ fn a_silenced_device_is_refused_without_a_record() {
 fn a_second_stage_takes_as_many_bits_as_an_address_has() {
     let full = Config::full();
     for (size, bits) in [(5, 48), (4, 44)] {
-        let mut machine = Machine::new(STREAM_TABLE, Config { idr5: full.idr5 & !7 | size, ..full });
+        let mut machine = HARDWARE.smmu(STREAM_TABLE, Config { idr5: full.idr5 & !7 | size, ..full });
         assert_eq!(machine.smmu.tables.second_stage_bits(4), Some(bits));
         let tree = machine.tree(Stage::Two);
         machine.map(&tree, HERE, 1, Perms::READ);
@@ -440,7 +440,7 @@ fn a_second_stage_takes_as_many_bits_as_an_address_has() {
         machine.assert_lawful();
     }
     for size in [0, 1, 2, 3] {
-        let machine = Machine::new(STREAM_TABLE, Config { idr5: full.idr5 & !7 | size, ..full });
+        let machine = HARDWARE.smmu(STREAM_TABLE, Config { idr5: full.idr5 & !7 | size, ..full });
         assert_eq!(machine.smmu.tables.second_stage_bits(4), None, "OAS {size}");
         assert!(machine.smmu.tables.second_stage_bits(3).is_some_and(|bits| bits >= 32));
         machine.assert_lawful();
@@ -450,18 +450,18 @@ fn a_second_stage_takes_as_many_bits_as_an_address_has() {
 #[test]
 fn forced_write_back_is_said_where_the_tables_are_made_for_it() {
     for wanted in [false, true] {
-        let (unit, memory) = unit(Config::full());
+        let (unit, memory) = HARDWARE.smmu_unit(Config::full());
         let mut parts = needs(STREAM_TABLE, &memory);
         parts.forced_write_back = wanted;
-        let mut machine = Machine::enable(unit, memory, unit, parts).expect("it comes into service");
+        let mut machine = HARDWARE.enable_smmu(unit, memory, unit, parts).expect("it comes into service");
         machine.assign(DISK, PLAIN);
         // S2FWB is [89].
         assert_eq!(machine.stream_word(DISK, 1) >> (89 - 64) & 1 != 0, wanted);
     }
-    let (unit, memory) = unit(Config::qemu());
+    let (unit, memory) = HARDWARE.smmu_unit(Config::qemu());
     let mut parts = needs(STREAM_TABLE, &memory);
     parts.forced_write_back = true;
-    let error = Machine::enable(unit, memory, unit, parts).err();
+    let error = HARDWARE.enable_smmu(unit, memory, unit, parts).err();
     assert_eq!(error, Some(Error::Unsupported { feature: "IDR3.FWB" }));
     // GBPA and CR0 as after reset.
     assert_eq!((unit.read32(0x44), unit.read32(0x20)), (0x1000, 0));
@@ -471,7 +471,7 @@ fn forced_write_back_is_said_where_the_tables_are_made_for_it() {
 fn a_doorbell_that_is_mapped_for_one_domain_is_not_reached_by_another() {
     // A message is a write to a page that is mapped in the tables of each domain that owns a device, and in no other's. Here
     // the page is memory, so that the test can see who wrote.
-    let mut machine = Machine::new(STREAM_TABLE, Config::full());
+    let mut machine = HARDWARE.smmu(STREAM_TABLE, Config::full());
     let doorbell = machine.memory.take(512, 512);
     let message = Iova(doorbell.phys().0 + 0x40);
     let [with, without] = [1, 2].map(|content| tree(&mut machine, content));
@@ -491,7 +491,7 @@ fn a_doorbell_that_is_mapped_for_one_domain_is_not_reached_by_another() {
 
 #[test]
 fn a_dropped_ticket_of_a_pasid_leaves_it_out_of_use() {
-    let mut machine = Machine::new(STREAM_TABLE, Config::full());
+    let mut machine = HARDWARE.smmu(STREAM_TABLE, Config::full());
     machine.assign(DISK, PASIDS);
     let tree = tree(&mut machine, 1);
     let attachment = machine.attach_to(DISK, pasid(1), one(&tree)).expect("there is room");

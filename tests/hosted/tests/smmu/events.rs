@@ -1,11 +1,9 @@
 //! What the SMMUv3 driver is told by the modelled unit, and what it tells it: events, page requests, answers, commands.
 
-use crate::STREAM_TABLE;
+use crate::{HARDWARE, STREAM_TABLE};
 use hosted::{
     Moment, Random,
-    smmu::{
-        ANSWERS, COMMANDS, EVENTS, Machine, REQUESTS, Stage, StreamTable, Tapped, needs, stream_place, unit,
-    },
+    smmu::{ANSWERS, COMMANDS, EVENTS, Machine, REQUESTS, Stage, StreamTable, Tapped, needs, stream_place},
 };
 use iommu::{
     Access, Attachment, Bus, Commands, Completion, DomainId, Error, Event, Events, Failure, FailureCause,
@@ -53,7 +51,7 @@ fn answer(request: PageRequest, outcome: Outcome) -> PageResponse {
 
 fn machine_on<B: Bus + Clone>(unit: &'static SmmuUnit, memory: models::memory::Memory, bus: B) -> Machine<B> {
     let parts = needs(STREAM_TABLE, &memory);
-    let mut machine = Machine::enable(unit, memory, bus, parts).expect("it comes into service");
+    let mut machine = HARDWARE.enable_smmu(unit, memory, bus, parts).expect("it comes into service");
     machine.smmu.events.enable_interrupts().expect("it is acknowledged");
     machine.assign(DISK, ALL);
     machine.assign(NIC, ALL);
@@ -62,7 +60,7 @@ fn machine_on<B: Bus + Clone>(unit: &'static SmmuUnit, memory: models::memory::M
 
 /// A machine with two devices that send page requests.
 fn machine() -> Machine {
-    let (unit, memory) = unit(Config::full());
+    let (unit, memory) = HARDWARE.smmu_unit(Config::full());
     machine_on(unit, memory, unit)
 }
 
@@ -206,7 +204,7 @@ mod page_requests {
     /// pulses.
     fn burst_at_every_moment(before: u16, burst: u16) {
         for moment in 0.. {
-            let (unit, memory) = unit(Config::full());
+            let (unit, memory) = HARDWARE.smmu_unit(Config::full());
             let plan = Plan::default();
             let queued = Arc::new(AtomicUsize::new(before.into()));
             let (due, arrived) = (Arc::clone(&plan), Arc::clone(&queued));
@@ -428,7 +426,7 @@ mod messages {
 
     #[test]
     fn a_unit_interrupts_by_messages_and_no_more_by_wires() {
-        let mut machine = Machine::new(STREAM_TABLE, config());
+        let mut machine = HARDWARE.smmu(STREAM_TABLE, config());
         // By wires first: what is told of messages is told while interrupts are off.
         machine.smmu.events.enable_interrupts().expect("it is acknowledged");
         machine.smmu.events.enable_messages(&MESSAGES).expect("it is acknowledged");
@@ -455,7 +453,7 @@ mod messages {
 
     #[test]
     fn a_message_that_is_lost_is_told_by_its_name_and_what_it_was_about_is_found() {
-        let mut machine = Machine::new(STREAM_TABLE, config());
+        let mut machine = HARDWARE.smmu(STREAM_TABLE, config());
         machine.smmu.events.enable_messages(&MESSAGES).expect("it is acknowledged");
         machine.assign(NIC, ALL);
         machine.unit.fail_messages(true);
@@ -474,7 +472,7 @@ mod messages {
 
     #[test]
     fn messages_that_cannot_be_are_refused() {
-        let mut machine = Machine::new(STREAM_TABLE, config());
+        let mut machine = HARDWARE.smmu(STREAM_TABLE, config());
         for address in [0, 1, 0x0809_0042, 1 << 56, u64::MAX] {
             let messages = Messages { events: Message { address, data: 1 }, ..MESSAGES };
             let refused = machine.smmu.events.enable_messages(&messages);
@@ -483,11 +481,11 @@ mod messages {
         machine.assert_lawful();
         // Without page requests, their message is not looked at; without messages, there are none.
         let idr0 = (config().idr0) & !(1 << 16);
-        let mut machine = Machine::new(STREAM_TABLE, Config { idr0, ..config() });
+        let mut machine = HARDWARE.smmu(STREAM_TABLE, Config { idr0, ..config() });
         let messages = Messages { requests: Message { address: 0, data: 0 }, ..MESSAGES };
         assert_eq!(machine.smmu.events.enable_messages(&messages), Ok(()));
         machine.assert_lawful();
-        let mut machine = Machine::new(STREAM_TABLE, Config::full());
+        let mut machine = HARDWARE.smmu(STREAM_TABLE, Config::full());
         let refused = machine.smmu.events.enable_messages(&MESSAGES);
         assert!(matches!(refused, Err(Error::Unsupported { feature: "IDR0.MSI" })), "{refused:?}");
         machine.assert_lawful();
@@ -504,9 +502,9 @@ mod stalls {
 
     /// A machine whose device DISK is no PCI device: its faults stall.
     fn machine() -> (Machine, Attachment, hosted::smmu::StageTree) {
-        let (unit, memory) = unit(Config::full());
+        let (unit, memory) = HARDWARE.smmu_unit(Config::full());
         let parts = smmuv3::Memory { stalling: [DISK].into_iter().collect(), ..needs(STREAM_TABLE, &memory) };
-        let mut machine = Machine::enable(unit, memory, unit, parts).expect("it comes into service");
+        let mut machine = HARDWARE.enable_smmu(unit, memory, unit, parts).expect("it comes into service");
         machine.smmu.events.enable_interrupts().expect("it is acknowledged");
         machine.assign(DISK, Features::default());
         machine.assign(NIC, ALL);
@@ -668,6 +666,8 @@ mod stalls {
     #[test]
     fn a_full_event_queue_loses_no_access_that_waits() {
         let (mut machine, ..) = machine();
+        // An answer makes room at once.
+        machine.unit.resume();
         (0..EVENTS).for_each(|_| fault(machine.unit));
         for _ in 0..3 * STALL_MAX {
             assert!(matches!(machine.read(DISK, None, HERE), Err(Refusal::Stalled(_))));
@@ -727,14 +727,14 @@ mod stalls {
 
     #[test]
     fn a_unit_says_how_many_may_wait_and_one_that_cannot_is_asked_for_none() {
-        let found = |config| smmuv3::Found::probe(unit(config).0).expect("it is there");
+        let found = |config| smmuv3::Found::probe(HARDWARE.smmu_unit(config).0).expect("it is there");
         assert_eq!(usize::from(found(Config::full()).stalls()), STALL_MAX);
         assert_eq!(found(Config::qemu()).stalls(), 0);
         // STALL_MAX without stalls (STALL_MODEL 1) says nothing.
         let none = Config { idr0: Config::full().idr0 | 1 << 24, ..Config::full() };
         assert_eq!(found(none).stalls(), 0);
 
-        let (unit, memory) = unit(none);
+        let (unit, memory) = HARDWARE.smmu_unit(none);
         let parts = smmuv3::Memory { stalling: [DISK].into_iter().collect(), ..needs(STREAM_TABLE, &memory) };
         let error = found(none).enable(parts).err();
         assert!(
@@ -746,7 +746,9 @@ mod stalls {
 
     #[test]
     fn an_answer_of_a_kind_that_the_unit_does_not_have_comes_back() {
-        let mut machine = Machine::new(STREAM_TABLE, Config::qemu());
+        let mut machine = HARDWARE.smmu(STREAM_TABLE, Config::qemu());
+        // Counts what was executed.
+        machine.unit.resume();
 
         let back = machine.smmu.commands.respond(answer(request(DISK, 1, true), Outcome::Success));
 
@@ -833,8 +835,9 @@ mod commands {
 
     /// Returns the commands that `invalidation` becomes, without the CMD_SYNC that ends them.
     fn encoded(config: Config, invalidation: Invalidation) -> Vec<[u64; 2]> {
-        let (unit, memory) = unit(config);
-        let mut machine = Machine::enable(unit, memory.clone(), unit, needs(STREAM_TABLE, &memory))
+        let (unit, memory) = HARDWARE.smmu_unit(config);
+        let mut machine = HARDWARE
+            .enable_smmu(unit, memory.clone(), unit, needs(STREAM_TABLE, &memory))
             .expect("it comes into service");
         unit.plug(DISK);
         let before = unit.executed().len();
@@ -1000,6 +1003,10 @@ mod commands {
     #[test]
     fn what_an_attachment_does_not_have_is_not_invalidated() {
         let mut machine = machine();
+        // Counts what was executed.
+        machine.unit.resume();
+        // Counts what was executed.
+        machine.unit.resume();
         let attachment = Attachment {
             serial: 1,
             stream: DISK,
@@ -1021,7 +1028,7 @@ mod commands {
 
     #[test]
     fn a_batch_is_one_doorbell_and_one_sync_and_one_that_is_too_large_is_refused_whole() {
-        let (unit, memory) = unit(Config::full());
+        let (unit, memory) = HARDWARE.smmu_unit(Config::full());
         let bells = Arc::new(AtomicUsize::new(0));
         let rung = Arc::clone(&bells);
         let bus = Tapped::new(unit, move |_, moment| {
@@ -1029,6 +1036,8 @@ mod commands {
             rung.fetch_add(usize::from(bell), SeqCst);
         });
         let mut machine = machine_on(unit, memory, bus);
+        // The time of its errors is its own.
+        machine.unit.resume();
         let (before, rung) = (unit.executed().len(), bells.load(SeqCst));
         let one = Invalidation::Device { stream: NIC, device_tlb: false };
 
@@ -1227,6 +1236,10 @@ mod commands {
     #[test]
     fn a_queue_that_the_unit_cannot_read_stops_and_everything_is_told_so() {
         let mut machine = machine();
+        // Where the queue goes off later, it fails once more before it does.
+        machine.unit.acknowledge_after(3);
+        // The time of its errors is its own.
+        machine.unit.resume();
         let done = machine.smmu.commands.submit(&[]).expect("there is room");
         machine.wait(done);
         machine.unit.fail_fetches(true);
@@ -1272,6 +1285,8 @@ mod commands {
     #[test]
     fn a_device_that_does_not_answer_is_named_and_the_others_go_on() {
         let (mut machine, pages) = remembered();
+        // The time of its errors is its own.
+        machine.unit.resume();
         machine.unit.hold_device_tlb(DISK);
 
         let ticket = machine.smmu.commands.submit(&[pages]).expect("there is room");
@@ -1329,6 +1344,8 @@ mod commands {
     #[test]
     fn a_device_that_was_given_up_does_not_keep_others_from_being_asked() {
         let (mut machine, pages) = remembered();
+        // The time of its errors is its own.
+        machine.unit.resume();
         machine.unit.unplug(DISK);
         for _ in 0..5 {
             let ticket = machine.smmu.commands.submit(&[pages, pages]).expect("there is room");
@@ -1347,6 +1364,8 @@ mod commands {
     #[test]
     fn a_slow_device_is_waited_for() {
         let mut machine = machine();
+        // The time of its errors is its own.
+        machine.unit.resume();
         machine.unit.hold_device_tlb(DISK);
         let gone = [Invalidation::Device { stream: DISK, device_tlb: true }];
         let ticket = machine.smmu.commands.submit(&gone).expect("there is room");
@@ -1393,7 +1412,7 @@ mod commands {
 
     #[test]
     fn a_place_where_the_unit_cannot_be_changes_no_ticket() {
-        let (unit, memory) = unit(Config::full());
+        let (unit, memory) = HARDWARE.smmu_unit(Config::full());
         let bus = Lying { unit, lie: Arc::default() };
         let mut machine = machine_on(unit, memory, bus.clone());
         let lie = |value| *bus.lie.lock().expect("no test panics here") = value;
@@ -1427,7 +1446,7 @@ mod commands {
         let mut random = Random::new(5);
         let noise: Vec<u32> = (0..40).map(|_| random.number() as u32).collect();
         for lie in [u32::MAX, 0, 0x1FF, 0x200, 0xF_FFFF, 1 << 31].into_iter().chain(noise) {
-            let (unit, memory) = unit(Config::full());
+            let (unit, memory) = HARDWARE.smmu_unit(Config::full());
             let bus = Lying { unit, lie: Arc::default() };
             let mut machine = machine_on(unit, memory, bus.clone());
 

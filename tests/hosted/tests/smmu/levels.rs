@@ -1,9 +1,9 @@
 //! Stream tables of two levels: how the second comes to be, and what a unit may see of it meanwhile.
 
-use crate::STREAM_TABLE;
+use crate::{HARDWARE, STREAM_TABLE};
 use hosted::{
     Moment,
-    smmu::{Machine, STREAMS, Stage, Tapped, needs, stream_word, translation, unit},
+    smmu::{STREAMS, Stage, Tapped, needs, stream_word, translation},
 };
 use iommu::{Bus, DmaBuf, Error, Features, Iova, Perms, PhysAddr, StreamId, Tables};
 use models::{
@@ -45,10 +45,10 @@ fn two_levels(memory: &Memory, first: usize, second: usize, tables: usize) -> sm
 
 #[test]
 fn a_table_of_the_second_level_is_made_for_the_first_of_its_devices() {
-    let (unit, memory) = unit(Config::full());
+    let (unit, memory) = HARDWARE.smmu_unit(Config::full());
     let parts = needs(STREAM_TABLE, &memory);
     let tables: Vec<u64> = parts.second_level.iter().map(|table| table.phys().0).collect();
-    let mut machine = Machine::enable(unit, memory.clone(), unit, parts).expect("it comes into service");
+    let mut machine = HARDWARE.enable_smmu(unit, memory.clone(), unit, parts).expect("it comes into service");
     let mut expected = vec![0; 8];
     assert_eq!(first_level(unit, &memory, 8), expected);
 
@@ -78,10 +78,11 @@ fn every_split_of_the_architecture_serves_its_first_and_its_last_stream() {
         (8, 256, 0x0001_0210, 9),
         (10, 64, 1 << 16 | 10 << 6 | 16, 11),
     ] {
-        let (unit, memory) = unit(Config::full());
+        let (unit, memory) = HARDWARE.smmu_unit(Config::full());
         let parts = two_levels(&memory, places, 8 << split, 2);
         let tables: Vec<u64> = parts.second_level.iter().map(|table| table.phys().0).collect();
-        let mut machine = Machine::enable(unit, memory.clone(), unit, parts).expect("it comes into service");
+        let mut machine =
+            HARDWARE.enable_smmu(unit, memory.clone(), unit, parts).expect("it comes into service");
         assert_eq!(unit.read32(STRTAB_BASE_CFG), format);
 
         let last = (places as u32) << split;
@@ -109,7 +110,7 @@ fn every_split_of_the_architecture_serves_its_first_and_its_last_stream() {
 
 #[test]
 fn a_stream_that_was_refused_for_want_of_a_table_is_forgotten_with_its_neighbour() {
-    let mut machine = Machine::new(STREAM_TABLE, Config::full());
+    let mut machine = HARDWARE.smmu(STREAM_TABLE, Config::full());
     assert_eq!(machine.read(NEIGHBOUR, None, HERE), Err(C_BAD_STREAMID));
     assert_eq!(machine.read(NIC, None, HERE), Err(C_BAD_STREAMID));
 
@@ -125,7 +126,7 @@ fn a_stream_that_was_refused_for_want_of_a_table_is_forgotten_with_its_neighbour
 
 #[test]
 fn no_store_leads_to_anything_but_whole_tables_of_entries_that_are_not_valid() {
-    let (unit, memory) = unit(Config::full());
+    let (unit, memory) = HARDWARE.smmu_unit(Config::full());
     let parts = needs(STREAM_TABLE, &memory);
     let table = parts.second_level[0].phys().0;
     let looks = Arc::new(Mutex::new(Vec::new()));
@@ -139,7 +140,7 @@ fn no_store_leads_to_anything_but_whole_tables_of_entries_that_are_not_valid() {
         let entries: Vec<u64> = (0..64).map(|stream| stream_word(unit, &of, StreamId(stream), 0)).collect();
         kept.lock().expect("no test panics here").push((first, entries));
     });
-    let mut machine = Machine::enable(unit, memory, bus, parts).expect("it comes into service");
+    let mut machine = HARDWARE.enable_smmu(unit, memory, bus, parts).expect("it comes into service");
     looks.lock().expect("no test panics here").clear();
 
     machine.assign(DISK, NONE);
@@ -165,7 +166,7 @@ fn a_walker_between_any_two_stores_finds_no_stream_or_no_valid_entry_or_the_new_
         let mut met = Vec::new();
         // What the unit has read it remembers, so each moment is looked at on a unit of its own.
         for moment in 1.. {
-            let (unit, memory) = unit(Config::full());
+            let (unit, memory) = HARDWARE.smmu_unit(Config::full());
             let parts = needs(STREAM_TABLE, &memory);
             let look = Look::default();
             let chosen = Arc::clone(&look);
@@ -178,7 +179,7 @@ fn a_walker_between_any_two_stores_finds_no_stream_or_no_valid_entry_or_the_new_
                     }
                 }
             });
-            let mut machine = Machine::enable(unit, memory, bus, parts).expect("it comes into service");
+            let mut machine = HARDWARE.enable_smmu(unit, memory, bus, parts).expect("it comes into service");
             let tree = machine.tree(stage);
             machine.map(&tree, HERE, 1, Perms::READ);
             look.lock().expect("no test panics here").0 = moment;
@@ -203,9 +204,9 @@ fn a_walker_between_any_two_stores_finds_no_stream_or_no_valid_entry_or_the_new_
 
 #[test]
 fn a_pool_that_is_used_up_is_told_and_nothing_has_changed() {
-    let (unit, memory) = unit(Config::full());
+    let (unit, memory) = HARDWARE.smmu_unit(Config::full());
     let parts = two_levels(&memory, 8, 512, 2);
-    let mut machine = Machine::enable(unit, memory.clone(), unit, parts).expect("it comes into service");
+    let mut machine = HARDWARE.enable_smmu(unit, memory.clone(), unit, parts).expect("it comes into service");
     machine.assign(DISK, NONE);
     machine.assign(NIC, NONE);
     let (first, commands) = (first_level(unit, &memory, 8), unit.executed());
@@ -231,7 +232,7 @@ fn a_pool_that_is_used_up_is_told_and_nothing_has_changed() {
 
 #[test]
 fn a_device_that_finds_no_place_takes_no_table() {
-    let mut machine = Machine::new(STREAM_TABLE, Config::full());
+    let mut machine = HARDWARE.smmu(STREAM_TABLE, Config::full());
     for stream in 0..DEVICES as u32 {
         machine.assign(StreamId(stream), NONE);
     }
@@ -247,10 +248,10 @@ fn a_device_that_finds_no_place_takes_no_table() {
 fn a_unit_of_linear_tables_alone_is_given_no_second_level() {
     let full = Config::full();
     // ST_LEVEL [28:27].
-    let (unit, memory) = unit(Config { idr0: full.idr0 & !(3 << 27), ..full });
+    let (unit, memory) = HARDWARE.smmu_unit(Config { idr0: full.idr0 & !(3 << 27), ..full });
     let parts = needs(STREAM_TABLE, &memory);
 
-    let error = Machine::enable(unit, memory, unit, parts).err();
+    let error = HARDWARE.enable_smmu(unit, memory, unit, parts).err();
 
     assert!(
         matches!(error, Some(Error::Unsupported { feature }) if feature.contains("IDR0.ST_LEVEL")),
@@ -279,11 +280,11 @@ fn a_second_level_of_another_shape_is_refused_by_name_and_the_unit_left_alone() 
         ("the stream table", 8, |m, from| m.stream_table = from.take(12, 16)),
     ];
     for (purpose, expected, change) in cases {
-        let (unit, memory) = unit(Config::full());
+        let (unit, memory) = HARDWARE.smmu_unit(Config::full());
         let mut parts = needs(STREAM_TABLE, &memory);
         change(&mut parts, &memory);
 
-        let error = Machine::enable(unit, memory, unit, parts).err();
+        let error = HARDWARE.enable_smmu(unit, memory, unit, parts).err();
 
         let Some(Error::Memory { purpose: named, needed, .. }) = error else {
             panic!("{purpose}: {error:?}")
@@ -306,14 +307,14 @@ fn what_a_stream_table_is_said_to_take_serves_its_last_stream() {
         (full, 0xFFFF, 256, 2048),
         (single, 0x1FF, 4096, 0),
     ] {
-        let (unit, memory) = unit(config);
+        let (unit, memory) = HARDWARE.smmu_unit(config);
         let found = Found::probe(unit).expect("it is there");
         let needs = found.stream_table(StreamId(last)).expect("the unit knows the stream");
         assert_eq!((needs.words, needs.second_level_words), (words, second_level_words), "{last:#x}");
 
         let tables = usize::from(second_level_words != 0);
         let parts = two_levels(&memory, words, second_level_words.max(1), tables);
-        let mut machine = Machine::enable(unit, memory, unit, parts).expect("it comes into service");
+        let mut machine = HARDWARE.enable_smmu(unit, memory, unit, parts).expect("it comes into service");
 
         machine.assign(StreamId(last), NONE);
         machine.assert_lawful();
@@ -326,14 +327,14 @@ fn streams_that_a_unit_cannot_tell_apart_are_refused_by_name() {
     let full = Config::full();
     for (bits, last) in [(16, 0x1_0000), (9, 0x200), (16, u32::MAX)] {
         let config = Config { idr1: full.idr1 & !0x3F | bits, ..full };
-        let found = Found::probe(unit(config).0).expect("it is there");
+        let found = Found::probe(HARDWARE.smmu_unit(config).0).expect("it is there");
         let stream = StreamId(last);
 
         assert_eq!(found.stream_table(stream), Err(Error::UnknownStream { stream }));
         assert!(found.stream_table(StreamId((1 << bits) - 1)).is_ok());
     }
     // A table that has places for more of them than that.
-    let mut machine = Machine::new(STREAM_TABLE, Config { idr1: full.idr1 & !0x3F | 8, ..full });
+    let mut machine = HARDWARE.smmu(STREAM_TABLE, Config { idr1: full.idr1 & !0x3F | 8, ..full });
     for stream in [0x100, STREAMS - 1, STREAMS, u32::MAX].map(StreamId) {
         assert_eq!(machine.smmu.tables.assign(stream, NONE).err(), Some(Error::UnknownStream { stream }));
     }

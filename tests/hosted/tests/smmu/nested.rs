@@ -1,9 +1,9 @@
 //! First stages that a guest owns, behind a second stage of the hypervisor's: against the modelled SMMUv3.
 
-use crate::STREAM_TABLE;
+use crate::{HARDWARE, STREAM_TABLE};
 use hosted::{
     Random, grant, root,
-    smmu::{Machine, Stage, StageTree, needs, stream_word, unit},
+    smmu::{Machine, Stage, StageTree, needs, stream_word},
 };
 use iommu::{
     Attachment, Bus, Error, Event, Events, Features, FirstStage, Gpa, Invalidation, Iova, PAGE_SIZE, Pasid,
@@ -141,7 +141,7 @@ fn fault(machine: &mut Machine) -> (u16, Stages) {
 #[test]
 fn a_guest_s_page_table_translates_behind_the_second_stage() {
     for pasid in [None, pasid(5), pasid(63)] {
-        let mut machine = Machine::new(STREAM_TABLE, Config::full());
+        let mut machine = HARDWARE.smmu(STREAM_TABLE, Config::full());
         let mut guest = Guest::new(&mut machine);
         let (top, leaf) = guest.tables(&machine, 0x1234);
         machine.assign(DISK, ALL);
@@ -180,7 +180,7 @@ fn a_guest_s_page_table_translates_behind_the_second_stage() {
 
 #[test]
 fn a_guest_cannot_write_its_context_descriptor_or_read_an_address_of_the_hypervisor_s_there() {
-    let mut machine = Machine::new(STREAM_TABLE, Config::full());
+    let mut machine = HARDWARE.smmu(STREAM_TABLE, Config::full());
     let mut guest = Guest::new(&mut machine);
     let (top, _) = guest.tables(&machine, 1);
     guest.map(&machine, top, HERE, CONTEXT.0);
@@ -202,7 +202,7 @@ fn a_guest_cannot_write_its_context_descriptor_or_read_an_address_of_the_hypervi
 
 #[test]
 fn a_guest_s_context_descriptors_are_found_through_the_second_stage_and_remembered_until_it_says_so() {
-    let mut machine = Machine::new(STREAM_TABLE, Config::full());
+    let mut machine = HARDWARE.smmu(STREAM_TABLE, Config::full());
     let mut guest = Guest::new(&mut machine);
     let (contexts, [(one, leaf), (other, _)]) =
         (guest.page(), [0x11, 0x22].map(|content| guest.tables(&machine, content)));
@@ -241,7 +241,7 @@ fn a_guest_s_context_descriptors_are_found_through_the_second_stage_and_remember
 
 #[test]
 fn a_guest_s_device_forgets_what_its_guest_says() {
-    let mut machine = Machine::new(STREAM_TABLE, Config::full());
+    let mut machine = HARDWARE.smmu(STREAM_TABLE, Config::full());
     let mut guest = Guest::new(&mut machine);
     let (contexts, (top, leaf)) = (guest.page(), guest.tables(&machine, 0x11));
     guest.context(&machine, contexts, 3, top);
@@ -268,7 +268,7 @@ fn a_guest_s_device_forgets_what_its_guest_says() {
 
 #[test]
 fn a_guest_may_have_its_device_pass_its_first_stage_or_refused() {
-    let mut machine = Machine::new(STREAM_TABLE, Config::full());
+    let mut machine = HARDWARE.smmu(STREAM_TABLE, Config::full());
     let mut guest = Guest::new(&mut machine);
     let page = guest.page();
     guest.store(&machine, page, 0x55);
@@ -294,10 +294,10 @@ fn a_guest_may_have_its_device_pass_its_first_stage_or_refused() {
 
 #[test]
 fn a_guest_has_accesses_wait_of_a_device_that_was_named_and_of_no_other() {
-    let (unit, memory) = unit(Config::full());
+    let (unit, memory) = HARDWARE.smmu_unit(Config::full());
     let mut parts = needs(STREAM_TABLE, &memory);
     parts.stalling.push(NIC).expect("there is room");
-    let mut machine = Machine::enable(unit, memory, unit, parts).expect("it comes into service");
+    let mut machine = HARDWARE.enable_smmu(unit, memory, unit, parts).expect("it comes into service");
     for (stream, stalls) in [(DISK, false), (NIC, true)] {
         let mut guest = Guest::new(&mut machine);
         let (contexts, (top, _)) = (guest.page(), guest.tables(&machine, 1));
@@ -319,7 +319,7 @@ fn a_guest_has_accesses_wait_of_a_device_that_was_named_and_of_no_other() {
 
 #[test]
 fn guests_with_the_same_addresses_and_numbers_do_not_meet() {
-    let mut machine = Machine::new(STREAM_TABLE, Config::full());
+    let mut machine = HARDWARE.smmu(STREAM_TABLE, Config::full());
     let attached = [(DISK, 0xD), (NIC, 0xE)].map(|(stream, content)| {
         let mut guest = Guest::new(&mut machine);
         let (contexts, (top, leaf)) = (guest.page(), guest.tables(&machine, content));
@@ -346,7 +346,7 @@ fn guests_with_the_same_addresses_and_numbers_do_not_meet() {
 
 #[test]
 fn a_page_that_the_hypervisor_takes_back_is_gone_from_both_stages() {
-    let mut machine = Machine::new(STREAM_TABLE, Config::full());
+    let mut machine = HARDWARE.smmu(STREAM_TABLE, Config::full());
     let mut guest = Guest::new(&mut machine);
     let (top, leaf) = guest.tables(&machine, 1);
     let page = guest.load(&machine, leaf) & 0x0000_FFFF_FFFF_F000;
@@ -365,7 +365,7 @@ fn a_page_that_the_hypervisor_takes_back_is_gone_from_both_stages() {
 
 #[test]
 fn whatever_a_guest_s_entry_says_only_its_own_fields_reach_the_unit() {
-    let mut machine = Machine::new(STREAM_TABLE, Config::full());
+    let mut machine = HARDWARE.smmu(STREAM_TABLE, Config::full());
     let guest = Guest::new(&mut machine);
     machine.assign(DISK, ALL);
     let word = |machine: &Machine, at| stream_word(machine.unit, &machine.memory, DISK, at);
@@ -416,7 +416,7 @@ fn whatever_a_guest_s_entry_says_only_its_own_fields_reach_the_unit() {
 #[test]
 fn what_cannot_be_nested_is_refused_by_name() {
     let refused = |config, features, pasid, make: fn(&mut Guest, &mut Machine) -> Translation, name: &str| {
-        let mut machine = Machine::new(STREAM_TABLE, config);
+        let mut machine = HARDWARE.smmu(STREAM_TABLE, config);
         let mut guest = Guest::new(&mut machine);
         machine.assign(DISK, features);
         let translation = make(&mut guest, &mut machine);
@@ -461,7 +461,7 @@ fn what_cannot_be_nested_is_refused_by_name() {
     refused(full, PLAIN, None, |guest, _| guest.contexts(1 << 44, 0), "STE.S1ContextPtr");
     refused(full, PLAIN, None, |guest, _| guest.contexts(RAM, 21), "STE.S1CDMax");
 
-    let mut machine = Machine::new(STREAM_TABLE, full);
+    let mut machine = HARDWARE.smmu(STREAM_TABLE, full);
     let place = |machine: &mut Machine, at| machine.smmu.tables.place_context(DISK, Gpa(at)).err();
     assert_eq!(place(&mut machine, 0), Some(Error::UnknownStream { stream: DISK }));
     machine.assign(DISK, PLAIN);

@@ -5,10 +5,10 @@
 //! it can do by it.
 
 use super::nested::{CONTEXT, Guest};
-use crate::STREAM_TABLE;
+use crate::{HARDWARE, STREAM_TABLE};
 use hosted::{
     Moment, grant, root,
-    smmu::{Machine, Stage, StageTree, Tapped, needs, translation, unit},
+    smmu::{Machine, Stage, StageTree, Tapped, needs, translation},
     trust,
 };
 use iommu::{
@@ -67,7 +67,7 @@ const BESIDE: u64 = 0x555;
 
 impl Bench {
     fn new(kind: Kind) -> Self {
-        let (unit, memory) = unit(Config::full());
+        let (unit, memory) = HARDWARE.smmu_unit(Config::full());
         let mut parts = needs(STREAM_TABLE, &memory);
         parts.context_tables.truncate(4);
         let entry = (parts.stream_table.phys().0 + u64::from(DISK.0) * 64, 8);
@@ -81,7 +81,7 @@ impl Bench {
                 kept.lock().expect("no test panics here").push(words_of(&of, &places));
             }
         });
-        let mut machine = Machine::enable(unit, memory, bus, parts).expect("it comes into service");
+        let mut machine = HARDWARE.enable_smmu(unit, memory, bus, parts).expect("it comes into service");
         // What a device that bypasses translation finds at its own address.
         let page = machine.memory.take(512, 512).phys();
         machine.memory.device_store(page, 0xB).expect("inside");
@@ -345,7 +345,7 @@ fn what_the_unit_remembers_of_the_translation_before_is_gone_after_the_last_step
 
 #[test]
 fn a_pasid_s_tables_are_replaced_without_a_gap() {
-    let mut machine = Machine::new(STREAM_TABLE, Config::full());
+    let mut machine = HARDWARE.smmu(STREAM_TABLE, Config::full());
     let pasid = Pasid::new(9);
     let here = Iova(0x4000_0000);
     let trees = [1, 2].map(|content| {

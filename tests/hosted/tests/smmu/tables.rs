@@ -1,9 +1,9 @@
 //! The table side of the SMMUv3 driver against the modelled unit: who is translated how, and when that is really over.
 
-use crate::STREAM_TABLE;
+use crate::{HARDWARE, STREAM_TABLE};
 use hosted::{
     Moment, grant, root,
-    smmu::{Machine, STREAMS, Stage, Tapped, needs, stream_word, translation, unit},
+    smmu::{Machine, STREAMS, Stage, Tapped, needs, stream_word, translation},
 };
 use iommu::{
     Access, Bus, Commands, Completion, Error, Event, FaultReason, FaultRecord, Features, Invalidation, Iova,
@@ -49,7 +49,7 @@ fn units() -> [(Config, &'static [Stage]); 4] {
 #[test]
 fn a_device_reaches_what_is_mapped_for_it_and_nothing_else() {
     for stage in STAGES {
-        let mut machine = Machine::new(STREAM_TABLE, Config::full());
+        let mut machine = HARDWARE.smmu(STREAM_TABLE, Config::full());
         let tree = machine.tree(stage);
         machine.map(&tree, HERE, 0x1234_5678, Perms::READ_WRITE);
         machine.map(&tree, page(1), 7, Perms::READ);
@@ -100,7 +100,7 @@ fn a_device_reaches_what_is_mapped_for_it_and_nothing_else() {
 
 #[test]
 fn the_upper_half_of_the_address_space_is_not_mapped() {
-    let mut machine = Machine::new(STREAM_TABLE, Config::full());
+    let mut machine = HARDWARE.smmu(STREAM_TABLE, Config::full());
     let tree = machine.tree(Stage::One);
     machine.map(&tree, Iova(0x7000), 1, Perms::READ);
     machine.assign(DISK, NONE);
@@ -112,7 +112,7 @@ fn the_upper_half_of_the_address_space_is_not_mapped() {
 
 #[test]
 fn a_device_without_a_device_tlb_is_given_no_translations() {
-    let mut machine = Machine::new(STREAM_TABLE, Config::full());
+    let mut machine = HARDWARE.smmu(STREAM_TABLE, Config::full());
     let tree = machine.tree(Stage::One);
     machine.map(&tree, HERE, 1, Perms::READ);
     machine.assign(DISK, NONE);
@@ -128,7 +128,7 @@ fn a_device_without_a_device_tlb_is_given_no_translations() {
 #[test]
 fn what_the_unit_remembers_of_a_device_lasts_until_the_invalidation_and_no_longer() {
     for stage in STAGES {
-        let mut machine = Machine::new(STREAM_TABLE, Config::qemu());
+        let mut machine = HARDWARE.smmu(STREAM_TABLE, Config::qemu());
         let tree = machine.tree(stage);
         machine.map(&tree, HERE, 1, Perms::READ);
         machine.map(&tree, page(1), 2, Perms::READ);
@@ -163,7 +163,7 @@ fn a_page_that_was_unmapped_is_reached_until_its_invalidation_completes_and_not_
     for (config, stages) in units() {
         for &stage in stages {
             for features in [NONE, ALL] {
-                let mut machine = Machine::new(STREAM_TABLE, config);
+                let mut machine = HARDWARE.smmu(STREAM_TABLE, config);
                 let tree = machine.tree(stage);
                 machine.map(&tree, HERE, 1, Perms::READ);
                 machine.map(&tree, page(1), 2, Perms::READ);
@@ -196,7 +196,7 @@ fn a_page_that_was_unmapped_is_reached_until_its_invalidation_completes_and_not_
 fn all_pages_of_a_range_are_forgotten_by_unit_and_device_wherever_it_begins() {
     for (config, stages) in units() {
         for &stage in stages {
-            let mut machine = Machine::new(STREAM_TABLE, config);
+            let mut machine = HARDWARE.smmu(STREAM_TABLE, config);
             let tree = machine.tree(stage);
             machine.assign(DISK, ALL);
             let attachment = machine.attach(DISK, stage, &tree);
@@ -236,7 +236,7 @@ fn all_pages_of_a_range_are_forgotten_by_unit_and_device_wherever_it_begins() {
 fn a_detached_device_is_over_when_its_invalidations_complete_in_unit_and_device() {
     for (config, stages) in units() {
         for &stage in stages {
-            let mut machine = Machine::new(STREAM_TABLE, config);
+            let mut machine = HARDWARE.smmu(STREAM_TABLE, config);
             let [tree, other] = [1, 2].map(|content| {
                 let tree = machine.tree(stage);
                 machine.map(&tree, HERE, content, Perms::READ_WRITE);
@@ -265,7 +265,7 @@ fn a_detached_device_is_over_when_its_invalidations_complete_in_unit_and_device(
 
 #[test]
 fn a_device_can_change_its_stage() {
-    let mut machine = Machine::new(STREAM_TABLE, Config::full());
+    let mut machine = HARDWARE.smmu(STREAM_TABLE, Config::full());
     machine.assign(DISK, ALL);
     for (content, stage) in [Stage::One, Stage::Two, Stage::Two, Stage::One].into_iter().enumerate() {
         let tree = machine.tree(stage);
@@ -283,7 +283,7 @@ fn a_device_can_change_its_stage() {
 #[test]
 fn devices_are_translated_each_by_its_own_tables() {
     for stage in STAGES {
-        let mut machine = Machine::new(STREAM_TABLE, Config::full());
+        let mut machine = HARDWARE.smmu(STREAM_TABLE, Config::full());
         // The first and the last of the table, and two neighbours.
         let streams = [0, 0x20, 0x21, STREAMS - 1].map(StreamId);
         let attachments: Vec<_> = streams
@@ -314,7 +314,7 @@ fn devices_are_translated_each_by_its_own_tables() {
 #[test]
 fn a_departure_blocks_lets_go_and_gives_the_place_to_someone_else() {
     for stage in STAGES {
-        let mut machine = Machine::new(STREAM_TABLE, Config::full());
+        let mut machine = HARDWARE.smmu(STREAM_TABLE, Config::full());
         let tree = machine.tree(stage);
         machine.map(&tree, HERE, 1, Perms::READ);
         machine.assign(DISK, ALL);
@@ -353,7 +353,7 @@ fn a_departure_blocks_lets_go_and_gives_the_place_to_someone_else() {
 
 #[test]
 fn a_device_whose_attachment_never_left_keeps_its_place() {
-    let mut machine = Machine::new(STREAM_TABLE, Config::full());
+    let mut machine = HARDWARE.smmu(STREAM_TABLE, Config::full());
     let tree = machine.tree(Stage::One);
     machine.assign(DISK, ALL);
     let attachment = machine.attach(DISK, Stage::One, &tree);
@@ -372,7 +372,7 @@ fn a_device_whose_attachment_never_left_keeps_its_place() {
 
 #[test]
 fn a_device_is_not_attached_again_before_hardware_has_let_go_of_it() {
-    let mut machine = Machine::new(STREAM_TABLE, Config::full());
+    let mut machine = HARDWARE.smmu(STREAM_TABLE, Config::full());
     let tree = machine.tree(Stage::One);
     machine.assign(DISK, NONE);
     let busy = Error::PasidState { stream: DISK, pasid: None };
@@ -394,7 +394,7 @@ fn a_device_is_not_attached_again_before_hardware_has_let_go_of_it() {
 
 #[test]
 fn an_attachment_that_was_detached_does_not_name_the_one_that_came_after_it() {
-    let mut machine = Machine::new(STREAM_TABLE, Config::full());
+    let mut machine = HARDWARE.smmu(STREAM_TABLE, Config::full());
     let tree = machine.tree(Stage::One);
     machine.map(&tree, HERE, 1, Perms::READ_WRITE);
     machine.assign(DISK, NONE);
@@ -420,7 +420,7 @@ fn an_attachment_that_was_detached_does_not_name_the_one_that_came_after_it() {
 
 #[test]
 fn what_the_tables_do_not_hold_is_refused_by_name() {
-    let mut machine = Machine::new(STREAM_TABLE, Config::full());
+    let mut machine = HARDWARE.smmu(STREAM_TABLE, Config::full());
     let tree = machine.tree(Stage::One);
     let unknown = |stream| Some(Error::UnknownStream { stream });
     let past = StreamId(STREAMS);
@@ -449,7 +449,7 @@ fn what_the_tables_do_not_hold_is_refused_by_name() {
 fn what_the_unit_lacks_is_refused_by_the_name_of_its_bit() {
     let full = Config::full();
     let assign = |config, features: Features, name: &str| {
-        let mut machine = Machine::new(STREAM_TABLE, config);
+        let mut machine = HARDWARE.smmu(STREAM_TABLE, config);
         let error = machine.smmu.tables.assign(DISK, features).err();
         assert!(matches!(error, Some(Error::Unsupported { feature }) if feature.contains(name)), "{error:?}");
         machine.assert_lawful();
@@ -460,7 +460,7 @@ fn what_the_unit_lacks_is_refused_by_the_name_of_its_bit() {
     assign(Config::qemu(), Features { pasid: true, ..NONE }, "PASID");
 
     let attach = |config, translation: Translation, name: &str| {
-        let mut machine = Machine::new(STREAM_TABLE, config);
+        let mut machine = HARDWARE.smmu(STREAM_TABLE, config);
         machine.assign(DISK, NONE);
         let error = machine.smmu.tables.attach(DISK, None, translation).err();
         assert!(matches!(error, Some(Error::Unsupported { feature }) if feature.contains(name)), "{error:?}");
@@ -479,7 +479,7 @@ fn what_the_unit_lacks_is_refused_by_the_name_of_its_bit() {
 
 #[test]
 fn every_place_can_be_taken_and_one_more_is_refused() {
-    let mut machine = Machine::new(STREAM_TABLE, Config::full());
+    let mut machine = HARDWARE.smmu(STREAM_TABLE, Config::full());
     let places = smmuv3::tables::DEVICES as u32;
     let mut domains = Vec::new();
     for n in 0..places {
@@ -503,7 +503,7 @@ fn every_place_can_be_taken_and_one_more_is_refused() {
 
 #[test]
 fn a_detachment_that_never_completes_keeps_what_it_names_blocked() {
-    let mut machine = Machine::new(STREAM_TABLE, Config::full());
+    let mut machine = HARDWARE.smmu(STREAM_TABLE, Config::full());
     let tree = machine.tree(Stage::Two);
     machine.map(&tree, HERE, 1, Perms::READ);
     machine.assign(DISK, ALL);
@@ -532,7 +532,7 @@ type Seen = Arc<Mutex<Vec<[u64; 2]>>>;
 
 #[test]
 fn every_mixture_of_old_and_new_words_of_an_entry_is_harmless() {
-    let (unit, memory) = unit(Config::full());
+    let (unit, memory) = HARDWARE.smmu_unit(Config::full());
     let parts = needs(STREAM_TABLE, &memory);
     let empty = parts.empty_table.phys().0;
     let seen = Seen::default();
@@ -544,7 +544,7 @@ fn every_mixture_of_old_and_new_words_of_an_entry_is_harmless() {
             kept.lock().expect("no test panics here").push(words);
         }
     });
-    let mut machine = Machine::enable(unit, memory, bus, parts).expect("it comes into service");
+    let mut machine = HARDWARE.enable_smmu(unit, memory, bus, parts).expect("it comes into service");
     // Between two completed invalidations the unit may have any word of any moment.
     let check = |root: Option<u64>| {
         let mut seen = seen.lock().expect("no test panics here");
@@ -589,7 +589,7 @@ fn a_device_meets_the_old_state_or_the_new_at_every_moment_and_nothing_in_betwee
         let mut met = Vec::new();
         // What the unit has read it remembers, so each moment is looked at on a unit of its own.
         for moment in 1.. {
-            let (unit, memory) = unit(Config::full());
+            let (unit, memory) = HARDWARE.smmu_unit(Config::full());
             let parts = needs(STREAM_TABLE, &memory);
             let look = Look::default();
             let chosen = Arc::clone(&look);
@@ -602,7 +602,7 @@ fn a_device_meets_the_old_state_or_the_new_at_every_moment_and_nothing_in_betwee
                     }
                 }
             });
-            let mut machine = Machine::enable(unit, memory, bus, parts).expect("it comes into service");
+            let mut machine = HARDWARE.enable_smmu(unit, memory, bus, parts).expect("it comes into service");
             let tree = machine.tree(stage);
             machine.map(&tree, HERE, 1, Perms::READ);
             machine.assign(DISK, NONE);

@@ -1,7 +1,7 @@
 //! The command queue: commands are consumed in order from CMDQ_CONS to CMDQ_PROD.
 
 use super::{
-    SmmuUnit, State, Wire,
+    Pace, SmmuUnit, State, Wire,
     caches::{Forget, Of, Pages, Span},
     registers::{CMDQ, CMDQ_CONS, CMDQ_ERR, CMDQ_PROD, CMDQEN, SMMUEN},
 };
@@ -55,6 +55,8 @@ const ADDRESS: u64 = !0xFFF;
 pub(super) struct Commands {
     /// Consumed, oldest first.
     executed: Vec<[u64; 2]>,
+    /// Looks of the driver so far, for [`Pace::OneIn`].
+    looks: u32,
     /// Nothing is consumed by itself.
     paused: bool,
     /// Reads of the queue are aborted.
@@ -72,7 +74,9 @@ pub(super) struct Commands {
 impl SmmuUnit {
     /// Stops consuming commands.
     pub fn pause(&self) {
-        self.lock().commands.paused = true;
+        let mut state = self.lock();
+        state.config.pace = Pace::AtOnce;
+        state.commands.paused = true;
     }
 
     /// Consumes up to `count` commands of a paused unit, and returns how many.
@@ -88,6 +92,7 @@ impl SmmuUnit {
     /// Lets a paused unit work by itself again.
     pub fn resume(&self) {
         let mut state = self.lock();
+        state.config.pace = Pace::AtOnce;
         state.commands.paused = false;
         state.run_commands();
     }
@@ -108,7 +113,9 @@ impl SmmuUnit {
 
     /// Returns the commands that were consumed, oldest first.
     pub fn executed(&self) -> Vec<[u64; 2]> {
-        self.lock().commands.executed.clone()
+        let mut state = self.lock();
+        state.catch_up();
+        state.commands.executed.clone()
     }
 
     /// Plugs in the function `stream`, whose device TLB answers CMD_ATC_INV; those of any other are never answered.
@@ -148,7 +155,21 @@ impl SmmuUnit {
 impl State {
     /// Consumes commands as far as it goes, unless paused.
     pub(super) fn run_commands(&mut self) {
-        while !self.commands.paused && self.consume() {}
+        while !self.commands.paused && self.config.pace == Pace::AtOnce && self.consume() {}
+    }
+
+    /// The driver looked at something: a slow unit may have got on.
+    pub(super) fn looked(&mut self) {
+        let Pace::OneIn(looks) = self.config.pace else { return };
+        self.commands.looks = self.commands.looks.wrapping_add(1);
+        if self.commands.looks.is_multiple_of(looks) {
+            self.consume();
+        }
+    }
+
+    /// A slow unit gets as far as it can.
+    pub(super) fn catch_up(&mut self) {
+        while self.config.pace != Pace::AtOnce && self.consume() {}
     }
 
     /// Consumes one command. Returns whether there was one that could be.

@@ -59,12 +59,16 @@ impl SmmuUnit {
 
     /// Returns the stalled requests that wait for an answer, by stall tag.
     pub fn stalled(&self) -> Vec<(StreamId, u16)> {
-        self.lock().stalls.waiting.keys().map(|&(sid, tag)| (StreamId(sid), tag)).collect()
+        let mut state = self.lock();
+        state.catch_up();
+        state.stalls.waiting.keys().map(|&(sid, tag)| (StreamId(sid), tag)).collect()
     }
 
     /// Returns how stalled requests ended, oldest first.
     pub fn ended_stalls(&self) -> Vec<(StreamId, u16, Ended)> {
-        self.lock().stalls.ended.clone()
+        let mut state = self.lock();
+        state.catch_up();
+        state.stalls.ended.clone()
     }
 }
 

@@ -440,6 +440,7 @@ impl State {
             due.left = due.left.saturating_sub(1);
         }
         self.acknowledge();
+        self.looked();
         // A CMD_SYNC may have waited long enough for a device.
         self.run_commands();
     }

@@ -1,7 +1,7 @@
 //! Queued invalidation: descriptors are fetched in order from IQH to IQT, and executed.
 
 use super::{
-    State, VtdUnit,
+    Pace, State, VtdUnit,
     caches::Span,
     device::sid,
     faults::Group,
@@ -49,6 +49,8 @@ pub(super) struct Queue {
     fetched: VecDeque<[u64; 4]>,
     /// Executed, oldest first.
     executed: Vec<[u64; 4]>,
+    /// Looks of the driver so far, for [`Pace::OneIn`].
+    looks: u32,
     /// How far fetching may run ahead while nothing is executed; `None` while the unit works by itself.
     paused: Option<usize>,
     /// Fetching stopped for IQE, and no tail was written since IQE was cleared.
@@ -92,6 +94,7 @@ impl VtdUnit {
     /// Stops executing invalidation descriptors. Up to `ahead` are still fetched, so that IQH passes them undone.
     pub fn pause(&self, ahead: usize) {
         let mut state = self.lock();
+        state.config.pace = Pace::AtOnce;
         state.queue.paused = Some(ahead);
         state.run_queue();
     }
@@ -110,13 +113,16 @@ impl VtdUnit {
     /// Lets a paused unit work by itself again.
     pub fn resume(&self) {
         let mut state = self.lock();
+        state.config.pace = Pace::AtOnce;
         state.queue.paused = None;
         state.run_queue();
     }
 
     /// Returns the descriptors that were executed, oldest first; a wait is executed when it is complete.
     pub fn executed(&self) -> Vec<[u64; 4]> {
-        self.lock().queue.executed.clone()
+        let mut state = self.lock();
+        state.catch_up();
+        state.queue.executed.clone()
     }
 
     /// Returns how many waits ITE aborted: their status will not be written.
@@ -227,9 +233,24 @@ impl State {
     /// Fetches, and executes unless paused, as far as it goes.
     pub(super) fn run_queue(&mut self) {
         match self.queue.paused {
+            None if self.config.pace != Pace::AtOnce => {}
             None => while self.execute_next() {},
             Some(ahead) => while self.queue.fetched.len() < ahead && self.fetch() {},
         }
+    }
+
+    /// The driver looked at something: a slow unit may have got on.
+    pub(super) fn looked(&mut self) {
+        let Pace::OneIn(looks) = self.config.pace else { return };
+        self.queue.looks = self.queue.looks.wrapping_add(1);
+        if self.queue.looks.is_multiple_of(looks) {
+            self.execute_next();
+        }
+    }
+
+    /// A slow unit gets as far as it can.
+    pub(super) fn catch_up(&mut self) {
+        while self.config.pace != Pace::AtOnce && self.execute_next() {}
     }
 
     /// Executes one descriptor. Returns whether there was one that could be started.

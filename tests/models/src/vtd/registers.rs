@@ -370,6 +370,7 @@ impl State {
             due.left = due.left.saturating_sub(1);
         }
         self.acknowledge();
+        self.looked();
         self.expire_device_tlb_invalidations();
     }
 

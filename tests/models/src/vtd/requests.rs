@@ -83,7 +83,9 @@ impl VtdUnit {
 
     /// Returns the responses that software sent to groups that waited for one, oldest first.
     pub fn answers(&self) -> Vec<Answer> {
-        self.lock().requests.answers.clone()
+        let mut state = self.lock();
+        state.catch_up();
+        state.requests.answers.clone()
     }
 
     /// Returns the responses that the unit sent by itself, to groups whose last request it dropped, oldest first.
@@ -95,7 +97,8 @@ impl VtdUnit {
 
     /// Returns the groups that wait for a response: their last request was queued, and nobody answered.
     pub fn waiting_groups(&self) -> Vec<(StreamId, GroupTag)> {
-        let state = self.lock();
+        let mut state = self.lock();
+        state.catch_up();
         let waiting = state.requests.groups.iter().filter(|(_, last)| **last);
         waiting.map(|(&key, _)| named(key)).collect()
     }

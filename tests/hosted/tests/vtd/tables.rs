@@ -1,7 +1,7 @@
 //! The table side of the VT-d driver against the modelled unit: who is translated how, and when that is really over.
-#![expect(clippy::expect_used, reason = "a test that is surprised has failed")]
 
-use hosted::{Machine, Tapped, grant, needs, root, unit};
+use crate::HARDWARE;
+use hosted::{Machine, Tapped, grant, needs, root};
 use iommu::{
     Commands, Completion, DomainId, Error, Event, FaultReason, Features, Invalidation, Iova, PAGE_SIZE,
     Pasid, Perms, StreamId, Tables, Translation,
@@ -33,7 +33,7 @@ fn faults(machine: &mut Machine) -> Vec<FaultReason> {
 
 #[test]
 fn a_device_reaches_what_is_mapped_for_its_pasid_and_nothing_else() {
-    let mut machine = Machine::new(Config::full());
+    let mut machine = HARDWARE.machine(Config::full());
     let tree = machine.tree(VtdFirstStage::<4>);
     let page = machine.map(&tree, HERE, 0x1234_5678);
     machine.assign(DISK, ALL);
@@ -56,7 +56,7 @@ fn a_device_reaches_what_is_mapped_for_its_pasid_and_nothing_else() {
 
 #[test]
 fn accesses_without_pasid_have_an_attachment_of_their_own() {
-    let mut machine = Machine::new(Config::qemu());
+    let mut machine = HARDWARE.machine(Config::qemu());
     let [plain, tagged] = [1, 2].map(|content| {
         let tree = machine.tree(VtdFirstStage::<4>);
         machine.map(&tree, HERE, content);
@@ -78,7 +78,7 @@ fn accesses_without_pasid_have_an_attachment_of_their_own() {
 #[test]
 fn a_page_that_was_unmapped_is_reached_until_its_invalidation_completes_and_not_after() {
     for device_tlb in [false, true] {
-        let mut machine = Machine::new(Config::full());
+        let mut machine = HARDWARE.machine(Config::full());
         let tree = machine.tree(VtdFirstStage::<4>);
         machine.map(&tree, HERE, 1);
         machine.map(&tree, Iova(HERE.0 + PAGE_SIZE), 2);
@@ -104,7 +104,7 @@ fn a_page_that_was_unmapped_is_reached_until_its_invalidation_completes_and_not_
 #[test]
 fn pages_without_pasid_are_forgotten_by_the_device_as_well() {
     for pages in [1, 3, 8, 40] {
-        let mut machine = Machine::new(Config::full());
+        let mut machine = HARDWARE.machine(Config::full());
         let tree = machine.tree(VtdFirstStage::<4>);
         machine.assign(DISK, ALL);
         let attachment = machine.attach(DISK, None, &tree);
@@ -125,7 +125,7 @@ fn pages_without_pasid_are_forgotten_by_the_device_as_well() {
 
 #[test]
 fn a_detached_pasid_is_over_when_its_invalidations_complete_and_not_before() {
-    let mut machine = Machine::new(Config::full());
+    let mut machine = HARDWARE.machine(Config::full());
     let tree = machine.tree(VtdFirstStage::<4>);
     machine.map(&tree, HERE, 1);
     let fresh = Iova(HERE.0 + PAGE_SIZE);
@@ -154,7 +154,7 @@ fn a_detached_pasid_is_over_when_its_invalidations_complete_and_not_before() {
 
 #[test]
 fn a_pasid_is_not_attached_again_before_hardware_has_let_go_of_it() {
-    let mut machine = Machine::new(Config::full());
+    let mut machine = HARDWARE.machine(Config::full());
     let tree = machine.tree(VtdFirstStage::<4>);
     machine.assign(DISK, ALL);
     let first = machine.attach(DISK, pasid(5), &tree);
@@ -178,7 +178,7 @@ fn a_pasid_is_not_attached_again_before_hardware_has_let_go_of_it() {
 
 #[test]
 fn a_domain_is_not_used_again_before_hardware_has_let_go_of_it() {
-    let mut machine = Machine::new(Config::full());
+    let mut machine = HARDWARE.machine(Config::full());
     let [old, new] = [1, 2].map(|content| {
         let tree = machine.tree(VtdFirstStage::<4>);
         machine.map(&tree, HERE, content);
@@ -202,7 +202,7 @@ fn a_domain_is_not_used_again_before_hardware_has_let_go_of_it() {
 
 #[test]
 fn an_attachment_that_was_detached_does_not_name_the_one_that_came_after_it() {
-    let mut machine = Machine::new(Config::full());
+    let mut machine = HARDWARE.machine(Config::full());
     let tree = machine.tree(VtdFirstStage::<4>);
     machine.map(&tree, HERE, 1);
     machine.assign(DISK, ALL);
@@ -230,7 +230,7 @@ fn an_attachment_that_was_detached_does_not_name_the_one_that_came_after_it() {
 
 #[test]
 fn each_pasid_of_each_device_is_attached_and_detached_alone() {
-    let mut machine = Machine::new(Config::full());
+    let mut machine = HARDWARE.machine(Config::full());
     // Two in one PASID table, the first of the next, and the last that the tables hold.
     let numbers = [None, pasid(1), pasid(63), pasid(64), pasid(8191)];
     let mut attached = Vec::new();
@@ -268,10 +268,10 @@ fn each_pasid_of_each_device_is_attached_and_detached_alone() {
 
 #[test]
 fn a_device_is_found_wherever_it_is() {
-    let (unit, memory) = unit(Config::full());
+    let (unit, memory) = HARDWARE.unit(Config::full());
     let mut parts = needs(&memory);
     while parts.frames.push(memory.take(512, 512)).is_ok() {}
-    let mut machine = Machine::enable(unit, memory, unit, parts).expect("it comes into service");
+    let mut machine = HARDWARE.enable(unit, memory, unit, parts).expect("it comes into service");
     // Both halves of the first, the second and the last bus, and the ends of each.
     let streams = [0x0000, 0x007F, 0x0080, 0x00FF, 0x0100, 0x01FF, 0xFF00, 0xFFFF].map(StreamId);
     for stream in streams {
@@ -289,7 +289,7 @@ fn a_device_is_found_wherever_it_is() {
 
 #[test]
 fn a_departure_blocks_lets_go_and_gives_everything_back() {
-    let mut machine = Machine::new(Config::full());
+    let mut machine = HARDWARE.machine(Config::full());
     let tree = machine.tree(VtdFirstStage::<4>);
     machine.map(&tree, HERE, 1);
     machine.assign(NIC, ALL);
@@ -335,7 +335,7 @@ fn a_departure_blocks_lets_go_and_gives_everything_back() {
 
 #[test]
 fn a_blocked_device_whose_attachments_stay_keeps_its_tables() {
-    let mut machine = Machine::new(Config::full());
+    let mut machine = HARDWARE.machine(Config::full());
     let tree = machine.tree(VtdFirstStage::<4>);
     machine.assign(DISK, ALL);
     let attachment = machine.attach(DISK, pasid(5), &tree);
@@ -354,7 +354,7 @@ fn a_blocked_device_whose_attachments_stay_keeps_its_tables() {
 
 #[test]
 fn what_the_tables_do_not_hold_is_refused_by_name() {
-    let mut machine = Machine::new(Config::full());
+    let mut machine = HARDWARE.machine(Config::full());
     let tree = machine.tree(VtdFirstStage::<4>);
     let stage1 = Translation::Stage1(root(tree.root().0, 4));
     let tables = &mut machine.vtd.tables;
@@ -401,9 +401,9 @@ fn what_the_tables_do_not_hold_is_refused_by_name() {
 fn what_the_unit_lacks_is_refused_by_the_name_of_its_bit() {
     // ECAP: DT bit 2, PRS bit 29, PASID bit 40, PDS bit 42, SSTS bit 46 (never there), FSTS bit 47.
     let without = |bits: u64| {
-        let (unit, memory) = unit(Config { ecap: Config::qemu().ecap & !bits, ..Config::qemu() });
+        let (unit, memory) = HARDWARE.unit(Config { ecap: Config::qemu().ecap & !bits, ..Config::qemu() });
         let needs = needs(&memory);
-        Machine::enable(unit, memory, unit, needs).expect("it comes into service")
+        HARDWARE.enable(unit, memory, unit, needs).expect("it comes into service")
     };
     let only_ats = Features { device_tlb: true, ..Features::default() };
     let ats_and_pri = Features { page_requests: true, ..only_ats };
@@ -434,11 +434,11 @@ fn what_the_unit_lacks_is_refused_by_the_name_of_its_bit() {
 
 #[test]
 fn when_frames_run_out_nothing_is_half_done() {
-    let (unit, memory) = unit(Config::full());
+    let (unit, memory) = HARDWARE.unit(Config::full());
     let mut needs = needs(&memory);
     // A context table, a directory, a PASID table; a directory for the second device.
     needs.frames.truncate(4);
-    let mut machine = Machine::enable(unit, memory, unit, needs).expect("it comes into service");
+    let mut machine = HARDWARE.enable(unit, memory, unit, needs).expect("it comes into service");
     let tree = machine.tree(VtdFirstStage::<4>);
     machine.map(&tree, HERE, 1);
     let translation = Translation::Stage1(root(tree.root().0, 4));
@@ -463,10 +463,10 @@ fn when_frames_run_out_nothing_is_half_done() {
 
 #[test]
 fn every_place_can_be_taken_and_one_more_is_refused() {
-    let (unit, memory) = unit(Config::full());
+    let (unit, memory) = HARDWARE.unit(Config::full());
     let mut parts = needs(&memory);
     while parts.frames.push(memory.take(512, 512)).is_ok() {}
-    let mut machine = Machine::enable(unit, memory, unit, parts).expect("it comes into service");
+    let mut machine = HARDWARE.enable(unit, memory, unit, parts).expect("it comes into service");
     let tree = machine.tree(VtdFirstStage::<4>);
     let translation = Translation::Stage1(root(tree.root().0, 4));
     // Sixteen devices on both halves of a bus; four PASID tables of a device, 64 PASIDs each, 127 domains.
@@ -499,9 +499,9 @@ fn every_place_can_be_taken_and_one_more_is_refused() {
 #[test]
 fn a_unit_with_few_domains_is_given_no_more_than_it_has() {
     // CAP.ND = 0: 16 domains. Domain 0 is not used.
-    let (unit, memory) = unit(Config { cap: Config::full().cap & !7, ..Config::full() });
+    let (unit, memory) = HARDWARE.unit(Config { cap: Config::full().cap & !7, ..Config::full() });
     let needs = needs(&memory);
-    let mut machine = Machine::enable(unit, memory, unit, needs).expect("it comes into service");
+    let mut machine = HARDWARE.enable(unit, memory, unit, needs).expect("it comes into service");
     let tree = machine.tree(VtdFirstStage::<4>);
     machine.map(&tree, HERE, 1);
     machine.assign(DISK, ALL);
@@ -521,7 +521,7 @@ fn a_unit_with_few_domains_is_given_no_more_than_it_has() {
 
 #[test]
 fn a_unit_that_remembers_absence_is_told_of_what_becomes_present() {
-    let mut machine = Machine::new(Config::full().with_caching_mode());
+    let mut machine = HARDWARE.machine(Config::full().with_caching_mode());
     let tree = machine.tree(VtdFirstStage::<4>);
     machine.map(&tree, HERE, 1);
     machine.unit.plug(DISK);
@@ -547,7 +547,7 @@ fn a_unit_that_remembers_absence_is_told_of_what_becomes_present() {
 
 #[test]
 fn second_stage_tables_translate_and_are_forgotten() {
-    let mut machine = Machine::new(Config::full());
+    let mut machine = HARDWARE.machine(Config::full());
     let tree = machine.tree(VtdSecondStage::<4>);
     machine.map(&tree, HERE, 1);
     let read_only = Iova(HERE.0 + PAGE_SIZE);
@@ -576,7 +576,7 @@ fn second_stage_tables_translate_and_are_forgotten() {
 
 #[test]
 fn a_detachment_that_never_completes_keeps_what_it_names_blocked() {
-    let mut machine = Machine::new(Config::full());
+    let mut machine = HARDWARE.machine(Config::full());
     let tree = machine.tree(VtdFirstStage::<4>);
     machine.map(&tree, HERE, 1);
     machine.assign(DISK, ALL);
@@ -605,7 +605,7 @@ struct Look {
 #[test]
 fn a_device_meets_the_old_state_or_the_new_at_every_moment_and_nothing_in_between() {
     // The device reads between any two words that the driver makes visible, and around every register access.
-    let (unit, memory) = unit(Config::full());
+    let (unit, memory) = HARDWARE.unit(Config::full());
     let look = Arc::<Mutex<Look>>::default();
     let looking = Arc::clone(&look);
     let bus = Tapped::new(unit, move |unit, _| {
@@ -623,7 +623,7 @@ fn a_device_meets_the_old_state_or_the_new_at_every_moment_and_nothing_in_betwee
         std::mem::take(&mut look.looks)
     };
     let needs = needs(&memory);
-    let mut machine = Machine::enable(unit, memory, bus, needs).expect("it comes into service");
+    let mut machine = HARDWARE.enable(unit, memory, bus, needs).expect("it comes into service");
     let tree = machine.tree(VtdFirstStage::<4>);
     machine.map(&tree, HERE, 1);
 

@@ -1,8 +1,8 @@
 //! How the VT-d driver takes a unit over that firmware left on: no device and no interrupt gets through on the way that did
 //! not before, and none comes back that was stopped.
-#![expect(clippy::expect_used, reason = "a test that is surprised has failed")]
 
-use hosted::{Machine, Moment, Tapped, needs, unit};
+use crate::HARDWARE;
+use hosted::{Machine, Moment, Tapped, needs};
 use iommu::{Bus, DmaBuf, Error, Features, Invalidation, Iova, Message, Pasid, PhysAddr, StreamId};
 use models::{
     golden,
@@ -105,6 +105,8 @@ impl Firmware {
             if self.queue {
                 self.forget_interrupts(unit, memory, &queue);
             }
+            // Firmware waits.
+            assert!(!unit.executed().is_empty());
             command(unit, IRE);
         }
         if self.compatibility {
@@ -160,7 +162,7 @@ fn through(unit: &VtdUnit, page: u64) -> Through {
 
 /// Each change of what gets through, in a takeover with a look after each write to a register.
 fn changes(config: Config, firmware: Firmware, mode: Mode) -> (Result<Machine<Tapped>, Error>, Vec<Through>) {
-    let (unit, memory) = unit(config);
+    let (unit, memory) = HARDWARE.unit(config);
     let left = firmware.run(unit, &memory);
     let seen = Arc::new(Mutex::new(vec![through(unit, left.page)]));
     let kept = Arc::clone(&seen);
@@ -180,7 +182,7 @@ fn changes(config: Config, firmware: Firmware, mode: Mode) -> (Result<Machine<Ta
     if mode == Mode::Legacy {
         found = found.in_legacy_mode();
     }
-    let machine = Machine::from_found(found, unit, memory, parts);
+    let machine = HARDWARE.from_found(found, unit, memory, parts);
     let seen = seen.lock().expect("no test panics here").clone();
     (machine, seen)
 }
@@ -218,12 +220,12 @@ fn nothing_gets_through_on_the_way_that_did_not_before_and_nothing_comes_back() 
 #[test]
 fn a_unit_taken_over_serves_devices() {
     for config in units() {
-        let (unit, memory) = unit(config);
+        let (unit, memory) = HARDWARE.unit(config);
         let left = ALL.run(unit, &memory);
         // What the unit remembers of firmware's time.
         assert!(through(unit, left.page)[0]);
         let parts = needs(&memory);
-        let mut machine = Machine::enable(unit, memory, unit, parts).expect("it comes into service");
+        let mut machine = HARDWARE.enable(unit, memory, unit, parts).expect("it comes into service");
         assert!(machine.read(DISK, None, Iova(left.page)).is_err());
 
         machine.assign(DISK, Features { device_tlb: true, page_requests: true, pasid: true });
@@ -240,7 +242,7 @@ fn a_unit_taken_over_serves_devices() {
 #[test]
 fn translation_by_tables_of_another_mode_is_named_and_left_on() {
     for (theirs, ours) in [(Mode::Legacy, Mode::Scalable), (Mode::Scalable, Mode::Legacy)] {
-        let (unit, memory) = unit(Config::full());
+        let (unit, memory) = HARDWARE.unit(Config::full());
         let left = Firmware { mode: theirs, ..ALL }.run(unit, &memory);
         let status = unit.read32(GSTS);
         let parts = needs(&memory);
@@ -249,14 +251,14 @@ fn translation_by_tables_of_another_mode_is_named_and_left_on() {
             if ours == Mode::Legacy { found.in_legacy_mode() } else { found }
         };
 
-        let error = Machine::from_found(found(), unit, memory.clone(), needs(&memory)).err();
+        let error = HARDWARE.from_found(found(), unit, memory.clone(), needs(&memory)).err();
         assert!(matches!(error, Some(Error::InUse { what }) if what.contains("RTADDR.TTM")), "{error:?}");
         assert_eq!(unit.read32(GSTS), status);
         assert_eq!(through(unit, left.page)[..2], [true, false]);
 
         // Who has turned bus masters off may end it, and go on.
         found().end_translation().expect("it goes off");
-        let machine = Machine::from_found(found(), unit, memory, parts).expect("it comes into service");
+        let machine = HARDWARE.from_found(found(), unit, memory, parts).expect("it comes into service");
         assert_eq!(through(unit, left.page), [false; 4]);
         machine.assert_lawful();
     }
@@ -271,14 +273,14 @@ fn a_queue_that_goes_off_only_after_a_wait_gets_one_if_its_memory_is_lent() {
         machine.expect("it comes into service").assert_lawful();
         assert_eq!(seen.last(), Some(&[false; 4]));
 
-        let (unit, memory) = unit(config);
+        let (unit, memory) = HARDWARE.unit(config);
         let left = firmware.run(unit, &memory);
         let parts = needs(&memory);
         let found = Found::probe(unit).expect("it is there");
         let (start, end) = found.old_queue().map(|old| (old.start, old.end)).expect("it is on");
         assert_eq!((start, end.0 - start.0), (left.queue.phys(), 0x1000));
         let found = if mode == Mode::Legacy { found.in_legacy_mode() } else { found };
-        let error = Machine::from_found(found, unit, memory, parts).err();
+        let error = HARDWARE.from_found(found, unit, memory, parts).err();
         assert!(matches!(error, Some(Error::Timeout { register: "GSTS.QIES", .. })), "{error:?}");
         assert_eq!(through(unit, left.page)[..2], [true, false], "as firmware left it");
     }
@@ -286,13 +288,13 @@ fn a_queue_that_goes_off_only_after_a_wait_gets_one_if_its_memory_is_lent() {
 
 #[test]
 fn memory_that_is_not_the_old_queue_s_is_refused() {
-    let (unit, memory) = unit(Config::full());
+    let (unit, memory) = HARDWARE.unit(Config::full());
     let left = ALL.run(unit, &memory);
     let parts = needs(&memory);
     let other = memory.take(FRAME_WORDS, FRAME_WORDS);
 
     let found = Found::probe(unit).expect("it is there").with_old_queue(other);
-    let error = Machine::from_found(found, unit, memory, parts).err();
+    let error = HARDWARE.from_found(found, unit, memory, parts).err();
 
     assert!(matches!(error, Some(Error::Memory { purpose: "the old invalidation queue", .. })), "{error:?}");
     assert_eq!(through(unit, left.page)[..2], [true, false]);
@@ -300,13 +302,13 @@ fn memory_that_is_not_the_old_queue_s_is_refused() {
 
 #[test]
 fn an_old_queue_that_is_never_empty_is_given_up_in_time() {
-    let (unit, memory) = unit(Config::full());
+    let (unit, memory) = HARDWARE.unit(Config::full());
     let left = ALL.run(unit, &memory);
     unit.pause(0);
     unit.write64(IQT, 96);
     let parts = needs(&memory);
 
-    let error = Machine::enable(unit, memory, unit, parts).err();
+    let error = HARDWARE.enable(unit, memory, unit, parts).err();
 
     assert!(matches!(error, Some(Error::Timeout { register: "IQH", .. })), "{error:?}");
     assert_eq!(through(unit, left.page)[..2], [true, false]);
@@ -316,12 +318,12 @@ fn an_old_queue_that_is_never_empty_is_given_up_in_time() {
 #[test]
 fn a_takeover_that_is_given_up_leaves_nothing_more_open_than_it_was() {
     for silent in [QIE, SRTP, SIRTP] {
-        let (unit, memory) = unit(Config::full());
+        let (unit, memory) = HARDWARE.unit(Config::full());
         let left = ALL.run(unit, &memory);
         let parts = needs(&memory);
         unit.never_acknowledge(silent);
 
-        let error = Machine::enable(unit, memory, unit, parts).err();
+        let error = HARDWARE.enable(unit, memory, unit, parts).err();
 
         assert!(matches!(error, Some(Error::Timeout { .. })), "{silent:#x}: {error:?}");
         assert_ne!(unit.read32(GSTS) & TE, 0, "{silent:#x}: translation stays on");
@@ -334,7 +336,7 @@ fn memory_that_firmware_protects_stays_so_until_translation_does_it() {
     // CAP.PLMR and PHMR are bits 5 and 6.
     let config = Config { cap: Config::full().cap | 3 << 5, ..Config::full() };
     let firmware = Firmware { translation: false, ..ALL };
-    let (unit, memory) = unit(config);
+    let (unit, memory) = HARDWARE.unit(config);
     let left = firmware.run(unit, &memory);
     // All of memory below and above 4 GiB.
     for (at, value) in [(0x068, 0), (0x06C, u32::MAX)] {
@@ -352,7 +354,7 @@ fn memory_that_firmware_protects_stays_so_until_translation_does_it() {
     });
     let parts = needs(&memory);
 
-    let machine = Machine::enable(unit, memory, bus, parts).expect("it comes into service");
+    let machine = HARDWARE.enable(unit, memory, bus, parts).expect("it comes into service");
 
     assert_eq!(*leaks.lock().expect("no test panics here"), 0);
     assert_eq!(unit.read32(PMEN), 0);
@@ -375,7 +377,7 @@ mod without_a_queue {
 
     #[test]
     fn a_unit_is_told_through_its_registers_and_each_ticket_is_done_at_once() {
-        let mut machine = Machine::new(old());
+        let mut machine = HARDWARE.machine(old());
         assert_eq!(machine.unit.read32(GSTS), TE | SRTP);
         machine.assign(DISK, Features::default());
         let tree = machine.tree(VtdSecondStage::<4>);
@@ -406,7 +408,7 @@ mod without_a_queue {
     /// Rows 77 to 80, with the unit's DW and DR (48, 49).
     #[test]
     fn each_invalidation_is_written_as_in_the_manual() {
-        let (unit, memory) = unit(old());
+        let (unit, memory) = HARDWARE.unit(old());
         let parts = needs(&memory);
         let log = Arc::new(Mutex::new(Vec::new()));
         let kept = Arc::clone(&log);
@@ -415,7 +417,7 @@ mod without_a_queue {
                 kept.lock().expect("no test panics here").push((offset, value));
             }
         });
-        let mut machine = Machine::enable(unit, memory, bus, parts).expect("it comes into service");
+        let mut machine = HARDWARE.enable(unit, memory, bus, parts).expect("it comes into service");
         // ECAP.IRO (17:8), in 16 bytes: IVA, and IOTLB after it.
         let iva = (old().ecap >> 8 & 0x3FF) as usize * 16;
         let at = iommu::Attachment {
@@ -448,7 +450,7 @@ mod without_a_queue {
 
     #[test]
     fn it_refuses_what_registers_cannot_say() {
-        let mut machine = Machine::new(old());
+        let mut machine = HARDWARE.machine(old());
         let response = PageResponse {
             stream: DISK,
             tag: iommu::GroupTag { pasid: None, index: 0 },
@@ -467,7 +469,7 @@ mod without_a_queue {
 
     #[test]
     fn a_unit_that_does_not_acknowledge_is_given_up_in_time() {
-        let mut machine = Machine::new(old());
+        let mut machine = HARDWARE.machine(old());
         machine.unit.acknowledge_after(u32::MAX);
 
         let error = machine.vtd.commands.submit(&[Invalidation::All]);
@@ -485,10 +487,10 @@ mod without_a_queue {
         let with_remapping = Config { ecap: old().ecap | 1 << 3, ..old() };
         let scalable = Config { ecap: old().ecap | 1 << 43, ..old() };
         for config in [Config { version: 0x60, ..old() }, with_remapping, scalable] {
-            let (unit, memory) = unit(config);
+            let (unit, memory) = HARDWARE.unit(config);
             let parts = needs(&memory);
 
-            let error = Machine::enable(unit, memory, unit, parts).err();
+            let error = HARDWARE.enable(unit, memory, unit, parts).err();
 
             assert!(matches!(error, Some(Error::Unsupported { feature }) if feature.contains("ECAP.QI")));
             assert_eq!(unit.read32(GSTS), 0);

@@ -1,7 +1,7 @@
 //! The command side of the VT-d driver against the modelled unit: what is put in the queue, and when it counts as done.
-#![expect(clippy::expect_used, reason = "a test that is surprised has failed")]
 
-use hosted::{Machine, Moment, Random, Tapped, needs, unit};
+use crate::HARDWARE;
+use hosted::{Machine, Moment, Random, Tapped, needs};
 use iommu::{
     Attachment, Bus, Commands, Completion, DomainId, Error, Event, Events, Features, GroupTag, Invalidation,
     Iova, Outcome, PAGE_SIZE, PageRequest, PageResponse, Pasid, Perms, PhysAddr, Stages, StreamId, Tables,
@@ -42,7 +42,8 @@ fn attachment(pasid: Option<Pasid>, stages: Stages, device_tlb: bool) -> Attachm
 
 /// Returns the descriptors that `invalidation` becomes, without the wait that ends them.
 fn encoded(config: Config, invalidation: Invalidation) -> Vec<[u64; 4]> {
-    let mut machine = Machine::new(config);
+    // Compares descriptors in the order in which they were queued.
+    let mut machine = hosted::Hardware::Prompt.machine(config);
     machine.unit.plug(StreamId(0x0300));
     let before = machine.unit.executed().len();
     machine.invalidate(&[invalidation]);
@@ -157,7 +158,7 @@ fn the_stages_of_a_nested_attachment_are_forgotten_each_in_its_own_way() {
 
 #[test]
 fn what_no_unit_can_forget_is_refused_by_name_and_nothing_of_it_queued() {
-    let mut machine = Machine::new(Config::full());
+    let mut machine = HARDWARE.machine(Config::full());
     let executed = machine.unit.executed().len();
     let nested = attachment(pasid(1), Stages::Nested, true);
     let plain = attachment(pasid(1), Stages::First, false);
@@ -183,7 +184,9 @@ fn what_no_unit_can_forget_is_refused_by_name_and_nothing_of_it_queued() {
 #[test]
 fn legacy_mode_is_invalidated_by_domain() {
     let at = attachment(None, Stages::Second, true);
-    let mut machine = Machine::legacy(Config::full());
+    let mut machine = HARDWARE.legacy(Config::full());
+    // Counts what was executed.
+    machine.unit.resume();
     machine.unit.plug(StreamId(0x0300));
     let mut words = |invalidation| {
         let before = machine.unit.executed().len();
@@ -212,7 +215,9 @@ fn legacy_mode_is_invalidated_by_domain() {
 #[test]
 fn a_virtual_function_is_invalidated_under_its_physical_one_and_not_faster_than_it_takes() {
     for config in [Config::full(), Config::qemu()] {
-        let mut machine = Machine::new(config);
+        let mut machine = HARDWARE.machine(config);
+        // Counts what was executed.
+        machine.unit.resume();
         let (virt, physical) = (StreamId(0x0108), StreamId(0x0100));
         machine.unit.plug_virtual(virt, physical);
         assert_eq!(machine.vtd.commands.describe(virt, physical, 8), Ok(()));
@@ -235,7 +240,7 @@ fn a_virtual_function_is_invalidated_under_its_physical_one_and_not_faster_than_
 
 #[test]
 fn notes_about_devices_are_replaced_and_their_number_is_limited() {
-    let mut machine = Machine::new(Config::full());
+    let mut machine = HARDWARE.machine(Config::full());
     for _ in 0..3 {
         for n in 0..16 {
             assert_eq!(machine.vtd.commands.describe(StreamId(n), StreamId(0), 1), Ok(()));
@@ -272,7 +277,7 @@ fn no_block_is_larger_than_the_unit_says() {
 
 #[test]
 fn the_pages_of_a_range_are_forgotten_and_no_others() {
-    let mut machine = Machine::new(Config::full());
+    let mut machine = HARDWARE.machine(Config::full());
     let tree = machine.tree(VtdFirstStage::<4>);
     machine.assign(DISK, ALL);
     let attachment = machine.attach(DISK, pasid(5), &tree);
@@ -333,7 +338,8 @@ fn an_invalidation_of_everything_at_bring_up_and_of_an_attachment_is_complete() 
 
 #[test]
 fn a_batch_is_one_doorbell_and_one_wait() {
-    let (unit, memory) = unit(Config::full());
+    // Compares descriptors in the order in which they were queued.
+    let (unit, memory) = hosted::Hardware::Prompt.unit(Config::full());
     let parts = needs(&memory);
     let rung = Arc::new(AtomicUsize::new(0));
     let count = Arc::clone(&rung);
@@ -342,7 +348,7 @@ fn a_batch_is_one_doorbell_and_one_wait() {
             count.fetch_add(1, SeqCst);
         }
     });
-    let mut machine = Machine::enable(unit, memory, bus, parts).expect("it comes into service");
+    let mut machine = HARDWARE.enable(unit, memory, bus, parts).expect("it comes into service");
     let (doorbells, executed) = (rung.load(SeqCst), unit.executed().len());
     let at = attachment(pasid(5), Stages::First, false);
 
@@ -363,7 +369,7 @@ fn a_batch_is_one_doorbell_and_one_wait() {
 fn what_devices_ask_for_meanwhile_does_not_bring_back_what_is_being_forgotten() {
     for reorders in [false, true] {
         for detaches in [false, true] {
-            let mut machine = Machine::new(Config { reorders, ..Config::full() });
+            let mut machine = HARDWARE.machine(Config { reorders, ..Config::full() });
             let tree = machine.tree(VtdFirstStage::<4>);
             machine.assign(DISK, ALL);
             let attachment = machine.attach(DISK, pasid(5), &tree);
@@ -399,7 +405,7 @@ fn what_devices_ask_for_meanwhile_does_not_bring_back_what_is_being_forgotten() 
 
 #[test]
 fn a_batch_that_does_not_fit_is_refused_whole() {
-    let mut machine = Machine::new(Config::full());
+    let mut machine = HARDWARE.machine(Config::full());
     let at = attachment(pasid(1), Stages::First, true);
     let executed = machine.unit.executed().len();
 
@@ -418,7 +424,7 @@ fn answer(index: u16) -> PageResponse {
 
 /// A machine whose disk may send page requests of PASID 5.
 fn with_page_requests() -> Machine {
-    let mut machine = Machine::new(Config::full());
+    let mut machine = HARDWARE.machine(Config::full());
     let tree = machine.tree(VtdFirstStage::<4>);
     machine.assign(DISK, ALL);
     machine.attach(DISK, pasid(5), &tree);
@@ -465,7 +471,7 @@ fn a_full_queue_refuses_invalidations_and_still_takes_every_answer() {
 
 #[test]
 fn a_queue_that_was_full_goes_on_where_it_stopped() {
-    let mut machine = Machine::new(Config::full());
+    let mut machine = HARDWARE.machine(Config::full());
     for round in 0..5 {
         machine.unit.pause(0);
         assert!((0..ENTRIES).any(|_| machine.vtd.commands.submit(&[]).is_err()));
@@ -481,7 +487,7 @@ fn a_queue_that_was_full_goes_on_where_it_stopped() {
 
 #[test]
 fn a_ticket_is_done_exactly_when_its_wait_is_however_slow_the_unit() {
-    let mut machine = Machine::new(Config::full());
+    let mut machine = HARDWARE.machine(Config::full());
     machine.unit.plug(DISK);
     let mut random = Random::new(11);
     let mut tickets: Vec<Ticket> = Vec::new();
@@ -520,7 +526,7 @@ fn a_ticket_is_done_exactly_when_its_wait_is_however_slow_the_unit() {
 
 #[test]
 fn fetched_is_not_done() {
-    let mut machine = Machine::new(Config::full());
+    let mut machine = HARDWARE.machine(Config::full());
     machine.unit.pause(usize::MAX);
 
     let ticket = machine.vtd.commands.submit(&[Invalidation::All]).expect("there is room");
@@ -533,7 +539,7 @@ fn fetched_is_not_done() {
 
 #[test]
 fn a_ticket_is_done_however_long_ago() {
-    let mut machine = Machine::new(Config::qemu());
+    let mut machine = HARDWARE.machine(Config::qemu());
     let first = machine.vtd.commands.submit(&[]).expect("there is room");
     for _ in 0..5_000 {
         machine.invalidate(&[]);
@@ -546,7 +552,7 @@ fn a_ticket_is_done_however_long_ago() {
 #[test]
 fn a_status_that_the_unit_never_promised_is_not_done() {
     for garbage in [0xFFFF_FFFF, 0x8000_0000, 3, 0xBAD0_BAD1] {
-        let mut machine = Machine::new(Config::qemu());
+        let mut machine = HARDWARE.machine(Config::qemu());
         machine.unit.pause(0);
         let pending = machine.vtd.commands.submit(&[]).expect("there is room");
         // Where the first wait wrote: word 1 of the last descriptor of bring-up.
@@ -659,10 +665,10 @@ fn no_register_value_makes_the_driver_panic_or_run_for_ever() {
     let mut random = Random::new(5);
     let noise: Vec<u64> = (0..40).map(|_| random.number()).collect();
     for lie in [u64::MAX, 0, 0x7_FFE0, 0x7_FFF0, 0x1010, 1 << 63].into_iter().chain(noise) {
-        let (unit, memory) = unit(Config::full());
+        let (unit, memory) = HARDWARE.unit(Config::full());
         let parts = needs(&memory);
         let bus = Lying { unit, lie: Default::default() };
-        let mut machine = Machine::enable(unit, memory, bus.clone(), parts).expect("it comes into service");
+        let mut machine = HARDWARE.enable(unit, memory, bus.clone(), parts).expect("it comes into service");
 
         *bus.lie.lock().expect("no test panics here") = Some(lie);
 

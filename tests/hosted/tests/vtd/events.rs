@@ -1,8 +1,8 @@
 //! The event side of the VT-d driver against the modelled unit: everything is reported, once, and nothing is slept
 //! through.
-#![expect(clippy::expect_used, reason = "a test that is surprised has failed")]
 
-use hosted::{Ends, Machine, Moment, Tapped, needs, unit};
+use crate::HARDWARE;
+use hosted::{Ends, Machine, Moment, Tapped, needs};
 use iommu::{
     Access, Bus, Commands, Completion, Event, Events, FaultReason, Features, GroupTag, Invalidation, Iova,
     Message, Outcome, PAGE_SIZE, PageRequest, PageResponse, Pasid, Perms, PhysAddr, StreamId,
@@ -48,7 +48,7 @@ fn attach_all<B: Bus + Clone>(mut machine: Machine<B>) -> Machine<B> {
 }
 
 fn machine(config: Config) -> Machine {
-    attach_all(Machine::new(config))
+    attach_all(HARDWARE.machine(config))
 }
 
 #[test]
@@ -218,7 +218,7 @@ fn at_every_moment(story: &Story) {
         let parts = needs(&memory);
         let (bus, plan) = sudden(unit);
         let mut machine =
-            attach_all(Machine::enable(unit, memory, bus, parts).expect("it comes into service"));
+            attach_all(HARDWARE.enable(unit, memory, bus, parts).expect("it comes into service"));
         (story.before)(unit);
         unit.messages();
         *plan.lock().expect("no test panics here") = Some((moment, story.suddenly));
@@ -396,7 +396,7 @@ fn fault_records_are_used_round_and_round() {
 
 /// Returns a unit whose next fault goes to record `used`: firmware has used the ones before, in legacy mode.
 fn used_unit(used: usize) -> (&'static VtdUnit, Memory) {
-    let (unit, memory) = unit(Config::full());
+    let (unit, memory) = HARDWARE.unit(Config::full());
     let mut root = memory.take(512, 512);
     root.clear();
     unit.publish(root.range(0, 512));
@@ -426,7 +426,7 @@ fn the_first_fault_may_be_in_any_record() {
         let (unit, memory) = used_unit(used);
         let parts = needs(&memory);
         let mut machine =
-            attach_all(Machine::enable(unit, memory, unit, parts).expect("it comes into service"));
+            attach_all(HARDWARE.enable(unit, memory, unit, parts).expect("it comes into service"));
 
         for page in 1..4 {
             assert!(machine.unit.dma_read(DISK, pasid(5), Iova(page * PAGE_SIZE), 1).is_err());
@@ -497,9 +497,9 @@ fn each_kind_of_news_in_the_fault_status_is_told_by_itself() {
 
 #[test]
 fn what_happened_before_interrupts_were_let_through_interrupts_then() {
-    let (unit, memory) = unit(Config::full());
+    let (unit, memory) = HARDWARE.unit(Config::full());
     let parts = needs(&memory);
-    let mut machine = Machine::enable(unit, memory, unit, parts).expect("it comes into service");
+    let mut machine = HARDWARE.enable(unit, memory, unit, parts).expect("it comes into service");
     machine.assign(DISK, ALL);
     let tree = machine.tree(VtdFirstStage::<4>);
     machine.attach(DISK, pasid(5), &tree);
@@ -529,7 +529,7 @@ fn a_message_to_a_far_processor_is_programmed_whole() {
 
 #[test]
 fn a_request_of_a_device_without_page_requests_is_a_fault_and_no_request() {
-    let mut machine = Machine::new(Config::full());
+    let mut machine = HARDWARE.machine(Config::full());
     machine.assign(DISK, Features { device_tlb: true, page_requests: false, pasid: true });
     let tree = machine.tree(VtdFirstStage::<4>);
     machine.attach(DISK, pasid(5), &tree);
@@ -560,6 +560,8 @@ mod threads {
     #[test]
     fn one_core_takes_events_while_two_others_answer_and_invalidate() {
         let machine = machine(Config::full());
+        // It counts on a unit that is quick.
+        machine.unit.resume();
         let unit = machine.unit;
         let mut events = machine.vtd.events;
         let commands = Mutex::new(machine.vtd.commands);

@@ -1,7 +1,7 @@
 //! How the VT-d driver takes a unit into service, and why it does not.
-#![expect(clippy::expect_used, reason = "a test that is surprised has failed")]
 
-use hosted::{Machine, Moment, Tapped, needs, unit};
+use crate::HARDWARE;
+use hosted::{Moment, Tapped, needs};
 use iommu::{Bus, DmaBuf, Error, Events, Features, Iova, Pasid, PhysAddr, StreamId, Tables};
 use models::{
     golden,
@@ -41,7 +41,8 @@ struct Log {
 
 /// A unit, its memory, and a bus to it that keeps a log.
 fn logged(config: Config) -> (&'static VtdUnit, Memory, Tapped, Arc<Mutex<Log>>) {
-    let (unit, memory) = unit(config);
+    // Compares what was written, and what was executed, in its order.
+    let (unit, memory) = hosted::Hardware::Prompt.unit(config);
     let log = Arc::<Mutex<Log>>::default();
     let kept = Arc::clone(&log);
     let bus = Tapped::new(unit, move |unit, moment| {
@@ -67,7 +68,7 @@ fn bring_up_follows_the_order_of_the_manual() {
     let [root, queue, status, requests] =
         [&needs.root, &needs.invalidation_queue, &needs.status, &needs.page_requests].map(|b| b.phys().0);
 
-    let machine = Machine::enable(unit, memory, bus, needs).expect("it comes into service");
+    let machine = HARDWARE.enable(unit, memory, bus, needs).expect("it comes into service");
 
     let writes = log.lock().expect("no test panics here").writes.clone();
     let at = |offset: usize, value: u64| {
@@ -123,7 +124,7 @@ fn bring_up_follows_the_order_of_the_manual() {
 #[test]
 fn a_table_has_left_the_write_buffer_before_the_unit_is_told_of_it() {
     // CAP.RWBF. What is in the buffer is not in the device's view; the interrupt table begins at IRTA.
-    let (unit, memory) = unit(Config::full().with_write_buffer());
+    let (unit, memory) = HARDWARE.unit(Config::full().with_write_buffer());
     let told = Arc::<Mutex<Vec<u32>>>::default();
     let (seen, kept) = (memory.clone(), Arc::clone(&told));
     let bus = Tapped::new(unit, move |unit, moment| {
@@ -139,7 +140,7 @@ fn a_table_has_left_the_write_buffer_before_the_unit_is_told_of_it() {
     });
     let parts = needs(&memory);
 
-    let machine = Machine::enable(unit, memory, bus, parts).expect("it comes into service");
+    let machine = HARDWARE.enable(unit, memory, bus, parts).expect("it comes into service");
 
     assert_eq!(*told.lock().expect("nobody panicked"), [SRTP, SIRTP]);
     machine.assert_lawful();
@@ -150,7 +151,7 @@ fn from_the_moment_that_translation_is_on_no_device_gets_through() {
     let (unit, memory, bus, log) = logged(Config::full());
     let needs = needs(&memory);
 
-    let mut machine = Machine::enable(unit, memory, bus, needs).expect("it comes into service");
+    let mut machine = HARDWARE.enable(unit, memory, bus, needs).expect("it comes into service");
 
     assert_eq!(log.lock().expect("no test panics here").leaks, 0);
     assert_eq!(machine.read(DISK, None, Iova(0x8_0000_0000)), Err(Refusal::Fault(0x39)), "SRT.2");
@@ -192,7 +193,7 @@ fn a_unit_has_the_leaves_that_it_reports() {
         (0xF << 34, KIB4 | MIB2, KIB4 | MIB2 | GIB1),
         (1 << 56, KIB4 | MIB2 | GIB1, KIB4),
     ] {
-        let (unit, _) = unit(Config { cap: none | bits, ..Config::qemu() });
+        let (unit, _) = HARDWARE.unit(Config { cap: none | bits, ..Config::qemu() });
 
         let capabilities = Found::probe(unit).expect("it is there").capabilities();
 
@@ -206,7 +207,7 @@ fn a_unit_that_cannot_drain_page_requests_has_none() {
     for (lacking, expected) in
         [(0, true), (1 << 42, false), (1 << 29, false), (1 << 2, false), (1 << 40, false)]
     {
-        let (unit, _) = unit(Config { ecap: Config::qemu().ecap & !lacking, ..Config::qemu() });
+        let (unit, _) = HARDWARE.unit(Config { ecap: Config::qemu().ecap & !lacking, ..Config::qemu() });
 
         let capabilities = Found::probe(unit).expect("it is there").capabilities();
 
@@ -216,10 +217,10 @@ fn a_unit_that_cannot_drain_page_requests_has_none() {
 
 #[test]
 fn a_unit_without_page_requests_is_used_without_touching_their_registers() {
-    let (unit, memory) = unit(Config { ecap: Config::qemu().ecap & !(1 << 29), ..Config::qemu() });
+    let (unit, memory) = HARDWARE.unit(Config { ecap: Config::qemu().ecap & !(1 << 29), ..Config::qemu() });
     let needs = needs(&memory);
 
-    let mut machine = Machine::enable(unit, memory, unit, needs).expect("it comes into service");
+    let mut machine = HARDWARE.enable(unit, memory, unit, needs).expect("it comes into service");
     assert_eq!(machine.read(DISK, None, Iova(0x1000)), Err(Refusal::Fault(0x39)));
 
     assert_eq!(machine.pass().len(), 1, "the fault");
@@ -228,7 +229,7 @@ fn a_unit_without_page_requests_is_used_without_touching_their_registers() {
 
 #[test]
 fn faults_of_the_time_before_are_not_taken_for_ours() {
-    let (unit, memory) = unit(Config::full());
+    let (unit, memory) = HARDWARE.unit(Config::full());
     // Firmware used legacy mode for a while, and left two faults and an overflow behind.
     let mut root = memory.take(FRAME_WORDS, FRAME_WORDS);
     root.clear();
@@ -243,7 +244,7 @@ fn faults_of_the_time_before_are_not_taken_for_ours() {
     assert_ne!(unit.read32(0x34), 0, "FSTS");
     let needs = needs(&memory);
 
-    let mut machine = Machine::enable(unit, memory, unit, needs).expect("it comes into service");
+    let mut machine = HARDWARE.enable(unit, memory, unit, needs).expect("it comes into service");
 
     assert_eq!(machine.vtd.events.next_event(), None);
     assert_eq!(unit.read32(0x34) & 3, 0, "FSTS.PPF and PFO");
@@ -280,9 +281,9 @@ fn a_unit_that_is_not_there_is_absent() {
 }
 
 fn refusal(config: Config) -> Error {
-    let (unit, memory) = unit(config);
+    let (unit, memory) = HARDWARE.unit(config);
     let needs = needs(&memory);
-    Machine::enable(unit, memory, unit, needs).err().expect("it is refused")
+    HARDWARE.enable(unit, memory, unit, needs).err().expect("it is refused")
 }
 
 #[test]
@@ -298,12 +299,14 @@ fn what_a_unit_lacks_is_named() {
 /// ECAP.SMTS is bit 43; without it DW of IQA is reserved, and an entry has 16 bytes.
 #[test]
 fn a_unit_without_scalable_mode_is_used_in_legacy_mode() {
-    let (unit, memory) = unit(Config { ecap: Config::qemu().ecap & !(1 << 43), ..Config::qemu() });
+    // Compares descriptors in the order in which they were queued.
+    let (unit, memory) =
+        hosted::Hardware::Prompt.unit(Config { ecap: Config::qemu().ecap & !(1 << 43), ..Config::qemu() });
     let needs = needs(&memory);
     let [root, queue, status] =
         [&needs.root, &needs.invalidation_queue, &needs.status].map(|buffer| buffer.phys().0);
 
-    let machine = Machine::enable(unit, memory, unit, needs).expect("it comes into service");
+    let machine = HARDWARE.enable(unit, memory, unit, needs).expect("it comes into service");
 
     assert_eq!((unit.read64(RTADDR), unit.read64(0x90)), (root, queue), "TTM 00, DW 0");
     // Rows 21, 25, 31, and row 33 with FN; there are no PASIDs.
@@ -347,11 +350,11 @@ fn memory_that_is_too_small_or_crooked_is_named_and_the_unit_left_alone() {
         ("page request queue", |m, from| m.page_requests = from.take(1536, 2048)),
     ];
     for (purpose, change) in cases {
-        let (unit, memory) = unit(Config::qemu());
+        let (unit, memory) = HARDWARE.unit(Config::qemu());
         let mut needs = needs(&memory);
         change(&mut needs, &memory);
 
-        let error = Machine::enable(unit, memory, unit, needs).err();
+        let error = HARDWARE.enable(unit, memory, unit, needs).err();
 
         let Some(Error::Memory { purpose: named, words, needed }) = error else {
             panic!("{purpose}: {error:?}")
@@ -369,7 +372,7 @@ fn a_queue_larger_than_the_unit_can_use_is_refused() {
     let mut parts = needs(&memory);
     parts.page_requests = memory.take(256 * FRAME_WORDS, 256 * FRAME_WORDS);
 
-    let error = Machine::enable(unit, memory, unit, parts).err();
+    let error = HARDWARE.enable(unit, memory, unit, parts).err();
 
     let needed = 128 * FRAME_WORDS;
     let words = 256 * FRAME_WORDS;
@@ -381,11 +384,11 @@ fn a_unit_that_never_acknowledges_is_given_up_in_time_by_the_name_of_the_registe
     for (silent, name) in
         [(QIE, "GSTS.QIES"), (SRTP, "GSTS.RTPS"), (SIRTP, "GSTS.IRTPS"), (TE, "GSTS.TES"), (IRE, "GSTS.IRES")]
     {
-        let (unit, memory) = unit(Config::qemu());
+        let (unit, memory) = HARDWARE.unit(Config::qemu());
         let needs = needs(&memory);
         unit.never_acknowledge(silent);
 
-        let error = Machine::enable(unit, memory, unit, needs).err();
+        let error = HARDWARE.enable(unit, memory, unit, needs).err();
 
         let Some(Error::Timeout { register, waited_us }) = error else { panic!("{name}: {error:?}") };
         assert_eq!(register, name);
@@ -397,11 +400,11 @@ fn a_unit_that_never_acknowledges_is_given_up_in_time_by_the_name_of_the_registe
 #[test]
 fn a_unit_that_never_completes_its_first_invalidation_is_not_switched_on() {
     for ahead in [0, usize::MAX] {
-        let (unit, memory) = unit(Config::qemu());
+        let (unit, memory) = HARDWARE.unit(Config::qemu());
         let needs = needs(&memory);
         unit.pause(ahead);
 
-        let error = Machine::enable(unit, memory, unit, needs).err();
+        let error = HARDWARE.enable(unit, memory, unit, needs).err();
 
         assert!(
             matches!(error, Some(Error::Timeout { register: "the first invalidation", .. })),
@@ -414,10 +417,10 @@ fn a_unit_that_never_completes_its_first_invalidation_is_not_switched_on() {
 #[test]
 fn a_unit_without_interrupt_remapping_comes_into_service_and_has_none() {
     // ECAP.IR is bit 3.
-    let (unit, memory) = unit(Config { ecap: Config::qemu().ecap & !(1 << 3), ..Config::qemu() });
+    let (unit, memory) = HARDWARE.unit(Config { ecap: Config::qemu().ecap & !(1 << 3), ..Config::qemu() });
     let parts = needs(&memory);
 
-    let machine = Machine::enable(unit, memory, unit, parts).expect("it comes into service");
+    let machine = HARDWARE.enable(unit, memory, unit, parts).expect("it comes into service");
 
     assert_eq!(unit.read32(GSTS), TE | SRTP | QIE);
     assert!(machine.vtd.remapping.is_none());
@@ -443,7 +446,7 @@ fn the_interrupt_table_is_as_large_as_its_memory_and_extended_where_unit_and_cal
         let parts = vtd::Memory { interrupts: memory.take(words, words), x2apic, ..needs(&memory) };
         let base = parts.interrupts.phys().0;
 
-        let made = Machine::enable(unit, memory, unit, parts);
+        let made = HARDWARE.enable(unit, memory, unit, parts);
 
         match (made, expected) {
             (Ok(machine), Ok((size, entries, extended))) => {
@@ -471,7 +474,7 @@ fn memory_that_firmware_protects_is_let_go_once_translation_protects_it() {
     assert!((0..100).any(|_| unit.read32(PMEN) & 1 != 0), "PMEN.PRS");
     let parts = needs(&memory);
 
-    let machine = Machine::enable(unit, memory, bus, parts).expect("it comes into service");
+    let machine = HARDWARE.enable(unit, memory, bus, parts).expect("it comes into service");
 
     assert_eq!(unit.read32(PMEN), 0, "EPM, and PRS");
     let writes = &log.lock().expect("no test panics here").writes;
@@ -483,10 +486,10 @@ fn memory_that_firmware_protects_is_let_go_once_translation_protects_it() {
 
 #[test]
 fn a_slow_unit_comes_into_service() {
-    let (unit, memory) = unit(Config { acknowledge_after: 500, ..Config::qemu() });
+    let (unit, memory) = HARDWARE.unit(Config { acknowledge_after: 500, ..Config::qemu() });
     let needs = needs(&memory);
 
-    let machine = Machine::enable(unit, memory, unit, needs).expect("it comes into service");
+    let machine = HARDWARE.enable(unit, memory, unit, needs).expect("it comes into service");
 
     machine.assert_lawful();
 }

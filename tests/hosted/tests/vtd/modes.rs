@@ -1,7 +1,7 @@
 //! The translations that the VT-d driver's tables can express, in legacy and in scalable mode, against the modelled unit.
-#![expect(clippy::expect_used, reason = "a test that is surprised has failed")]
 
-use hosted::{Machine, grant, needs, root, trust, unit};
+use crate::HARDWARE;
+use hosted::{Machine, grant, needs, root, trust};
 use iommu::{
     Attachment, Bus, Commands, Error, Event, FaultReason, Features, FirstStage, Gpa, Invalidation, Iova,
     Leaving, PAGE_SIZE, Pasid, Perms, PhysAddr, Stages, StreamId, Tables, Translation, unit::LeavingPart,
@@ -42,7 +42,7 @@ fn refused<T>(reason: u8) -> Result<T, Refusal> {
 /// A machine in each mode, with everything that the model knows.
 fn both_modes() -> [Machine; 2] {
     let config = Config::full().with_nesting();
-    [Machine::legacy(config), Machine::new(config)]
+    [HARDWARE.legacy(config), HARDWARE.machine(config)]
 }
 
 /// The words of the entry that says how accesses of `stream` without PASID are translated, as the unit sees them.
@@ -64,7 +64,7 @@ fn entry_words(machine: &Machine, stream: StreamId) -> Vec<u64> {
 
 #[test]
 fn a_unit_walks_scalable_tables_where_it_has_them_and_legacy_ones_otherwise_or_when_asked() {
-    let found = |ecap| Found::probe(unit(Config { ecap, ..Config::full() }).0).expect("it is there");
+    let found = |ecap| Found::probe(HARDWARE.unit(Config { ecap, ..Config::full() }).0).expect("it is there");
     // ECAP.SMTS is bit 43.
     assert_eq!(found(Config::full().ecap).mode(), Mode::Scalable);
     assert_eq!(found(Config::full().ecap & !(1 << 43)).mode(), Mode::Legacy);
@@ -79,7 +79,7 @@ fn a_unit_walks_scalable_tables_where_it_has_them_and_legacy_ones_otherwise_or_w
 #[test]
 fn a_unit_reports_what_it_can_do_in_its_mode() {
     let capabilities = |config: Config, legacy: bool| {
-        let found = Found::probe(unit(config).0).expect("it is there");
+        let found = Found::probe(HARDWARE.unit(config).0).expect("it is there");
         if legacy { found.in_legacy_mode().capabilities() } else { found.capabilities() }
     };
     let full = Config::full();
@@ -131,7 +131,7 @@ fn a_unit_reports_what_it_can_do_in_its_mode() {
 #[test]
 fn a_legacy_device_reaches_what_is_mapped_for_it_and_nothing_else() {
     fn check<F: Format>(format: F, config: Config) {
-        let mut machine = Machine::legacy(config);
+        let mut machine = HARDWARE.legacy(config);
         let tree = machine.tree(format);
         machine.map(&tree, HERE, 0x1234);
         machine.assign(DISK, PLAIN);
@@ -193,7 +193,7 @@ fn units_of_old() -> [Config; 4] {
 #[test]
 fn units_of_old_come_into_service_in_the_only_mode_that_they_have() {
     for old in units_of_old() {
-        let mut machine = Machine::new(old);
+        let mut machine = HARDWARE.machine(old);
         assert_eq!((machine.vtd.tables.mode(), machine.unit.read64(0x20) >> 10 & 3), (Mode::Legacy, 0));
         let tree = machine.tree(VtdSecondStage::<4>);
         machine.map(&tree, HERE, 1);
@@ -225,7 +225,7 @@ fn units_of_old_come_into_service_in_the_only_mode_that_they_have() {
 
 #[test]
 fn legacy_devices_are_found_wherever_they_are() {
-    let mut machine = Machine::legacy(Config::full());
+    let mut machine = HARDWARE.legacy(Config::full());
     let frames = machine.vtd.tables.frames_free();
     // Both halves of a bus have one context table in this mode.
     let streams = [0x0000, 0x007F, 0x0080, 0x00FF, 0x0100, 0xFFFF].map(StreamId);
@@ -245,7 +245,7 @@ fn legacy_devices_are_found_wherever_they_are() {
 
 #[test]
 fn a_legacy_device_keeps_translations_of_its_own_if_it_may() {
-    let mut machine = Machine::legacy(Config::full());
+    let mut machine = HARDWARE.legacy(Config::full());
     let tree = machine.tree(VtdSecondStage::<4>);
     machine.map(&tree, HERE, 1);
     machine.assign(DISK, ATS);
@@ -269,7 +269,7 @@ fn a_legacy_device_keeps_translations_of_its_own_if_it_may() {
 
 #[test]
 fn a_legacy_device_leaves_as_a_whole_and_gives_everything_back() {
-    let mut machine = Machine::legacy(Config::full());
+    let mut machine = HARDWARE.legacy(Config::full());
     let [old, new] = [1, 2].map(|content| {
         let tree = machine.tree(VtdSecondStage::<4>);
         machine.map(&tree, HERE, content);
@@ -305,7 +305,7 @@ fn a_legacy_device_leaves_as_a_whole_and_gives_everything_back() {
 
 #[test]
 fn a_legacy_device_whose_attachment_stays_is_not_given_away() {
-    let mut machine = Machine::legacy(Config::full());
+    let mut machine = HARDWARE.legacy(Config::full());
     let tree = machine.tree(VtdSecondStage::<4>);
     machine.assign(DISK, PLAIN);
     let attachment = machine.attach_by(DISK, None, second(&tree));
@@ -320,7 +320,7 @@ fn a_legacy_device_whose_attachment_stays_is_not_given_away() {
 
 #[test]
 fn a_legacy_device_is_attached_once_and_detached_once() {
-    let mut machine = Machine::legacy(Config::full());
+    let mut machine = HARDWARE.legacy(Config::full());
     let tree = machine.tree(VtdSecondStage::<4>);
     machine.map(&tree, HERE, 1);
     machine.assign(DISK, PLAIN);
@@ -346,7 +346,7 @@ fn a_legacy_device_is_attached_once_and_detached_once() {
 
 #[test]
 fn what_legacy_mode_lacks_is_refused_by_name() {
-    let mut machine = Machine::legacy(Config::full().with_nesting());
+    let mut machine = HARDWARE.legacy(Config::full().with_nesting());
     for (features, name) in [
         (Features { pasid: true, ..PLAIN }, "ECAP.PASID"),
         (Features { page_requests: true, ..ATS }, "ECAP.PRS"),
@@ -377,7 +377,7 @@ fn what_legacy_mode_lacks_is_refused_by_name() {
 
 #[test]
 fn a_legacy_unit_that_remembers_absence_is_told_of_what_becomes_present() {
-    let mut machine = Machine::legacy(Config::full().with_caching_mode());
+    let mut machine = HARDWARE.legacy(Config::full().with_caching_mode());
     let tree = machine.tree(VtdSecondStage::<4>);
     machine.map(&tree, HERE, 1);
     assert!(machine.read(DISK, None, HERE).is_err());
@@ -397,7 +397,7 @@ fn a_legacy_unit_that_remembers_absence_is_told_of_what_becomes_present() {
 #[test]
 fn second_stage_tables_of_three_to_five_levels_translate_in_scalable_mode() {
     fn check<F: Format>(format: F, config: Config) {
-        let mut machine = Machine::new(config);
+        let mut machine = HARDWARE.machine(config);
         let tree = machine.tree(format);
         machine.map(&tree, HERE, 1);
         machine.assign(DISK, ALL);
@@ -409,7 +409,7 @@ fn second_stage_tables_of_three_to_five_levels_translate_in_scalable_mode() {
     check(VtdSecondStage::<4>, Config::full());
     check(VtdSecondStage::<5>, Config::full().with_five_levels());
 
-    let mut machine = Machine::new(Config::full().with_five_levels());
+    let mut machine = HARDWARE.machine(Config::full().with_five_levels());
     let tree = machine.tree(VtdFirstStage::<5>);
     let far = Iova(0x00AB_4000_0000_0000);
     machine.map(&tree, far, 5);
@@ -421,7 +421,7 @@ fn second_stage_tables_of_three_to_five_levels_translate_in_scalable_mode() {
 
 #[test]
 fn tables_of_more_levels_than_the_unit_walks_are_refused() {
-    let mut machine = Machine::new(Config::full().with_nesting());
+    let mut machine = HARDWARE.machine(Config::full().with_nesting());
     machine.assign(DISK, ALL);
     let nested = |first, second| Translation::Nested {
         first: FirstStage::Pages { root: Gpa(0x1000), levels: first },
@@ -476,7 +476,7 @@ fn a_device_that_bypasses_reaches_all_of_memory_until_it_is_detached() {
 
 #[test]
 fn one_pasid_bypasses_and_the_next_does_not() {
-    let mut machine = Machine::new(Config::full());
+    let mut machine = HARDWARE.machine(Config::full());
     let page = machine.page(0x77);
     let tree = machine.tree(VtdFirstStage::<4>);
     machine.assign(DISK, ALL);
@@ -494,7 +494,7 @@ fn one_pasid_bypasses_and_the_next_does_not() {
 fn a_bypass_that_the_unit_lacks_is_refused_by_the_name_of_its_bit() {
     // ECAP.PT is bit 6.
     let config = Config { ecap: Config::full().ecap & !(1 << 6), ..Config::full() };
-    for mut machine in [Machine::legacy(config), Machine::new(config)] {
+    for mut machine in [HARDWARE.legacy(config), HARDWARE.machine(config)] {
         machine.assign(DISK, PLAIN);
         let refused = machine.vtd.tables.attach(DISK, None, Translation::Bypass(trust())).err();
         assert_eq!(refused, Some(Error::Unsupported { feature: "ECAP.PT" }));
@@ -567,7 +567,7 @@ impl Guest {
 
 #[test]
 fn a_guest_s_own_tables_reach_the_guest_s_memory_and_nothing_else() {
-    let mut machine = Machine::new(Config::full().with_nesting());
+    let mut machine = HARDWARE.machine(Config::full().with_nesting());
     let (guest, page) = Guest::new(&mut machine, 0x1234);
     machine.assign(DISK, ALL);
     let attachment = machine.attach_by(DISK, pasid(5), guest.translation());
@@ -592,7 +592,7 @@ fn a_guest_s_own_tables_reach_the_guest_s_memory_and_nothing_else() {
 
 #[test]
 fn a_nested_attachment_is_over_when_its_invalidations_complete_and_not_before() {
-    let mut machine = Machine::new(Config::full().with_nesting());
+    let mut machine = HARDWARE.machine(Config::full().with_nesting());
     let (guest, _) = Guest::new(&mut machine, 1);
     machine.assign(DISK, ALL);
     let attachment = machine.attach_by(DISK, None, guest.translation());
@@ -615,7 +615,7 @@ fn a_nested_attachment_is_over_when_its_invalidations_complete_and_not_before() 
 
 #[test]
 fn a_first_stage_that_the_unit_cannot_walk_for_a_guest_is_refused_by_name() {
-    let mut machine = Machine::new(Config::full().with_nesting());
+    let mut machine = HARDWARE.machine(Config::full().with_nesting());
     machine.assign(DISK, ALL);
     let second = root(0x1000, 4);
     for (first, name) in [
@@ -626,7 +626,7 @@ fn a_first_stage_that_the_unit_cannot_walk_for_a_guest_is_refused_by_name() {
         let Some(Error::Unsupported { feature }) = refused else { panic!("{name}: {refused:?}") };
         assert!(feature.contains(name), "{feature}");
     }
-    let mut machine = Machine::new(Config::full());
+    let mut machine = HARDWARE.machine(Config::full());
     machine.assign(DISK, ALL);
     let first = FirstStage::Pages { root: Gpa(0x1000), levels: 4 };
     let refused = machine.vtd.tables.attach(DISK, None, Translation::Nested { first, second }).err();
@@ -641,7 +641,7 @@ fn entries_hold_the_words_of_the_manual_and_no_bit_that_the_unit_lacks() {
     for (config, snoop) in
         [(nested, 0x0180_0000), (without(48), 0x0100_0000), (without(7), 0x0080_0000), (Config::qemu(), 0)]
     {
-        let mut machine = Machine::new(config);
+        let mut machine = HARDWARE.machine(config);
         machine.assign(DISK, PLAIN);
         let attachment = machine.attach_by(DISK, None, Translation::Bypass(trust()));
         // 1 | AW 2<<2 | PGTT 4<<6.
@@ -662,7 +662,7 @@ fn entries_hold_the_words_of_the_manual_and_no_bit_that_the_unit_lacks() {
     }
 
     // Legacy: TT 1<<2 with a device TLB, TT 2<<2 for pass-through; AW is 2 at bit 0 of the second word, DID at bit 8.
-    let mut machine = Machine::legacy(Config::full());
+    let mut machine = HARDWARE.legacy(Config::full());
     machine.assign(DISK, ATS);
     machine.assign(NIC, PLAIN);
     let [disk, nic] = [
@@ -678,7 +678,7 @@ fn entries_hold_the_words_of_the_manual_and_no_bit_that_the_unit_lacks() {
 #[test]
 fn a_blocked_device_that_goes_on_floods_nobody_once_it_is_silenced() {
     for config in [Config::full(), Config::full().with_caching_mode()] {
-        for mut machine in [Machine::legacy(config), Machine::new(config)] {
+        for mut machine in [HARDWARE.legacy(config), HARDWARE.machine(config)] {
             let tree = machine.tree(VtdSecondStage::<4>);
             machine.map(&tree, HERE, 1);
             machine.assign(DISK, PLAIN);
@@ -710,7 +710,7 @@ fn a_blocked_device_that_goes_on_floods_nobody_once_it_is_silenced() {
             machine.assert_lawful();
         }
     }
-    let mut machine = Machine::new(Config::full());
+    let mut machine = HARDWARE.machine(Config::full());
     let unknown = Some(Error::UnknownStream { stream: DISK });
     assert_eq!(machine.vtd.tables.silence(DISK).err(), unknown);
 }
@@ -762,7 +762,7 @@ const WBF: u32 = 1 << 27;
 fn what_is_attached_is_seen_although_a_write_buffer_is_in_the_way() {
     for legacy in [false, true] {
         let config = Config::full().with_write_buffer();
-        let mut machine = if legacy { Machine::legacy(config) } else { Machine::new(config) };
+        let mut machine = if legacy { HARDWARE.legacy(config) } else { HARDWARE.machine(config) };
         let tree = machine.tree(VtdSecondStage::<4>);
         machine.map(&tree, HERE, 1);
         machine.unit.plug(DISK);
@@ -782,16 +782,16 @@ fn what_is_attached_is_seen_although_a_write_buffer_is_in_the_way() {
 
 #[test]
 fn a_write_buffer_that_is_never_flushed_changes_nothing_but_the_time_it_takes() {
-    let (unit, memory) = unit(Config::full().with_write_buffer());
+    let (unit, memory) = HARDWARE.unit(Config::full().with_write_buffer());
     unit.never_acknowledge(WBF);
     let parts = needs(&memory);
-    let error = Machine::enable(unit, memory, unit, parts).err();
+    let error = HARDWARE.enable(unit, memory, unit, parts).err();
     assert!(matches!(error, Some(Error::Timeout { register: "GSTS.WBFS", .. })), "{error:?}");
     assert_eq!(unit.read32(0x1C) & 1 << 31, 0, "translation stays off");
 
     for legacy in [false, true] {
         let config = Config::full().with_write_buffer();
-        let mut machine = if legacy { Machine::legacy(config) } else { Machine::new(config) };
+        let mut machine = if legacy { HARDWARE.legacy(config) } else { HARDWARE.machine(config) };
         machine.assign(NIC, PLAIN);
         let free = machine.vtd.tables.frames_free();
         machine.unit.never_acknowledge(WBF);
@@ -827,7 +827,7 @@ fn a_unit_that_looks_into_the_caches_pays_for_no_flush_of_its_tables() {
         (without(1 << 48), false, true),
         (without(1 << 48), true, false),
     ] {
-        let mut machine = if legacy { Machine::legacy(config) } else { Machine::new(config) };
+        let mut machine = if legacy { HARDWARE.legacy(config) } else { HARDWARE.machine(config) };
         let page = machine.page(1);
         machine.unit.plug(DISK);
         let before = machine.unit.flushes();

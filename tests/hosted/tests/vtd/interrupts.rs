@@ -1,7 +1,7 @@
 //! Interrupt remapping of the VT-d driver against the modelled unit: who interrupts whom, and when that is really over.
-#![expect(clippy::expect_used, reason = "a test that is surprised has failed")]
 
-use hosted::{Machine, Moment, Random, Tapped, needs, unit};
+use crate::HARDWARE;
+use hosted::{Machine, Moment, Random, Tapped, needs};
 use iommu::{Bus, Error, Event, FaultReason, Invalidation, Message, PhysAddr, StreamId};
 use models::{
     golden,
@@ -75,7 +75,7 @@ fn faults(machine: &mut Machine) -> Vec<(StreamId, u16, u64)> {
 
 #[test]
 fn a_device_interrupts_by_its_own_entry_and_by_no_other() {
-    let mut machine = Machine::new(Config::full());
+    let mut machine = HARDWARE.machine(Config::full());
     let disk = allocate(&mut machine, DISK, 0);
     let nic = allocate(&mut machine, NIC, 0);
     let (of_disk, of_nic) = (message(&mut machine, &disk, 0), message(&mut machine, &nic, 0));
@@ -103,7 +103,7 @@ fn a_device_interrupts_by_its_own_entry_and_by_no_other() {
 #[test]
 fn the_compatibility_format_reaches_nobody() {
     for config in [Config::qemu(), Config { ecap: Config::qemu().ecap & !(1 << 4), ..Config::qemu() }] {
-        let mut machine = Machine::new(config);
+        let mut machine = HARDWARE.machine(config);
 
         let plain = Message { address: 0xFEE0_0000, data: 0x41 };
         assert_eq!(machine.unit.interrupt(DISK, plain), refused(0x25));
@@ -117,7 +117,7 @@ fn the_compatibility_format_reaches_nobody() {
 
 #[test]
 fn a_function_with_several_messages_adds_their_number_to_one_block() {
-    let mut machine = Machine::new(Config::full());
+    let mut machine = HARDWARE.machine(Config::full());
     let _before = allocate(&mut machine, NIC, 0);
     let block = allocate(&mut machine, DISK, 3);
     assert_eq!((block.first(), block.count()), (8, 8), "a multiple of its size");
@@ -143,7 +143,7 @@ fn a_function_with_several_messages_adds_their_number_to_one_block() {
 
 #[test]
 fn a_change_takes_effect_when_its_invalidation_completes_and_not_before() {
-    let mut machine = Machine::new(Config::full());
+    let mut machine = HARDWARE.machine(Config::full());
     let handle = allocate(&mut machine, DISK, 0);
     set(&mut machine, &handle, 0, fixed(1, 0x41));
     let sent = message(&mut machine, &handle, 0);
@@ -173,7 +173,7 @@ fn a_change_takes_effect_when_its_invalidation_completes_and_not_before() {
 
 #[test]
 fn a_block_is_not_given_again_before_hardware_has_let_go_of_it() {
-    let mut machine = Machine::new(Config::full());
+    let mut machine = HARDWARE.machine(Config::full());
     let handle = allocate(&mut machine, DISK, 2);
     let first = handle.first();
     set(&mut machine, &handle, 1, fixed(1, 0x41));
@@ -197,7 +197,7 @@ fn a_block_is_not_given_again_before_hardware_has_let_go_of_it() {
 
 #[test]
 fn what_left_without_its_invalidation_is_never_given_again() {
-    let mut machine = Machine::new(Config::full());
+    let mut machine = HARDWARE.machine(Config::full());
     for _ in 0..64 {
         let handle = allocate(&mut machine, DISK, 2);
         // The token is lost, as it is where the unit gave no answer.
@@ -221,7 +221,7 @@ fn after_every_store_an_entry_is_absent_or_whole() {
     let whole =
         |stream: StreamId, id: u64, vector: u64| [1 | vector << 16 | id << 32, u64::from(stream.0) | 1 << 18];
     let allowed = [whole(DISK, 1, 0x41), whole(DISK, 2, 0x52), whole(NIC, 3, 0x63)];
-    let (unit, memory) = unit(Config::full());
+    let (unit, memory) = HARDWARE.unit(Config::full());
     let seen = Arc::<Mutex<Vec<[u64; 2]>>>::default();
     let (kept, looked) = (Arc::clone(&seen), memory.clone());
     let bus = Tapped::new(unit, move |unit, moment| {
@@ -230,7 +230,7 @@ fn after_every_store_an_entry_is_absent_or_whole() {
         }
     });
     let parts = needs(&memory);
-    let mut machine = Machine::enable(unit, memory, bus, parts).expect("it comes into service");
+    let mut machine = HARDWARE.enable(unit, memory, bus, parts).expect("it comes into service");
 
     let handle = allocate(&mut machine, DISK, 0);
     set(&mut machine, &handle, 0, fixed(1, 0x41));
@@ -254,7 +254,7 @@ fn after_every_store_an_entry_is_absent_or_whole() {
 /// A unit need not remember entries: one that reads the table for each interrupt sees every store. QEMU's is one.
 #[test]
 fn an_interrupt_that_moves_is_present_after_every_store() {
-    let (unit, memory) = unit(Config::full());
+    let (unit, memory) = HARDWARE.unit(Config::full());
     let seen = Arc::<Mutex<Vec<[u64; 2]>>>::default();
     let (kept, looked) = (Arc::clone(&seen), memory.clone());
     let bus = Tapped::new(unit, move |unit, moment| {
@@ -263,7 +263,7 @@ fn an_interrupt_that_moves_is_present_after_every_store() {
         }
     });
     let parts = needs(&memory);
-    let mut machine = Machine::enable(unit, memory, bus, parts).expect("it comes into service");
+    let mut machine = HARDWARE.enable(unit, memory, bus, parts).expect("it comes into service");
     let handle = allocate(&mut machine, DISK, 0);
     set(&mut machine, &handle, 0, fixed(0, 0x50));
     seen.lock().expect("no test panics here").clear();
@@ -283,7 +283,7 @@ fn an_interrupt_that_moves_is_present_after_every_store() {
 #[test]
 fn a_unit_that_remembers_absence_is_told_of_what_becomes_present_and_no_other_is() {
     for (config, told) in [(Config::full().with_caching_mode(), 1), (Config::full(), 0)] {
-        let mut machine = Machine::new(config);
+        let mut machine = HARDWARE.machine(config);
         let handle = allocate(&mut machine, DISK, 0);
         let sent = message(&mut machine, &handle, 0);
         assert_eq!(machine.unit.interrupt(DISK, sent), refused(0x22));
@@ -299,7 +299,7 @@ fn a_unit_that_remembers_absence_is_told_of_what_becomes_present_and_no_other_is
 
 #[test]
 fn the_last_of_the_table_can_be_taken_and_one_more_is_refused() {
-    let mut machine = Machine::new(Config::full());
+    let mut machine = HARDWARE.machine(Config::full());
     let blocks: Vec<_> = (0..8).map(|_| allocate(&mut machine, DISK, 5)).collect();
     assert_eq!(blocks.iter().map(Handle::first).collect::<Vec<_>>(), [0, 32, 64, 96, 128, 160, 192, 224]);
     for log2 in [0, 5, 8] {
@@ -325,7 +325,7 @@ fn the_last_of_the_table_can_be_taken_and_one_more_is_refused() {
 fn destinations_are_as_wide_as_the_unit_s_mode() {
     let without = Config { ecap: Config::full().ecap & !(1 << 4), ..Config::full() };
     for (config, extended) in [(Config::full(), true), (without, false)] {
-        let mut machine = Machine::new(config);
+        let mut machine = HARDWARE.machine(config);
         assert_eq!(remapping(&mut machine).is_x2apic(), extended);
         let handle = allocate(&mut machine, DISK, 0);
         let sent = message(&mut machine, &handle, 0);
@@ -362,7 +362,7 @@ fn a_bridge_sends_for_its_buses_and_a_device_for_its_phantom_functions() {
         (Source::Phantoms { function: StreamId(0x11), bits: 3 }, &[0x10, 0x17], &[0x0F, 0x18]),
         (Source::Function(StreamId(0x11)), &[0x11], &[0x10, 0x15, 0x111]),
     ] {
-        let mut machine = Machine::new(Config::full());
+        let mut machine = HARDWARE.machine(Config::full());
         let handle = remapping(&mut machine).allocate(source, 0).expect("there is room");
         set(&mut machine, &handle, 0, fixed(1, 0x41));
         let sent = message(&mut machine, &handle, 0);
@@ -383,7 +383,7 @@ fn a_bridge_sends_for_its_buses_and_a_device_for_its_phantom_functions() {
 
 #[test]
 fn a_source_that_does_not_exist_takes_nothing() {
-    let mut machine = Machine::new(Config::full());
+    let mut machine = HARDWARE.machine(Config::full());
 
     for source in [
         Source::Function(StreamId(0x1_0000)),
@@ -399,7 +399,7 @@ fn a_source_that_does_not_exist_takes_nothing() {
 #[test]
 fn a_pin_of_an_io_apic_has_the_vector_and_trigger_of_its_entry() {
     const IO_APIC: StreamId = StreamId(0xFF00);
-    let mut machine = Machine::new(Config::full());
+    let mut machine = HARDWARE.machine(Config::full());
     let handle = allocate(&mut machine, IO_APIC, 1);
     let open = Pin { active_low: true, masked: false };
     assert!(remapping(&mut machine).redirection(&handle, 1, open).is_err(), "nothing was set");
@@ -427,7 +427,9 @@ fn a_block_is_forgotten_by_one_command_as_far_as_the_unit_s_masks_reach() {
         (0, 0, [0x1_0000_0014, 0, 0, 0]),
     ] {
         let config = Config { ecap: Config::full().ecap & !(0xF << 20) | limit << 20, ..Config::full() };
-        let mut machine = Machine::new(config);
+        let mut machine = HARDWARE.machine(config);
+        // Counts what was executed.
+        machine.unit.resume();
         let _before = allocate(&mut machine, NIC, 0);
         let block = allocate(&mut machine, DISK, log2);
         let last = block.count() as u16 - 1;
@@ -446,11 +448,11 @@ fn a_block_is_forgotten_by_one_command_as_far_as_the_unit_s_masks_reach() {
 
 #[test]
 fn a_handle_of_a_larger_table_reaches_nothing_in_a_smaller_one() {
-    let (large, memory) = unit(Config::full());
+    let (large, memory) = HARDWARE.unit(Config::full());
     let interrupts = memory.take(2048, 2048);
     let parts = vtd::Memory { interrupts, ..needs(&memory) };
-    let mut large = Machine::enable(large, memory, large, parts).expect("it comes into service");
-    let mut small = Machine::new(Config::full());
+    let mut large = HARDWARE.enable(large, memory, large, parts).expect("it comes into service");
+    let mut small = HARDWARE.machine(Config::full());
     let _below = allocate(&mut large, DISK, 8);
     let foreign = allocate(&mut large, DISK, 8);
 
@@ -469,7 +471,7 @@ fn whatever_is_done_in_whatever_order_devices_reach_exactly_what_is_set() {
     for seed in 0..20 {
         let mut random = Random::new(seed);
         let mut below = |limit: u64| random.below(limit);
-        let mut machine = Machine::new(match seed % 2 {
+        let mut machine = HARDWARE.machine(match seed % 2 {
             0 => Config::full(),
             _ => Config::full().with_caching_mode(),
         });

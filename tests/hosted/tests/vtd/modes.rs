@@ -165,14 +165,14 @@ fn a_legacy_device_reaches_what_is_mapped_for_it_and_nothing_else() {
 #[test]
 fn leaves_that_force_snooping_are_for_units_that_say_so() {
     let read = |config| {
-        let mut machine = Machine::legacy(config);
+        let mut machine = HARDWARE.legacy(config);
         let tree = machine.tree(VtdSecondStage::<4, true>);
         machine.map(&tree, HERE, 0x1234);
         machine.assign(DISK, PLAIN);
         machine.attach_by(DISK, None, second(&tree));
         machine.read(DISK, None, HERE)
     };
-    let found = |config| Found::probe(unit(config).0).expect("it is there");
+    let found = |config| Found::probe(HARDWARE.unit(config).0).expect("it is there");
     let says_so = |config| found(config).capabilities().forced_snoop;
 
     assert_eq!((says_so(Config::full()), read(Config::full())), (true, Ok(0x1234)));

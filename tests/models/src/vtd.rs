@@ -79,6 +79,8 @@ pub struct Config {
     pub ends_queue_after_wait: bool,
     /// Whether fetching resumes only at the next write to IQT after IQE was cleared, as on QEMU, or at once.
     pub resumes_at_tail_write: bool,
+    /// Whether faults of a source that has one recorded already are not recorded, as on QEMU; the manual allows it.
+    pub compresses_faults: bool,
     /// When the unit executes what is in its queue.
     pub pace: Pace,
 }
@@ -102,6 +104,7 @@ impl Config {
             ends_queue_after_wait: false,
             reorders: false,
             resumes_at_tail_write: true,
+            compresses_faults: false,
             pace: Pace::AtOnce,
         }
     }

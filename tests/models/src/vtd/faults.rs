@@ -93,6 +93,13 @@ impl State {
             return;
         }
         let cap = self.config.cap;
+        let is_its = |record| {
+            let word = self.get(registers::fault_record(cap, record) + 8);
+            word & F != 0 && word as u16 == request.sid
+        };
+        if self.config.compresses_faults && (0..=registers::fault_records(cap)).any(is_its) {
+            return;
+        }
         let at = registers::fault_record(cap, self.next_fault);
         if self.get(at + 8) & F != 0 {
             return self.report(Group::Fault, PFO);

@@ -6,15 +6,5 @@ const HARDWARE: hosted::Hardware = hosted::Hardware::Prompt;
 /// The stream table of every machine here.
 const STREAM_TABLE: hosted::smmu::StreamTable = hosted::smmu::StreamTable::Linear;
 
-#[path = "smmu/bring_up.rs"]
-mod bring_up;
-#[path = "smmu/contexts.rs"]
-mod contexts;
-#[path = "smmu/events.rs"]
-mod events;
-#[path = "smmu/nested.rs"]
-mod nested;
-#[path = "smmu/replace.rs"]
-mod replace;
-#[path = "smmu/tables.rs"]
-mod tables;
+#[path = "smmu/suite.rs"]
+mod suite;

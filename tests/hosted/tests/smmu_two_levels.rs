@@ -7,11 +7,7 @@ const HARDWARE: hosted::Hardware = hosted::Hardware::Prompt;
 /// The stream table of every machine here.
 const STREAM_TABLE: hosted::smmu::StreamTable = hosted::smmu::StreamTable::TwoLevels;
 
-#[path = "smmu/bring_up.rs"]
-mod bring_up;
-#[path = "smmu/events.rs"]
-mod events;
 #[path = "smmu/levels.rs"]
 mod levels;
-#[path = "smmu/tables.rs"]
-mod tables;
+#[path = "smmu/suite.rs"]
+mod suite;

@@ -14,7 +14,7 @@
 //! | Manage teardown with devm (interrupt after teardown) | the broker is never torn down; a request after a departure is tested |
 //! | Fix a deadlock in intel_svm_drain_prq() | no locks |
 //! | Only handle IOPF for SVA when PRI is supported; PRS isn't usable if PDS isn't supported | bring-up: `vtd/bring_up.rs`, `pcie.rs` |
-//! | Clear PRQ overflow only when PRQ is empty | the driver's: `vtd_events.rs`; what the broker does then is tested here |
+//! | Clear PRQ overflow only when PRQ is empty | the driver's: `vtd/events.rs`; what the broker does then is tested here |
 //! | Reject unsupported page request modes; Report the right page fault address | decoding: `golden_vtd.rs` |
 //! | FAILURE encoded as 2 instead of 0xF | encoding: `golden_vtd.rs`, `golden_smmuv3.rs`; the broker never asks for it, tested |
 //! | SMMU stall with unknown SID gets no RESUME | the same path as a page request of nobody, tested here |

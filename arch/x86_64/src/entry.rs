@@ -9,7 +9,7 @@ use core::{
 };
 
 /// Bytes of a core's stack: what bring-up needs where values are moved by copies, as in builds without optimisation.
-const STACK_BYTES: usize = 256 * 1024;
+const STACK_BYTES: usize = 1024 * 1024;
 /// Bytes below each stack that are never mapped, so that an overflow faults instead of reaching its neighbour.
 pub(crate) const GUARD_BYTES: usize = 4096;
 

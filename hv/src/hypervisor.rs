@@ -264,16 +264,42 @@ pub struct Hypervisor {
     pub devices: Vec<Device, DEVICES>,
     /// Whose each device is: the guest plus one in 31:0, its name for the device in 63:32; 0 if it is nobody's.
     given: [AtomicU64; DEVICES],
-    /// Devices whose first stage a guest owns, by their place in `devices`: bit n set, device n.
-    bound: AtomicU64,
-    /// Devices that did not answer when they were to forget something, in the same way.
-    silent: AtomicU64,
+    /// Devices whose first stage a guest owns.
+    bound: DeviceSet,
+    /// Devices that did not answer when they were to forget something.
+    silent: DeviceSet,
     /// Those of them that are blocked, and are not asked again.
-    unasked: AtomicU64,
+    unasked: DeviceSet,
     /// In what condition the last owner left each device, as a [`Condition`].
     conditions: [AtomicU8; DEVICES],
     /// The guests' program.
     pub image: &'static [u8],
+}
+
+/// Some of the devices, by their places: bit n set, device n.
+struct DeviceSet(AtomicU64);
+
+impl DeviceSet {
+    const fn new() -> Self {
+        Self(AtomicU64::new(0))
+    }
+
+    /// Puts a device in, or takes it out.
+    fn set(&self, number: usize, is_in: bool) {
+        if is_in {
+            self.0.fetch_or(1 << number, Relaxed);
+        } else {
+            self.0.fetch_and(!(1 << number), Relaxed);
+        }
+    }
+
+    fn has(&self, number: usize) -> bool {
+        self.0.load(Relaxed) & 1 << number != 0
+    }
+
+    fn is_empty(&self) -> bool {
+        self.0.load(Relaxed) == 0
+    }
 }
 
 /// In what condition a device is that no guest owns.
@@ -369,9 +395,9 @@ impl Hypervisor {
             control_wakes_us: AtomicU64::new(u64::MAX),
             devices,
             given: [const { AtomicU64::new(0) }; DEVICES],
-            bound: AtomicU64::new(0),
-            silent: AtomicU64::new(0),
-            unasked: AtomicU64::new(0),
+            bound: DeviceSet::new(),
+            silent: DeviceSet::new(),
+            unasked: DeviceSet::new(),
             conditions: [const { AtomicU8::new(Condition::Clean as u8) }; DEVICES],
             image,
         })
@@ -397,45 +423,45 @@ impl Hypervisor {
             of_it.store(condition as u8, Relaxed);
         }
         if condition == Condition::Clean {
-            self.silent.fetch_and(!(1 << number), Relaxed);
-            self.unasked.fetch_and(!(1 << number), Relaxed);
+            self.silent.set(number, false);
+            self.unasked.set(number, false);
         }
     }
 
     /// Notes that a guest owns the first stage of a device, or does no longer.
     pub fn note_bound(&self, stream: StreamId, bound: bool) {
-        let Some(number) = self.place_of(stream) else { return };
-        if bound {
-            self.bound.fetch_or(1 << number, Relaxed);
-        } else {
-            self.bound.fetch_and(!(1 << number), Relaxed);
+        if let Some(number) = self.place_of(stream) {
+            self.bound.set(number, bound);
         }
     }
 
     /// Returns whether a guest owns the first stage of a device.
     pub fn is_bound(&self, stream: StreamId) -> bool {
-        let bound = self.bound.load(Relaxed);
-        bound != 0 && self.place_of(stream).is_some_and(|number| bound & 1 << number != 0)
+        self.is_in(&self.bound, stream)
     }
 
     /// Notes that a device did not answer when it was to forget something.
     pub fn note_silent(&self, stream: StreamId) {
         if let Some(number) = self.place_of(stream) {
-            self.silent.fetch_or(1 << number, Relaxed);
+            self.silent.set(number, true);
         }
     }
 
     /// Notes that a device is blocked: if it did not answer before, it is not asked again until it was reset.
     pub fn note_blocked(&self, stream: StreamId) {
-        if let Some(number) = self.place_of(stream) {
-            self.unasked.fetch_or(self.silent.load(Relaxed) & 1 << number, Relaxed);
+        if let Some(number) = self.place_of(stream).filter(|&number| self.silent.has(number)) {
+            self.unasked.set(number, true);
         }
     }
 
     /// Returns whether a device is blocked that did not answer.
     pub fn is_unasked(&self, stream: StreamId) -> bool {
-        let unasked = self.unasked.load(Relaxed);
-        unasked != 0 && self.place_of(stream).is_some_and(|number| unasked & 1 << number != 0)
+        self.is_in(&self.unasked, stream)
+    }
+
+    /// Returns whether `set` has a device, which is looked for only if it has any.
+    fn is_in(&self, set: &DeviceSet, stream: StreamId) -> bool {
+        !set.is_empty() && self.place_of(stream).is_some_and(|number| set.has(number))
     }
 
     /// Returns the place of a device in `devices`. Looks at all of them.

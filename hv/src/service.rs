@@ -291,7 +291,8 @@ impl Service {
             }
         }
         if self.hv.is_bound(fault.stream) && self.events.refused_by(&fault) == Stages::Second {
-            // Behind the guest's own tables: what they lead to is the hypervisor's, and is not told.
+            // Behind the guest's own tables: what they lead to is the hypervisor's, and is not told. Where it may have been
+            // either stage, it was a permission, and the second gives all of them or none: it was the guest's.
             self.hv.second_stage.with(|(count, last)| {
                 *count += 1;
                 *last = Some(fault);

@@ -2,7 +2,7 @@
 
 use crate::{
     Answer, AttachmentId, Cookie, DeviceId, Latencies, Limits, Missed, Policy, Refusal, Restraint, Tally,
-    attachments::Attachments,
+    attachments::{Attachments, Target},
     counters::count,
     devices::Devices,
     directory::Id,
@@ -253,6 +253,18 @@ impl<const Q: usize, const S: usize, const D: usize, const A: usize> Ledger<Q, S
         }
     }
 
+    /// Returns the device that hardware names `stream`, if one was added.
+    pub fn device_of(&self, stream: StreamId) -> Option<DeviceId> {
+        self.devices.id_of(stream)
+    }
+
+    /// Counts an unrecoverable fault of a device, or that some were lost behind one; returns what the device is held to, if that
+    /// was one too many. The interrupt handler calls it.
+    #[inline]
+    pub fn faulted(&self, device: DeviceId, now_us: u64) -> Option<Restraint> {
+        self.devices.of(device)?.faulted(now_us)
+    }
+
     /// Returns what happened to the requests of a device; `None` if it was removed.
     pub fn tally(&self, device: DeviceId) -> Option<Tally> {
         self.devices.tally(device)
@@ -320,11 +332,27 @@ impl<const Q: usize, const S: usize, const D: usize, const A: usize> Ledger<Q, S
     /// Returns the queue, the owner's name for the device and the opaque value of the attachment that a fault belongs to.
     /// One that is leaving, and is not forgotten yet, is still told what happened before.
     pub fn owner_of(&self, stream: StreamId, pasid: Option<Pasid>) -> Option<(usize, u32, u64)> {
+        let target = self.target_of(stream, pasid)?;
+        Some((target.queue.index(), target.name, target.opaque))
+    }
+
+    /// Returns the same, and the device.
+    pub fn owner_and_device_of(
+        &self,
+        stream: StreamId,
+        pasid: Option<Pasid>,
+    ) -> Option<((usize, u32, u64), DeviceId)> {
+        let target = self.target_of(stream, pasid)?;
+        Some(((target.queue.index(), target.name, target.opaque), target.device))
+    }
+
+    #[inline]
+    fn target_of(&self, stream: StreamId, pasid: Option<Pasid>) -> Option<Target> {
         let attachments = &self.attachments;
         let live = attachments.find(stream, pasid).map(|(_, target)| target);
         let target = live.or_else(|| attachments.find_leaving(stream, pasid))?;
         self.queue(target.queue)?;
-        Some((target.queue.index(), target.name, target.opaque))
+        Some(target)
     }
 
     // Groups.

@@ -6,6 +6,9 @@
 //! prints is bounded by [`LOG_LINES`]. What is left makes it interrupt itself, since the unit will not interrupt for it
 //! again.
 //!
+//! A device that has more faults than it may is warned of, and then blocked and silenced by a home core (`control.rs`), so that
+//! faults do not come for ever either.
+//!
 //! A group whose guest is silent is therefore answered at its deadline, plus interrupt latency, plus the passes before.
 
 use crate::hypervisor::{self, Broker, GUESTS, Hypervisor, Notice, Notices, SERVICE_CORE, home_of};
@@ -14,10 +17,10 @@ use arch::{
     interrupts::{self, Source},
     unit,
 };
-use broker::{Expiry, Verdict};
+use broker::{DeviceId, Expiry, Restraint, Verdict};
 use core::sync::atomic::Ordering::{AcqRel, Relaxed};
 use heapless::Deque;
-use iommu::{Commands as _, Event, Events as _, FailureCause, FaultRecord, PageRequest, Stages};
+use iommu::{Commands as _, Event, Events as _, FailureCause, FaultRecord, PageRequest, Stages, StreamId};
 
 /// Page requests that one pass takes, at most: as many as the unit's queue may hold.
 const PASS: usize = 128;
@@ -54,6 +57,8 @@ struct Service {
     timer_us: u64,
     /// Another pass is due, for everything.
     behind: bool,
+    /// Whose the last fault was, unless a loss was told since.
+    faulted: Option<StreamId>,
 }
 
 /// Why the unit is not served.
@@ -88,6 +93,7 @@ pub fn start(hv: &'static Hypervisor, mut events: unit::Events) -> Result<(), Fa
             kicks: [false; GUESTS],
             timer_us: u64::MAX,
             behind: true,
+            faulted: None,
         })
     });
     // The first pass takes what was reported before anybody listened.
@@ -220,6 +226,11 @@ impl Service {
                     defmt::warn!("an unknown number of faults was lost");
                 }
                 self.lose_faults();
+                // There was no room because of those that were there. Who caused the last of them answers for one more, so that
+                // nobody answers for more of others' than of its own.
+                if let Some(stream) = self.faulted.take() {
+                    self.count_fault(stream, None);
+                }
             }
             Event::Malformed { words: [low, high], group } => {
                 defmt::warn!("the unit reports {=u64:#x} {=u64:#x}, which is nothing known", low, high);
@@ -290,6 +301,9 @@ impl Service {
                 None => defmt::info!("fault: {}", fault),
             }
         }
+        let attached = self.hv.ledger.owner_and_device_of(fault.stream, fault.pasid);
+        self.faulted = Some(fault.stream);
+        self.count_fault(fault.stream, attached.map(|(_, device)| device));
         if self.hv.is_bound(fault.stream) && self.events.refused_by(&fault) == Stages::Second {
             // Behind the guest's own tables: what they lead to is the hypervisor's, and is not told. Where it may have been
             // either stage, it was a permission, and the second gives all of them or none: it was the guest's.
@@ -299,7 +313,7 @@ impl Service {
             });
             return;
         }
-        let attached = self.hv.ledger.owner_of(fault.stream, fault.pasid);
+        let attached = attached.map(|(owner, _)| owner);
         let owner = attached.or_else(|| self.hv.owner_of(fault.stream).map(|(guest, name)| (guest, name, 0)));
         let notices = owner.and_then(|(index, ..)| self.notices.get_mut(index));
         let (Some((index, device, opaque)), Some(notices)) = (owner, notices) else {
@@ -311,6 +325,26 @@ impl Service {
         };
         notices.send(Notice { fault, device, opaque });
         self.kick(index);
+    }
+
+    /// Counts a fault of a device, or a loss behind it, against what it may have.
+    fn count_fault(&mut self, stream: StreamId, device: Option<DeviceId>) {
+        let restraint = match device.or_else(|| self.hv.ledger.device_of(stream)) {
+            Some(device) => self.hv.ledger.faulted(device, self.now_us),
+            None => self.hv.stray_fault(stream, self.now_us),
+        };
+        if let Some(restraint) = restraint {
+            self.too_many_faults(stream, restraint);
+        }
+    }
+
+    /// Has a home core deal with a device that has more faults than it may.
+    #[cold]
+    fn too_many_faults(&mut self, stream: StreamId, restraint: Restraint) {
+        defmt::warn!("{} has too many faults, and is {} from now on", stream, restraint);
+        if let Some(home) = self.hv.note_flooding(stream) {
+            self.kick(home);
+        }
     }
 
     /// Tells every guest that owns a device: what the unit lost may have been about that.

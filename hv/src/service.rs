@@ -17,7 +17,7 @@ use arch::{
     interrupts::{self, Source},
     unit,
 };
-use broker::{DeviceId, Expiry, Restraint, Verdict};
+use broker::{Expiry, Faulted, Restraint, Verdict};
 use core::sync::atomic::Ordering::{AcqRel, Relaxed};
 use heapless::Deque;
 use iommu::{Commands as _, Event, Events as _, FailureCause, FaultRecord, PageRequest, Stages, StreamId};
@@ -57,8 +57,6 @@ struct Service {
     timer_us: u64,
     /// Another pass is due, for everything.
     behind: bool,
-    /// Whose the last fault was, unless a loss was told since.
-    faulted: Option<StreamId>,
 }
 
 /// Why the unit is not served.
@@ -93,7 +91,6 @@ pub fn start(hv: &'static Hypervisor, mut events: unit::Events) -> Result<(), Fa
             kicks: [false; GUESTS],
             timer_us: u64::MAX,
             behind: true,
-            faulted: None,
         })
     });
     // The first pass takes what was reported before anybody listened.
@@ -199,11 +196,17 @@ impl Service {
     /// Takes up to [`FAULTS`] faults; returns whether there are no more.
     fn take_faults(&mut self, broker: &mut Broker) -> bool {
         self.now_us = cpu::now_us();
+        let mut last = None;
         for _ in 0..FAULTS {
-            match self.events.next_fault() {
-                Some(event) => self.take(broker, event),
-                None => return true,
+            let Some(event) = self.events.next_fault() else { return true };
+            match &event {
+                Event::Fault(fault) => last = Some(fault.stream),
+                // There was no room because of those that were there. Whose the last of them was answers for one more, so that
+                // nobody answers for more of others' than of its own.
+                Event::FaultsLost => last.take().into_iter().for_each(|stream| self.count_fault(stream)),
+                _ => {}
             }
+            self.take(broker, event);
         }
         false
     }
@@ -226,11 +229,6 @@ impl Service {
                     defmt::warn!("an unknown number of faults was lost");
                 }
                 self.lose_faults();
-                // There was no room because of those that were there. Who caused the last of them answers for one more, so that
-                // nobody answers for more of others' than of its own.
-                if let Some(stream) = self.faulted.take() {
-                    self.count_fault(stream, None);
-                }
             }
             Event::Malformed { words: [low, high], group } => {
                 defmt::warn!("the unit reports {=u64:#x} {=u64:#x}, which is nothing known", low, high);
@@ -301,19 +299,16 @@ impl Service {
                 None => defmt::info!("fault: {}", fault),
             }
         }
-        let attached = self.hv.ledger.owner_and_device_of(fault.stream, fault.pasid);
-        self.faulted = Some(fault.stream);
-        self.count_fault(fault.stream, attached.map(|(_, device)| device));
-        if self.hv.is_bound(fault.stream) && self.events.refused_by(&fault) == Stages::Second {
-            // Behind the guest's own tables: what they lead to is the hypervisor's, and is not told. Where it may have been
-            // either stage, it was a permission, and the second gives all of them or none: it was the guest's.
-            self.hv.second_stage.with(|(count, last)| {
-                *count += 1;
-                *last = Some(fault);
-            });
+        let attached = self.hv.ledger.faulted(fault.stream, fault.pasid, self.now_us);
+        match attached {
+            Some(Faulted { restraint: None, .. }) => {}
+            Some(Faulted { restraint: Some(restraint), .. }) => self.too_many_faults(fault.stream, restraint),
+            None => self.count_fault(fault.stream),
+        }
+        if self.hv.is_bound(fault.stream) && self.is_behind_guest(&fault) {
             return;
         }
-        let attached = attached.map(|(owner, _)| owner);
+        let attached = attached.map(|attached| attached.owner);
         let owner = attached.or_else(|| self.hv.owner_of(fault.stream).map(|(guest, name)| (guest, name, 0)));
         let notices = owner.and_then(|(index, ..)| self.notices.get_mut(index));
         let (Some((index, device, opaque)), Some(notices)) = (owner, notices) else {
@@ -327,13 +322,26 @@ impl Service {
         self.kick(index);
     }
 
-    /// Counts a fault of a device, or a loss behind it, against what it may have.
-    fn count_fault(&mut self, stream: StreamId, device: Option<DeviceId>) {
-        let restraint = match device.or_else(|| self.hv.ledger.device_of(stream)) {
-            Some(device) => self.hv.ledger.faulted(device, self.now_us),
-            None => self.hv.stray_fault(stream, self.now_us),
-        };
-        if let Some(restraint) = restraint {
+    /// Returns whether a fault was behind a guest's own tables: what they lead to is the hypervisor's, and is not told.
+    ///
+    /// Where it may have been either stage, it was a permission, and the second gives all of them or none: it was the guest's.
+    #[inline(never)]
+    fn is_behind_guest(&mut self, fault: &FaultRecord) -> bool {
+        let is_behind = self.events.refused_by(fault) == Stages::Second;
+        if is_behind {
+            self.hv.second_stage.with(|(count, last)| {
+                *count += 1;
+                *last = Some(*fault);
+            });
+        }
+        is_behind
+    }
+
+    /// Counts a fault of a device that belongs to no attachment, or that some were lost behind one of the device's.
+    #[inline(never)]
+    fn count_fault(&mut self, stream: StreamId) {
+        let counted = self.hv.ledger.device_faulted(stream, self.now_us);
+        if let Some(restraint) = counted.unwrap_or_else(|_| self.hv.stray_fault(stream, self.now_us)) {
             self.too_many_faults(stream, restraint);
         }
     }

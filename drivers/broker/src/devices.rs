@@ -452,12 +452,7 @@ impl<const D: usize> Devices<D> {
 
     /// Returns the live device that hardware names `stream`.
     pub fn find(&self, stream: StreamId) -> Option<&Device> {
-        self.at(self.id_of(stream)?.0.place)
-    }
-
-    /// Returns the name of the live device that hardware names `stream`.
-    pub fn id_of(&self, stream: StreamId) -> Option<DeviceId> {
-        self.directory.find(stream.0.into()).map(DeviceId)
+        self.at(self.directory.find(stream.0.into())?.place)
     }
 
     pub fn tally(&self, id: DeviceId) -> Option<Tally> {

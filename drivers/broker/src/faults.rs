@@ -41,6 +41,12 @@ pub struct FaultCount {
     next: AtomicU64,
 }
 
+/// Whether `count` faults, which is at least one, have not come to `limit`; 0 is none.
+fn is_below(count: u64, limit: u64) -> bool {
+    // One less each: no limit is more than any count, and one that was just made is zero, as all of the ledger.
+    count.wrapping_sub(1) < limit.wrapping_sub(1)
+}
+
 impl Default for FaultCount {
     fn default() -> Self {
         Self::new()
@@ -89,19 +95,14 @@ impl FaultCount {
         }
         let count = if is_over { 1 } else { self.count.load(Relaxed).wrapping_add(1) };
         self.count.store(count, Relaxed);
-        // One less, so that 0 is more than any count.
-        if count.wrapping_sub(1) < self.next.load(Relaxed).wrapping_sub(1) {
-            None
-        } else {
-            Some(self.escalate(count))
-        }
+        if is_below(count, self.next.load(Relaxed)) { None } else { Some(self.escalate(count)) }
     }
 
     #[cold]
     #[inline(never)]
     fn escalate(&self, count: u64) -> Restraint {
         let (_, block) = self.limits();
-        if block == 0 || count < block {
+        if is_below(count, block) {
             self.next.store(block, Relaxed);
             return Restraint::Warned;
         }

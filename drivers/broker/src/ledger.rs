@@ -88,6 +88,16 @@ pub enum Settled<'l, const S: usize> {
     Held,
 }
 
+/// Whose a fault is, and what it comes to.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
+pub struct Faulted {
+    /// As [`Ledger::owner_of`] has it.
+    pub owner: (usize, u32, u64),
+    /// What the device is held to from now on, if the fault was one too many.
+    pub restraint: Option<Restraint>,
+}
+
 /// `Q` queues of `S` slots each, the devices in `D` places, their attachments in `A` places.
 ///
 /// It is zero when it is made, so a static one costs no image, and every method takes `&self`: any core may call it, but for
@@ -253,16 +263,10 @@ impl<const Q: usize, const S: usize, const D: usize, const A: usize> Ledger<Q, S
         }
     }
 
-    /// Returns the device that hardware names `stream`, if one was added.
-    pub fn device_of(&self, stream: StreamId) -> Option<DeviceId> {
-        self.devices.id_of(stream)
-    }
-
-    /// Counts an unrecoverable fault of a device, or that some were lost behind one; returns what the device is held to, if that
-    /// was one too many. The interrupt handler calls it.
-    #[inline]
-    pub fn faulted(&self, device: DeviceId, now_us: u64) -> Option<Restraint> {
-        self.devices.of(device)?.faulted(now_us)
+    /// Counts an unrecoverable fault of a device as a whole, or that some were lost behind one of its; returns what the device is
+    /// held to, if that was one too many. Only the interrupt handler calls it.
+    pub fn device_faulted(&self, stream: StreamId, now_us: u64) -> Result<Option<Restraint>, Error> {
+        Ok(self.devices.find(stream).ok_or(Error::Gone)?.faulted(now_us))
     }
 
     /// Returns what happened to the requests of a device; `None` if it was removed.
@@ -336,14 +340,13 @@ impl<const Q: usize, const S: usize, const D: usize, const A: usize> Ledger<Q, S
         Some((target.queue.index(), target.name, target.opaque))
     }
 
-    /// Returns the same, and the device.
-    pub fn owner_and_device_of(
-        &self,
-        stream: StreamId,
-        pasid: Option<Pasid>,
-    ) -> Option<((usize, u32, u64), DeviceId)> {
+    /// Counts an unrecoverable fault of an attachment, and returns whose it is; `None`, and nothing is counted, if it is of none.
+    /// Only the interrupt handler calls it. Looks at one device.
+    #[inline]
+    pub fn faulted(&self, stream: StreamId, pasid: Option<Pasid>, now_us: u64) -> Option<Faulted> {
         let target = self.target_of(stream, pasid)?;
-        Some(((target.queue.index(), target.name, target.opaque), target.device))
+        let restraint = self.devices.of(target.device).and_then(|device| device.faulted(now_us));
+        Some(Faulted { owner: (target.queue.index(), target.name, target.opaque), restraint })
     }
 
     #[inline]

@@ -43,7 +43,7 @@ pub use deadlines::{Deadlines, Due};
 pub use devices::{DEADLINE_MAX_US, DeviceId, Escalation, Latencies, Limits, Restraint};
 pub use faults::{FaultCount, FaultLimits};
 pub use inbox::Inbox;
-pub use ledger::{Error, Ledger, Owner, QueueId, Settled, Whose};
+pub use ledger::{Error, Faulted, Ledger, Owner, QueueId, Settled, Whose};
 pub use queue::{Answer, Group, Page, Refusal};
 pub use service::{Broker, Expiry, POISONED, Verdict};
 

@@ -103,19 +103,19 @@ impl<U: Unit> Host<U> {
     fn service(&mut self) {
         self.now_us += 100;
         for event in self.unit.pass() {
-            let (stream, device) = match event {
+            let (stream, restraint) = match event {
                 Event::Fault(fault) => {
                     self.faults += 1;
                     self.last = Some(fault.stream);
-                    let attached = self.ledger.owner_and_device_of(fault.stream, fault.pasid);
-                    let ((queue, name, opaque), device) = attached.expect("it is attached");
-                    assert_eq!((queue, name, opaque), (0, fault.stream.0 / 8 - 3, 7));
-                    (fault.stream, device)
+                    let faulted = self.ledger.faulted(fault.stream, fault.pasid, self.now_us);
+                    let faulted = faulted.expect("it is attached");
+                    assert_eq!(faulted.owner, (0, fault.stream.0 / 8 - 3, 7));
+                    (fault.stream, faulted.restraint)
                 }
                 Event::FaultsLost => {
                     self.losses += 1;
                     let Some(stream) = self.last.take() else { continue };
-                    (stream, self.ledger.device_of(stream).expect("it is there"))
+                    (stream, self.ledger.device_faulted(stream, self.now_us).expect("it is there"))
                 }
                 Event::PageRequest(request) => {
                     self.requests.push(request);
@@ -123,7 +123,7 @@ impl<U: Unit> Host<U> {
                 }
                 other => panic!("{other:?}"),
             };
-            if let Some(restraint) = self.ledger.faulted(device, self.now_us) {
+            if let Some(restraint) = restraint {
                 self.told.push((stream, restraint, self.faults + self.losses));
             }
         }

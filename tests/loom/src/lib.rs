@@ -54,6 +54,6 @@ pub use deadlines::{Deadlines, Due, TICK_US};
 pub use devices::{DEADLINE_MAX_US, DeviceId, Escalation, Latencies, Limits, Restraint};
 pub use faults::{FaultCount, FaultLimits};
 pub use inbox::Inbox;
-pub use ledger::{Error, Ledger, Owner, QueueId, Settled, Whose};
+pub use ledger::{Error, Faulted, Ledger, Owner, QueueId, Settled, Whose};
 pub use queue::{Answer, Group, PAGES, Page, Refusal};
 pub use service::{ASSEMBLY_LIMIT_US, Broker, Expiry, POISONED, RingError, Verdict};

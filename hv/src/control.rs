@@ -354,7 +354,7 @@ impl Guest {
 /// Resets a device that is blocked and asks for nothing, so that nothing of its last owner's acts in the next one's memory.
 ///
 /// Takes a tenth of a second, and two at most, so it runs on the core that takes the device away, never on the service core.
-fn reset(hv: &Hypervisor, device: &Device) -> Condition {
+pub fn reset(hv: &Hypervisor, device: &Device) -> Condition {
     /// How long the core sleeps between two looks, in microseconds.
     const STEP_US: u64 = 5_000;
     let stream = device.function.id;
@@ -628,7 +628,7 @@ pub fn tell_invalidated(entry: usize, invalidation: &Invalidation) {
 }
 
 /// Attaches a device, or a PASID of it, by what `space` makes for it.
-fn attach(
+pub fn attach(
     hv: &Hypervisor,
     policy: &Policy,
     space: impl FnOnce() -> Result<Space, Error>,
@@ -656,7 +656,7 @@ pub fn block(hv: &Hypervisor, stream: StreamId) -> Result<Leaving, Error> {
 
 /// Detaches: mark as leaving; block in hardware, invalidate, wait; let the service core pass; answer what is outstanding;
 /// wait until the answers are out; and only then let go of the tables.
-fn detach(hv: &Hypervisor, share: &Share, queue: QueueId, owned: Owned) -> Result<(), Error> {
+pub fn detach(hv: &Hypervisor, share: &Share, queue: QueueId, owned: Owned) -> Result<(), Error> {
     let Owned { id, device, space } = owned;
     hv.ledger.leave(id);
     let leaving = space.block(hv)?;

@@ -6,6 +6,7 @@
 mod doorbell;
 mod interrupts;
 mod nested;
+mod pager;
 mod pressure;
 mod recovery;
 mod restart;
@@ -101,6 +102,7 @@ static FURTHER: &[SceneOf] = &[
     ("batch", true, pressure::batch),
     ("trust", false, trust::trust),
     ("interrupts", true, interrupts::interrupts),
+    ("pager", true, pager::pager),
 ];
 
 /// Shows the scenes that were asked for, in that order, or else the ordinary ones; returns whether all of them passed.

@@ -8,7 +8,7 @@
 //!
 //! A group whose guest is silent is therefore answered at its deadline, plus interrupt latency, plus the passes before.
 
-use crate::hypervisor::{self, Broker, GUESTS, Hypervisor, Notice, Notices, SERVICE_CORE, home_of};
+use crate::hypervisor::{self, Broker, GUESTS, Hypervisor, Notice, Notices, QUEUES, SERVICE_CORE, home_of};
 use arch::{
     cpu::{self, Locked},
     interrupts::{self, Source},
@@ -48,8 +48,8 @@ struct Service {
     now_us: u64,
     /// A group may have got a deadline since the timer was armed.
     admitted: bool,
-    /// The homes that there is news for.
-    kicks: [bool; GUESTS],
+    /// The owners of queues that there is news for.
+    kicks: [bool; QUEUES],
     /// When the timer comes, at the latest, in microseconds.
     timer_us: u64,
     /// Another pass is due, for everything.
@@ -85,7 +85,7 @@ pub fn start(hv: &'static Hypervisor, mut events: unit::Events) -> Result<(), Fa
             batch: Deque::new(),
             now_us: 0,
             admitted: false,
-            kicks: [false; GUESTS],
+            kicks: [false; QUEUES],
             timer_us: u64::MAX,
             behind: true,
         })

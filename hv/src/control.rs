@@ -3,8 +3,9 @@
 
 use crate::{
     guest::Guest,
-    hypervisor::{Condition, DEVICES_PER_GUEST, Device, GUESTS, Hypervisor, caretaker_of},
+    hypervisor::{Condition, DEVICES_PER_GUEST, Device, GUESTS, Hypervisor, SERVICE_CORE, caretaker_of},
     memory::{self, Share},
+    service,
     tables::{DeviceTables, Unmapped},
     wanted,
 };
@@ -316,7 +317,8 @@ impl Guest {
             self.hv.flooding.take(number);
             match blocked {
                 Ok(leaving) if released => self.hv.tables.with(|tables| tables.finish(leaving)),
-                Ok(_) => {}
+                // It stays blocked for good.
+                Ok(_) => silence(self.hv, stream),
                 Err(error) => {
                     defmt::error!("{} could not be blocked: {}", stream, error);
                     released = false;
@@ -354,12 +356,8 @@ impl Guest {
                 defmt::warn!("{} may ask for no more pages", device.function.id);
             }
             if restraint == Restraint::Blocked {
-                device.function.disable_bus_master(&self.hv.config);
-                match block(self.hv, device.function.id) {
-                    Ok(leaving) => {
-                        given.blocked = Some(leaving);
-                        silence(self.hv, device.function.id);
-                    }
+                match block_for_good(self.hv, device) {
+                    Ok(leaving) => given.blocked = Some(leaving),
                     // It is blocked, but the unit did not confirm it.
                     Err(error) => {
                         defmt::error!("{} could not be blocked: {}", device.function.id, error);
@@ -373,8 +371,9 @@ impl Guest {
 
 /// Resets a device that is blocked and asks for nothing, so that nothing of its last owner's acts in the next one's memory.
 ///
-/// Takes a tenth of a second, and two at most, so it runs on the core that takes the device away, never on the service core.
-fn reset(hv: &Hypervisor, device: &Device) -> Condition {
+/// Takes a tenth of a second, and two at most, so the core that takes the device away sleeps meanwhile: never in the service
+/// routine.
+pub fn reset(hv: &Hypervisor, device: &Device) -> Condition {
     /// How long the core sleeps between two looks, in microseconds.
     const STEP_US: u64 = 5_000;
     let stream = device.function.id;
@@ -407,6 +406,8 @@ fn reset(hv: &Hypervisor, device: &Device) -> Condition {
                 defmt::info!("{} was reset in {=u64} us", stream, cpu::now_us().saturating_sub(start_us));
                 return Condition::Clean;
             }
+            // The timer of the service core is the routine's: whoever took it there would take the deadlines with it.
+            Ok(_) if cpu::core() == SERVICE_CORE => drop(service::wait_for(hv, STEP_US, || false)),
             Ok(_) => {
                 let _masked = cpu::mask();
                 interrupts::arm_timer(STEP_US);
@@ -648,7 +649,7 @@ pub fn tell_invalidated(entry: usize, invalidation: &Invalidation) {
 }
 
 /// Attaches a device, or a PASID of it, by what `space` makes for it.
-fn attach(
+pub fn attach(
     hv: &Hypervisor,
     policy: &Policy,
     space: impl FnOnce() -> Result<Space, Error>,
@@ -672,6 +673,12 @@ pub fn block(hv: &Hypervisor, stream: StreamId) -> Result<Leaving, Error> {
     hv.invalidate(&invalidations).map_err(Error::Unit)?;
     defmt::debug!("block stream={=u32:#x}", stream.0);
     Ok(leaving)
+}
+
+/// Blocks a device that cannot be relied on, and has no more recorded of what it tries, until it is given back.
+pub fn block_for_good(hv: &Hypervisor, device: &Device) -> Result<Leaving, Error> {
+    device.function.disable_bus_master(&hv.config);
+    block(hv, device.function.id).inspect(|_| silence(hv, device.function.id))
 }
 
 /// Has what a blocked device still tries refused without a record, so that it costs nobody anything; returns when the unit
@@ -715,12 +722,8 @@ fn silence_stray(hv: &Hypervisor, number: usize) {
         None => return,
         Some(Some(leaving)) => Some(leaving),
         Some(None) => {
-            let stream = device.function.id;
-            device.function.disable_bus_master(&hv.config);
-            let leaving = assign(hv, stream, Features::default()).and_then(|()| block(hv, stream));
-            // One that is blocked for good, as it did not let go of memory, has tables and is nobody's.
-            silence(hv, stream);
-            leaving.ok()
+            let assigned = assign(hv, device.function.id, Features::default());
+            assigned.and_then(|()| block_for_good(hv, device)).ok()
         }
     };
     hv.let_go(number, silenced);
@@ -748,7 +751,7 @@ pub fn take_in_hand(hv: &Hypervisor, number: usize) -> Result<(), Error> {
 
 /// Detaches: mark as leaving; block in hardware, invalidate, wait; let the service core pass; answer what is outstanding;
 /// wait until the answers are out; and only then let go of the tables.
-fn detach(hv: &Hypervisor, share: &Share, queue: QueueId, owned: Owned) -> Result<(), Error> {
+pub fn detach(hv: &Hypervisor, share: &Share, queue: QueueId, owned: Owned) -> Result<(), Error> {
     let Owned { id, device, space } = owned;
     hv.ledger.leave(id);
     let leaving = space.block(hv)?;

@@ -5,7 +5,7 @@ use crate::{
     guest::Guest,
     hypervisor::{Hypervisor, Inbox, Notice},
 };
-use arch::cpu;
+use arch::{cpu, interrupts};
 use broker::{Group, Restraint};
 use channel::{
     Record,
@@ -85,6 +85,9 @@ fn push(channel: &mut Host, group: &Group) -> Result<Pushed, Broken> {
     channel.push_group(group.pages.iter().enumerate().map(record))
 }
 
+/// How long after it found no room an event that must not be lost is offered again, in microseconds.
+const RETRY_US: u64 = 1_000;
+
 /// Tells a guest which of its devices have more faults than they may, and which are blocked for it; returns whether there was
 /// something to tell. What finds no room in the channel is told later.
 #[cold]
@@ -107,7 +110,11 @@ fn tell_flooding(hv: &Hypervisor, devices: &[Given], channel: &mut Host) -> Resu
             reason: if is_blocked { Reason::Blocked } else { Reason::TooMany },
         };
         match channel.offer_event(&event)? {
-            Pushed::Full => hv.flooding.put(given.number),
+            Pushed::Full => {
+                hv.flooding.put(given.number);
+                // A guest may make room without coming out.
+                interrupts::arm_timer(RETRY_US);
+            }
             _ => told = true,
         }
     }

@@ -223,6 +223,7 @@ fn what_was_counted_under_pressure_adds_up() {
                     assert!((256..512).contains(&count(recorded)), "{scene:?}");
                 }
                 // Every fault was told, or told as lost; and a loss of the unit's is told to everybody, and counted as one.
+                assert!(count("told_as_lost") > 0, "there was room all the time: {scene:?}");
                 let told = count("told") + count("told_as_lost");
                 assert!(
                     (count("recorded")..=count("recorded") + count("told_as_lost")).contains(&told),

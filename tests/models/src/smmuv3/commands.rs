@@ -69,6 +69,8 @@ pub(super) struct Commands {
     late: bool,
     /// Those on their way, address and data.
     messages: Vec<(u64, u32)>,
+    /// Events that were sent to the cores.
+    wakes: u64,
 }
 
 impl SmmuUnit {
@@ -109,6 +111,11 @@ impl SmmuUnit {
         if !hold {
             state.write_messages();
         }
+    }
+
+    /// Returns how many events, as by the instruction SEV, the unit has sent to the cores.
+    pub fn wakes(&self) -> u64 {
+        self.lock().commands.wakes
     }
 
     /// Returns the commands that were consumed, oldest first.
@@ -387,6 +394,14 @@ impl State {
             }
             self.pulses.push(Wire::CommandSync);
         }
+        if w0 >> 12 & 3 == 2 {
+            if self.config.wakes() {
+                self.commands.wakes += 1;
+            } else {
+                // No error: the unit does as if none were asked for. Whoever asks may wait for it, though.
+                self.violation(format!("CMD_SYNC {w0:#x}: asks for an event without IDR0.SEV"));
+            }
+        }
         Ok(true)
     }
 
@@ -449,7 +464,8 @@ mod tests {
 
     #[test]
     fn golden_commands_are_executed_as_they_are() {
-        let config = Config::full();
+        let full = Config::full();
+        let config = Config { idr0: full.idr0 | 1 << 14, ..full };
         let bench = Bench::attached(config, golden::STE_ABORT);
         bench.submit(&[golden::PREFETCH_CONFIG, golden::STALL_TERM]);
         let before = bench.unit.executed().len();
@@ -485,7 +501,27 @@ mod tests {
         assert_eq!(bench.unit.executed()[before..], commands);
         assert_eq!(error(&bench), None);
         assert_eq!(bench.pulses(), [Wire::CommandSync]);
+        assert_eq!(bench.unit.wakes(), 1);
         bench.assert_lawful();
+    }
+
+    #[test]
+    fn an_event_is_sent_where_there_are_events_and_once_all_before_is_done() {
+        for (sev, events) in [(1 << 14, 1), (0, 0)] {
+            let full = Config::full();
+            let bench = Bench::attached(Config { idr0: full.idr0 | sev, ..full }, golden::STE_ABORT);
+            bench.unit.hold_device_tlb(DEVICE);
+
+            bench.submit(&[golden::ATC_INV_ALL, golden::SYNC_SEV]);
+            assert_eq!(bench.unit.wakes(), 0);
+            bench.unit.release_device_tlb(DEVICE);
+
+            assert_eq!((bench.unit.wakes(), error(&bench)), (events, None));
+            match sev {
+                0 => bench.assert_broken("without IDR0.SEV"),
+                _ => bench.assert_lawful(),
+            }
+        }
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use crate::{HARDWARE, STREAM_TABLE};
 use hosted::{
     Random, grant, root,
-    smmu::{Machine, Stage, StageTree, needs, stream_word},
+    smmu::{Machine, Stage, StageTree, stream_word},
 };
 use iommu::{
     Attachment, Bus, Error, Event, Events, Features, FirstStage, Gpa, Invalidation, Iova, PAGE_SIZE, Pasid,
@@ -295,7 +295,7 @@ fn a_guest_may_have_its_device_pass_its_first_stage_or_refused() {
 #[test]
 fn a_guest_has_accesses_wait_of_a_device_that_was_named_and_of_no_other() {
     let (unit, memory) = HARDWARE.smmu_unit(Config::full());
-    let mut parts = needs(STREAM_TABLE, &memory);
+    let mut parts = HARDWARE.needs(STREAM_TABLE, &memory);
     parts.stalling.push(NIC).expect("there is room");
     let mut machine = HARDWARE.enable_smmu(unit, memory, unit, parts).expect("it comes into service");
     for (stream, stalls) in [(DISK, false), (NIC, true)] {

@@ -81,6 +81,11 @@ impl SmmuUnit {
         state.commands.paused = true;
     }
 
+    /// Consumes nothing, whatever its pace; or gets on again at that.
+    pub fn stand_still(&self, stand: bool) {
+        self.lock().commands.paused = stand;
+    }
+
     /// Consumes up to `count` commands of a paused unit, and returns how many.
     pub fn execute(&self, count: usize) -> usize {
         let mut state = self.lock();
@@ -168,6 +173,9 @@ impl State {
     /// The driver looked at something: a slow unit may have got on.
     pub(super) fn looked(&mut self) {
         let Pace::OneIn(looks) = self.config.pace else { return };
+        if self.commands.paused {
+            return;
+        }
         self.commands.looks = self.commands.looks.wrapping_add(1);
         if self.commands.looks.is_multiple_of(looks) {
             self.consume();
@@ -176,7 +184,7 @@ impl State {
 
     /// A slow unit gets as far as it can.
     pub(super) fn catch_up(&mut self) {
-        while self.config.pace != Pace::AtOnce && self.consume() {}
+        while self.config.pace != Pace::AtOnce && !self.commands.paused && self.consume() {}
     }
 
     /// Consumes one command. Returns whether there was one that could be.
@@ -590,6 +598,28 @@ mod tests {
         bench.unit.write32(CMDQ_PROD, 1);
 
         assert_eq!(error(&bench), Some(2));
+    }
+
+    #[test]
+    fn a_unit_that_stands_still_consumes_nothing_until_it_gets_on() {
+        for pace in [Pace::AtOnce, Pace::OneIn(3)] {
+            let bench = Bench::started(Config { pace, ..Config::full() });
+            let before = bench.unit.executed().len();
+            bench.unit.stand_still(true);
+
+            bench.submit(&[SYNC, SYNC]);
+            for _ in 0..20 {
+                bench.unit.read32(CMDQ_CONS);
+            }
+            assert_eq!(bench.unit.executed().len(), before, "{pace:?}");
+            bench.unit.stand_still(false);
+
+            for _ in 0..7 {
+                bench.unit.read32(CMDQ_CONS);
+            }
+            assert_eq!(bench.unit.read32(CMDQ_CONS), bench.unit.read32(CMDQ_PROD), "{pace:?}");
+            bench.assert_lawful();
+        }
     }
 
     #[test]

@@ -34,7 +34,7 @@
 //! | completion that wakes a core (CS = SEV) | where the unit has it (`IDR0.SEV`), no erratum is against it, and no message is sent | model |
 //! | take-over, stop | a unit that firmware left on, without a moment of bypass; a unit in service, which then refuses all | model |
 //! | device TLBs (ATS) | all PASIDs or one; one device at a time is asked to forget, and one that is silent is named | model |
-//! | page requests (PRI) | groups are put together by the broker | model |
+//! | page requests (PRI) | groups are put together by the broker; what the unit answers by itself has the PASID that was asked with | model |
 //! | stalls | of devices that firmware names, never others; no ATS for those; answered by `CMD_RESUME`, ended by `CMD_STALL_TERM` | model |
 //! | events | all of the manual, overflow, which stage refused; errors of the unit by their names | model, QEMU |
 //! | range invalidation (RIL) | where the unit has it; not of a guest's own pages, whose size nobody knows | model, QEMU |

@@ -3,7 +3,7 @@
 use crate::{HARDWARE, STREAM_TABLE};
 use hosted::{
     Moment, Random,
-    smmu::{EVENTS, Machine, REQUESTS, Stage, StreamTable, Tapped, own, stream_place},
+    smmu::{EVENTS, Machine, REQUESTS, Stage, StreamTable, Tapped, own, stream_place, translation},
 };
 use iommu::{
     Access, Attachment, Bus, Commands, Completion, DomainId, Error, Event, Events, Failure, FailureCause,
@@ -173,6 +173,54 @@ mod page_requests {
             assert_eq!(machine.unit.page_request(request(NIC, 2, false)), Requested::Queued);
             assert_eq!(machine.pass(), [Event::PageRequest(request(NIC, 2, false))]);
         }
+        machine.assert_lawful();
+    }
+
+    /// STE.PPAR: "PRI queue overflow". The devices here want the PASID of their requests in answers, as those do that are
+    /// used with PASIDs; an answer without it ends another group of theirs, or is an error to them.
+    #[test]
+    fn what_the_unit_answers_by_itself_has_the_pasid_that_the_device_asked_with() {
+        let (unit, memory) = HARDWARE.smmu_unit(Config::full());
+        let parts = HARDWARE.needs(STREAM_TABLE, &memory);
+        let mut machine = HARDWARE.enable_smmu(unit, memory, unit, parts).expect("it comes into service");
+        machine.assign(DISK, Features { pasid: true, ..ALL });
+        let [tree, other] = [Stage::One, Stage::Two].map(|stage| machine.tree(stage));
+        let of = |machine: &mut Machine, pasid, translation| {
+            machine.attach_to(DISK, pasid, translation).expect("it can be attached")
+        };
+        let mut expected = Vec::new();
+        let mut overflow = |machine: &mut Machine| {
+            for index in 0..REQUESTS as u16 {
+                assert_eq!(machine.unit.page_request(request(DISK, index, false)), Requested::Queued);
+            }
+            for pasid in [None, pasid(5), pasid(0xF_FFFF)] {
+                let tag = GroupTag { pasid, index: 3 };
+                let lost = machine.unit.page_request(PageRequest { tag, ..request(DISK, 3, true) });
+                assert_eq!(lost, Requested::Lost);
+                expected.push((tag, Outcome::Success));
+            }
+            machine.pass();
+            machine.unit.forget_page_requests(DISK);
+            let answered: Vec<_> =
+                machine.unit.auto_answered().iter().map(|it| (it.tag, it.outcome)).collect();
+            assert_eq!(answered, expected);
+        };
+
+        let five = of(&mut machine, pasid(5), translation(Stage::One, &tree));
+        overflow(&mut machine);
+        machine.detach(five);
+        machine.block(DISK);
+        machine.assign(DISK, Features { pasid: true, ..ALL });
+        let plain = of(&mut machine, None, translation(Stage::Two, &other));
+        overflow(&mut machine);
+        machine.detach(plain);
+        // A stream that is blocked and says so has an entry that is valid.
+        let (leaving, invalidations) = machine.smmu.tables.block(DISK).expect("it is assigned");
+        machine.invalidate(&invalidations);
+        let silent = machine.smmu.tables.silence(DISK).expect("it is blocked");
+        machine.invalidate(&silent);
+        overflow(&mut machine);
+        machine.smmu.tables.finish(leaving);
         machine.assert_lawful();
     }
 

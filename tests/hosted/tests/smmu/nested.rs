@@ -374,8 +374,8 @@ fn whatever_a_guest_s_entry_says_only_its_own_fields_reach_the_unit() {
     let attachment = attach(&mut machine, None, guest.entry(usual));
     let own: [u64; 8] = std::array::from_fn(|at| word(&machine, at as u64) & !MAY_SET[at]);
     machine.detach(attachment);
-    // MEV 1<<19, SHCFG 1<<44; VMID 0, the second stage and its root.
-    assert_eq!(own[..2], [0, 0x0000_1000_0008_0000]);
+    // PPAR 1<<18, MEV 1<<19, SHCFG 1<<44; VMID 0, the second stage and its root.
+    assert_eq!(own[..2], [0, 0x0000_1000_000C_0000]);
     assert_eq!(own[3..], [guest.second.root().0, 0, 0, 0, 0]);
     let mut random = Random::new(0x5EED);
     let (mut allowed, mut refused) = (0, 0);

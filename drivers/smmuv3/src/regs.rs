@@ -58,6 +58,8 @@ register_bitfields![u32,
         EVENTQS OFFSET(16) NUMBITS(5) [],
         /// Log2 of the entries of the command queue, at most.
         CMDQS OFFSET(21) NUMBITS(5) [],
+        /// The attributes that an access comes with can be overridden.
+        ATTR_TYPES_OVR OFFSET(27) NUMBITS(1) [],
         /// Queue addresses are fixed.
         QUEUES_PRESET OFFSET(29) NUMBITS(1) [],
         /// Table addresses are fixed.
@@ -307,6 +309,7 @@ mod tests {
         assert_eq!((idr0.read(IDR0::TTENDIAN), idr0.read(IDR0::STALL_MODEL)), (2, 1));
         assert_eq!((idr1.read(IDR1::SIDSIZE), idr1.read(IDR1::PRIQS)), (16, 0));
         assert_eq!((idr1.read(IDR1::EVENTQS), idr1.read(IDR1::CMDQS)), (19, 19));
+        assert!(!idr1.is_set(IDR1::ATTR_TYPES_OVR));
         assert!(idr3.is_set(IDR3::RIL));
         assert_eq!((idr5.read(IDR5::OAS), idr5.is_set(IDR5::GRAN4K)), (4, true));
     }

@@ -22,19 +22,19 @@
 //! |---|---|---|
 //! | discovery | `IORT`: all units, root complexes and components, reserved memory; the device tree | model, QEMU |
 //! | stage 1 | 4 levels, 48 bits; memory attributes 0 (write-back), 1 (device), 2 (not cached) | model, QEMU |
-//! | stage 2 | 4 levels, as many bits as `IDR5.OAS` has, 44 or 48; 3 levels, 39 bits; `S2FWB` if asked for | model |
+//! | stage 2 | 4 levels, as many bits as `IDR5.OAS` has, 44 or 48; 3 levels, 39 bits; `S2FWB` if asked for | model, QEMU (4 levels) |
 //! | PASIDs (substreams) | 15 bits with tables of two levels, 6 without; first stages; PASID 0 is that of accesses without one | model |
-//! | nested stages | a guest's page table, or its table of context descriptors by a list of fields; its commands, field by field | model |
-//! | bypass | of a device, or of accesses without PASID beside PASIDs; by Config = bypass there is no ATS | model |
+//! | nested stages | a guest's page table, or its table of context descriptors by a list of fields; its commands, field by field | model, QEMU (without PASIDs) |
+//! | bypass | of a device, or of accesses without PASID beside PASIDs; by Config = bypass there is no ATS | model, QEMU (of a device) |
 //! | replacement | every translation by every other, without a gap where one word decides | model, between any two stores |
 //! | stream table | linear, or two levels: the second is made as devices are assigned, and stays | model, QEMU |
-//! | silence of a blocked device | Config = abort | QEMU, model |
-//! | command queue | tickets; a command that is refused fails its own, a queue that cannot be read is switched off | model, QEMU (no errors) |
+//! | silence of a blocked device | Config = abort | model, QEMU |
+//! | command queue | tickets; a command that is refused fails its own, a queue that cannot be read is switched off | model, QEMU (refused commands) |
 //! | completion | `CMD_SYNC` by message to memory (`IDR0.MSI`, `IDR0.COHACC`), else by `CMDQ_CONS`; by that too when a message is late or lost | model, QEMU (`CMDQ_CONS`) |
-//! | completion that wakes a core (CS = SEV) | no: `poll` never sleeps, and of MMU-600 it cannot be relied on | |
-//! | take-over, stop | a unit that firmware left on, without a moment of bypass; a unit in service, which then refuses all | model |
+//! | completion that wakes a core (CS = SEV) | where the unit has it (`IDR0.SEV`), no erratum is against it, and no message is sent | model |
+//! | take-over, stop | a unit that firmware left on, without a moment of bypass; a unit in service, which then refuses all | model, QEMU (take-over) |
 //! | device TLBs (ATS) | all PASIDs or one; one device at a time is asked to forget, and one that is silent is named | model |
-//! | page requests (PRI) | groups are put together by the broker | model |
+//! | page requests (PRI) | groups are put together by the broker; what the unit answers by itself has the PASID that was asked with | model |
 //! | stalls | of devices that firmware names, never others; no ATS for those; answered by `CMD_RESUME`, ended by `CMD_STALL_TERM` | model |
 //! | events | all of the manual, overflow, which stage refused; errors of the unit by their names | model, QEMU |
 //! | range invalidation (RIL) | where the unit has it; not of a guest's own pages, whose size nobody knows | model, QEMU |
@@ -232,6 +232,12 @@ impl<B: Bus + Clone> Found<B> {
         self.idr0.is_set(IDR0::MSI) && self.idr0.is_set(IDR0::COHACC)
     }
 
+    /// Whether the unit can wake cores that wait for commands (`WFE`), as it says and as no erratum denies. It does so while
+    /// there are no [messages](Self::messages).
+    pub fn wakes(&self) -> bool {
+        self.idr0.is_set(IDR0::SEV) && self.errata().all(|erratum| erratum.avoid != errata::Avoid::WakeUp)
+    }
+
     /// Returns the bits of a StreamID.
     fn stream_bits(&self) -> u32 {
         self.idr1.read(IDR1::SIDSIZE).min(32)
@@ -335,7 +341,7 @@ impl<B: Bus + Clone> Found<B> {
             stalls: self.can_stall(),
         };
         let word = self.messages().then_some(status);
-        let queue = CommandQueue::new(bus, command_queue, word);
+        let queue = CommandQueue::new(bus, command_queue, word, self.wakes());
         let mut commands = Commands::new(self.bus.clone(), queue, abilities, answers, stalling.clone());
         let ticket = commands.submit(&[Invalidation::All])?;
         wait_until(bus, "CMDQ_CONS", ACK_LIMIT_US, || commands.poll(ticket) == Completion::Done)?;
@@ -369,6 +375,7 @@ impl<B: Bus + Clone> Found<B> {
             shape,
             stall_choice: self.can_stall(),
             stalling: stalling.clone(),
+            overrides: self.idr1.is_set(IDR1::ATTR_TYPES_OVR),
             forced_write_back,
         };
         let contexts = ContextTables::new(shape, contexts, empty_table.phys(), context_tables);

@@ -24,6 +24,8 @@ register_bitfields![u32,
         ASID16 OFFSET(12) NUMBITS(1) [],
         /// Interrupts can be messages.
         MSI OFFSET(13) NUMBITS(1) [],
+        /// `CMD_SYNC` can send an event to waiting cores, as `SEV` does.
+        SEV OFFSET(14) NUMBITS(1) [],
         /// Page requests (PRI).
         PRI OFFSET(16) NUMBITS(1) [],
         /// Tables of context descriptors may have two levels.
@@ -56,6 +58,8 @@ register_bitfields![u32,
         EVENTQS OFFSET(16) NUMBITS(5) [],
         /// Log2 of the entries of the command queue, at most.
         CMDQS OFFSET(21) NUMBITS(5) [],
+        /// The attributes that an access comes with can be overridden.
+        ATTR_TYPES_OVR OFFSET(27) NUMBITS(1) [],
         /// Queue addresses are fixed.
         QUEUES_PRESET OFFSET(29) NUMBITS(1) [],
         /// Table addresses are fixed.
@@ -299,11 +303,13 @@ mod tests {
 
         assert!(idr0.is_set(IDR0::S1P) && idr0.is_set(IDR0::S2P) && idr0.is_set(IDR0::TTF_AARCH64));
         assert!(idr0.is_set(IDR0::COHACC) && !idr0.is_set(IDR0::BTM) && !idr0.is_set(IDR0::MSI));
+        assert!(!idr0.is_set(IDR0::SEV));
         assert!(idr0.matches_all(IDR0::ST_LEVEL::TwoLevel));
         assert!(!idr0.is_set(IDR0::ATS) && !idr0.is_set(IDR0::PRI) && !idr0.is_set(IDR0::ATSRECERR));
         assert_eq!((idr0.read(IDR0::TTENDIAN), idr0.read(IDR0::STALL_MODEL)), (2, 1));
         assert_eq!((idr1.read(IDR1::SIDSIZE), idr1.read(IDR1::PRIQS)), (16, 0));
         assert_eq!((idr1.read(IDR1::EVENTQS), idr1.read(IDR1::CMDQS)), (19, 19));
+        assert!(!idr1.is_set(IDR1::ATTR_TYPES_OVR));
         assert!(idr3.is_set(IDR3::RIL));
         assert_eq!((idr5.read(IDR5::OAS), idr5.is_set(IDR5::GRAN4K)), (4, true));
     }

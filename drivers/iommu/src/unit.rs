@@ -26,14 +26,12 @@ pub trait Events {
     fn next_event(&mut self) -> Option<Event> {
         self.next_request().or_else(|| self.next_fault())
     }
-    /// Returns which tables refused the access of a fault that this unit told; [`Stages::None`] where it does not say, or
-    /// it was none.
+    /// Returns which tables refused the access of a fault that this unit told: [`Stages::None`] if none did,
+    /// [`Stages::Nested`] where it was one of both and the unit does not say which.
     ///
-    /// Of a nested attachment the second stage is the hypervisor's: its guest does not learn what was refused there.
-    fn refused_by(&self, fault: &FaultRecord) -> Stages {
-        let _ = fault;
-        Stages::None
-    }
+    /// Of a nested attachment the second stage is the hypervisor's: its guest does not learn what was refused there. What a
+    /// unit reports without saying of which stage (a page request) is the guest's to answer, and names its own addresses.
+    fn refused_by(&self, fault: &FaultRecord) -> Stages;
 }
 
 /// The command side of a unit. Its caller holds a lock; nothing here waits.

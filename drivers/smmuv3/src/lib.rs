@@ -28,7 +28,7 @@
 //! | bypass | of a device, or of accesses without PASID beside PASIDs; by Config = bypass there is no ATS | model, QEMU (of a device) |
 //! | replacement | every translation by every other, without a gap where one word decides | model, between any two stores |
 //! | stream table | linear, or two levels: the second is made as devices are assigned, and stays | model, QEMU |
-//! | silence of a blocked device | Config = abort | model |
+//! | silence of a blocked device | Config = abort | model, QEMU |
 //! | command queue | tickets; a command that is refused fails its own, a queue that cannot be read is switched off | model, QEMU (refused commands) |
 //! | completion | `CMD_SYNC` by message to memory (`IDR0.MSI`, `IDR0.COHACC`), else by `CMDQ_CONS`; by that too when a message is late or lost | model, QEMU (`CMDQ_CONS`) |
 //! | completion that wakes a core (CS = SEV) | where the unit has it (`IDR0.SEV`), no erratum is against it, and no message is sent | model |

@@ -7,8 +7,8 @@ use crate::{
     regs::{self, FRCD_TOP, FSTS, PRS},
 };
 use iommu::{
-    Access, Bus, Event, FaultRecord, Field, GroupTag, Iova, Message, PageRequest, Pasid, Perms, StreamId,
-    Words, descriptor,
+    Access, Bus, Event, FaultRecord, Field, GroupTag, Iova, Message, PageRequest, Pasid, Perms, Stages,
+    StreamId, Words, descriptor,
 };
 
 descriptor! {
@@ -205,5 +205,9 @@ impl<B: Bus> iommu::Events for Events<B> {
             return Some(Event::CommandsFailed { status: status.get() });
         }
         None
+    }
+
+    fn refused_by(&self, fault: &FaultRecord) -> Stages {
+        Reason::of(fault.code).stages()
     }
 }

@@ -27,9 +27,10 @@
 //! | scalable mode, first stage | yes | 4 levels: QEMU, model; 5 where reported: model |
 //! | scalable mode, second stage | yes | 3 to 5 levels, as reported: model; 4 levels: QEMU, which offers it without page requests |
 //! | nested | yes | a guest's page tables over second-stage tables: model; its PASID tables no: the unit reads them by host addresses |
+//! | which stage refused an access | by reason | [`Reason::stages`]: model; a missing permission to write may be either's, of page requests the unit does not say |
 //! | pass-through | yes | for who vouches for it ([`Trust`](iommu::Trust)): QEMU, model; in legacy mode without a device TLB |
 //! | legacy mode | yes | where there is no other, or when asked; 4 levels: QEMU, model; 3 and 5: model |
-//! | blocking without records (`FPD`) | yes | until the device is given back: model |
+//! | blocking without records (`FPD`) | yes | until the device is given back: QEMU, model |
 //! | page walks that do not look into caches | yes | only then are cache lines flushed: QEMU (nothing to see there), model |
 //! | write buffers (`CAP.RWBF`) | yes | flushed at bring-up and after each entry: model; interrupt entries by their invalidation |
 //! | snooping of accesses (`PGSNP`) | yes | wherever `ECAP.SC` is, in scalable mode: encoded |

@@ -230,6 +230,7 @@ pub fn find(boot: &Boot) -> Result<Found, Error> {
     // SAFETY: the tree says that a unit's registers are here, and its driver is the only one to use them.
     let bus = unsafe { Mmio::new(registers.start, (registers.end.0 - registers.start.0) as usize) };
     let unit = smmuv3::Found::probe(bus).map_err(Error::Unit)?;
+    defmt::info!("SMMUv3: {}", unit.part());
     Ok(Found { unit, bus, registers })
 }
 

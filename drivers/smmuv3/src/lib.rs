@@ -40,6 +40,7 @@
 //! | range invalidation (RIL) | where the unit has it; not of a guest's own pages, whose size nobody knows | model, QEMU |
 //! | interrupts of the unit | by wires or by messages (MSI) | model, QEMU (wires) |
 //! | doorbells of devices | their address; whoever owns the tables maps them, as device memory | QEMU, stage 1 and stage 2: mapped, unmapped, not attached |
+//! | `IDR2`, `IDR4` | not read: they are about VATOS, which nobody is given, and what implementations define | |
 //! | errata | by `IIDR`; the driver does without what cannot be relied on, whatever the part | model |
 //! | queues or tables preset, forced stalls, page 0 alone, Secure and Realm, MPAM, HTTU, AArch32 tables | no | |
 //!
@@ -68,7 +69,7 @@ mod update;
 
 pub use commands::Commands;
 pub use contexts::CONTEXT_TABLES;
-pub use errata::Erratum;
+pub use errata::{Erratum, Part};
 pub use events::Events;
 pub use interrupts::Messages;
 pub use streams::{SECOND_LEVEL_TABLES, StreamTableNeeds};
@@ -107,7 +108,7 @@ pub struct Found<B> {
     idr1: LocalRegisterCopy<u32, IDR1::Register>,
     idr3: LocalRegisterCopy<u32, IDR3::Register>,
     idr5: LocalRegisterCopy<u32, IDR5::Register>,
-    iidr: u32,
+    part: Part,
 }
 
 /// Memory that a unit keeps for as long as it is in service: powers of two, aligned to their size.
@@ -164,8 +165,8 @@ impl<B: Bus + Clone> Found<B> {
             return Err(Error::Absent);
         }
         let (idr3, idr5) = (regs::IDR3.read(&bus), regs::IDR5.read(&bus));
-        let iidr = regs::IIDR.read(&bus).get();
-        Ok(Self { bus, idr0, idr1, idr3, idr5, iidr })
+        let part = Part::new(regs::IIDR.read(&bus).get(), regs::AIDR.read(&bus).get());
+        Ok(Self { bus, idr0, idr1, idr3, idr5, part })
     }
 
     /// Returns what the unit can do.
@@ -191,9 +192,14 @@ impl<B: Bus + Clone> Found<B> {
         }
     }
 
+    /// Returns which part the unit is, and which version of the architecture it has.
+    pub fn part(&self) -> Part {
+        self.part
+    }
+
     /// Returns what this part is known not to do as the architecture says; the driver keeps clear of it by itself.
     pub fn errata(&self) -> impl Iterator<Item = Erratum> + use<B> {
-        errata::known(self.iidr)
+        self.part.errata()
     }
 
     /// Which tables of context descriptors the unit has.

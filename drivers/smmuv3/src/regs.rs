@@ -208,6 +208,7 @@ pub(crate) const IDR1: Ro<u32, IDR1::Register> = Ro::at(0x004);
 pub(crate) const IDR3: Ro<u32, IDR3::Register> = Ro::at(0x00C);
 pub(crate) const IDR5: Ro<u32, IDR5::Register> = Ro::at(0x014);
 pub(crate) const IIDR: Ro<u32> = Ro::at(0x018);
+pub(crate) const AIDR: Ro<u32> = Ro::at(0x01C);
 pub(crate) const CR0: Rw<u32, CR0::Register> = Rw::at(0x020);
 pub(crate) const CR0ACK: Ro<u32, CR0::Register> = Ro::at(0x024);
 pub(crate) const CR1: Rw<u32, CR1::Register> = Rw::at(0x028);

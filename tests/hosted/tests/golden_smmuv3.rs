@@ -122,6 +122,12 @@ mod tables {
     }
 
     #[test]
+    fn answers_of_the_unit_s_own_have_a_bit_for_the_pasid() {
+        // PPAR is [82], 1<<18 of w1, and nothing else.
+        assert_eq!(StreamEntry::default().answering_with_pasid().0, [0, 0x4_0000, 0, 0, 0, 0, 0, 0]);
+    }
+
+    #[test]
     fn a_first_level_entry_of_contexts_says_where_a_table_is() {
         // L3: L2Ptr [55:12], V.
         assert_eq!(FirstLevelContext::new(PhysAddr(0xB001_0000)).0, [0xB001_0001]);
@@ -261,6 +267,12 @@ mod commands {
     fn a_sync_signals_nobody() {
         // K34.
         assert_eq!(Command::sync().0, [0x46, 0]);
+    }
+
+    #[test]
+    fn a_sync_sends_an_event() {
+        // K36: CS 2<<12. MSH and MSIAttr are about messages, and stay 0.
+        assert_eq!(Command::sync_with_event().0, [0x2046, 0]);
     }
 }
 

@@ -8,7 +8,7 @@ use super::nested::{CONTEXT, Guest};
 use crate::{HARDWARE, STREAM_TABLE};
 use hosted::{
     Moment, grant, root,
-    smmu::{Machine, Stage, StageTree, Tapped, needs, translation},
+    smmu::{Machine, Stage, StageTree, Tapped, translation},
     trust,
 };
 use iommu::{
@@ -68,7 +68,7 @@ const BESIDE: u64 = 0x555;
 impl Bench {
     fn new(kind: Kind) -> Self {
         let (unit, memory) = HARDWARE.smmu_unit(Config::full());
-        let mut parts = needs(STREAM_TABLE, &memory);
+        let mut parts = HARDWARE.needs(STREAM_TABLE, &memory);
         parts.context_tables.truncate(4);
         let entry = (parts.stream_table.phys().0 + u64::from(DISK.0) * 64, 8);
         let contexts = parts.context_tables.iter().chain([&parts.contexts]);

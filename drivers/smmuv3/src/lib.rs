@@ -407,6 +407,8 @@ impl<B: Bus + Clone> Found<B> {
 
     /// Tells the unit where a queue is, which is empty.
     fn place_queue(&self, registers: &QueueRegisters, ring: &DmaBuf, log2: u32) {
+        // What whoever hands out memory stored there must not be written back over what the unit stores.
+        self.bus.publish(ring.range(0, ring.words()));
         let base = QUEUE_BASE::ADDR.val(ring.phys().0 >> 5) + QUEUE_BASE::LOG2SIZE.val(log2.into());
         registers.base.write(&self.bus, base + QUEUE_BASE::ALLOCATE::SET);
         registers.prod.set(&self.bus, 0);

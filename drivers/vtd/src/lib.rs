@@ -306,6 +306,8 @@ impl<B: Bus + Clone> Found<B> {
         self.end_protected_memory()?;
 
         if page_requests_served {
+            // What whoever hands out memory stored there must not be written back over what the unit stores.
+            bus.publish(page_requests.range(0, page_requests.words()));
             regs::PQH.set(bus, 0);
             regs::PQT.set(bus, 0);
             let base = page_requests.phys().0 >> 12;

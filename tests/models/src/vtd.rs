@@ -222,9 +222,8 @@ impl State {
             return self.memory.publish(range);
         }
         for at in (range.start.0..range.end.0).step_by(8).map(PhysAddr) {
-            // Whether there is such a word.
-            self.memory.device_load(at)?;
-            self.write_buffer.push((at, self.memory.cpu_load(at)));
+            let word = self.memory.write_back(at)?;
+            self.write_buffer.push((at, word));
         }
         Ok(())
     }

@@ -314,7 +314,7 @@ impl Batch {
     ) -> Result<(), Error> {
         if self.device.is_some_and(|other| other != stream) {
             // A `CMD_SYNC` that fails does not say whose answer is missing.
-            return Err(Error::Busy { what: DEVICE_TLB });
+            return Err(Error::Exhausted { what: "devices asked in a batch" });
         }
         self.then()?;
         self.device = Some(stream);
@@ -404,7 +404,8 @@ impl Failures {
 /// [`recover`](iommu::Commands::recover).
 ///
 /// As a `CMD_SYNC` that fails does not tell which device was silent, one device at a time is asked to forget something:
-/// `submit` refuses a second ([`Error::Busy`]) until the first has answered or was given up.
+/// `submit` refuses a batch that asks two ([`Error::Exhausted`]), and one that asks while another is on its way
+/// ([`Error::Busy`]), until that has answered or was given up.
 ///
 /// It alone writes `GERRORN`: errors are acknowledged by `recover`, and by nobody else. In service it alone writes `CR0`.
 ///

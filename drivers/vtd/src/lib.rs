@@ -40,7 +40,7 @@
 //! | register-based invalidation | yes | where there is no queue; each ticket is waited for: model |
 //! | order of invalidations | fenced | the caches fill each other, and a unit may execute them in any order: model |
 //! | refused descriptors (`IQE`) | replaced | what is behind them is executed: QEMU, model; a queue that cannot go on is given up |
-//! | device TLBs | yes | one wait at a time; virtual functions, throttle ([`Commands::describe`]): QEMU, model |
+//! | device TLBs | yes | one device at a time; virtual functions, throttle ([`Commands::describe`]): QEMU, model |
 //! | silent devices (`ITE`) | named | their ticket has failed, the others go on: model; silent units: [`HEAD_LIMIT_US`] |
 //! | stray answers of devices (`ICE`) | named | model |
 //! | takeover from firmware | yes | translation of the same mode, interrupt remapping, queue: QEMU, model; protected memory: model |

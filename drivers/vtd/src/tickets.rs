@@ -16,29 +16,6 @@ const FAILED: usize = 32;
 /// It is longer than units take to notice a device that does not answer (`FSTS.ITE`), which then comes first.
 pub const HEAD_LIMIT_US: u64 = 1_000_000;
 
-/// Whose device TLBs a batch waits for.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(crate) enum Asked {
-    Nobody,
-    One(StreamId),
-    Several,
-}
-
-impl Asked {
-    pub(crate) fn and(self, stream: StreamId) -> Self {
-        match self {
-            Self::Nobody => Self::One(stream),
-            Self::One(same) if same == stream => self,
-            Self::One(_) | Self::Several => Self::Several,
-        }
-    }
-
-    /// The device, where there is one alone.
-    pub(crate) fn stream(self) -> Option<StreamId> {
-        if let Self::One(stream) = self { Some(stream) } else { None }
-    }
-}
-
 /// What was queued for one ticket. Its places in the queue are not used again before it has ended.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Batch {
@@ -48,7 +25,8 @@ pub(crate) struct Batch {
     /// Where its descriptors are in the queue: the first, and the one after the last, which is its wait.
     pub(crate) start: usize,
     pub(crate) end: usize,
-    pub(crate) asked: Asked,
+    /// Whose device TLB it waits for.
+    pub(crate) asked: Option<StreamId>,
     /// Its wait drains page requests.
     pub(crate) drains: bool,
     /// It was told to be failed, although it may still complete.
@@ -148,7 +126,7 @@ impl Tickets {
 
     /// A device TLB has not answered yet.
     pub(crate) fn waits_for_device(&self) -> bool {
-        self.pending.iter().any(|batch| batch.asked != Asked::Nobody)
+        self.pending.iter().any(|batch| batch.asked.is_some())
     }
 
     /// Takes a ticket for failed, for good. Its places stay taken until it ends.
@@ -205,7 +183,7 @@ mod tests {
             done_at: ticket,
             start: 0,
             end: 1,
-            asked: Asked::Nobody,
+            asked: None,
             drains: false,
             failed: false,
         }

@@ -1391,10 +1391,22 @@ mod commands {
         machine.wait(ticket);
 
         machine.invalidate(&[other]);
-        // Two in one batch: which of them is silent, nobody could tell.
-        assert_eq!(machine.smmu.commands.submit(&[pages, other]).err(), busy);
         // The same device twice is one device.
         machine.invalidate(&[pages, pages]);
+        machine.assert_lawful();
+    }
+
+    /// Which of them is silent, nobody could tell. Later is no better, so it is not for later that it is refused.
+    #[test]
+    fn two_devices_in_one_batch_are_refused_as_too_much() {
+        let (mut machine, pages) = remembered();
+        let other = Invalidation::Device { stream: NIC, device_tlb: true };
+
+        for batch in [[pages, other], [other, pages]] {
+            let refused = machine.smmu.commands.submit(&batch).err();
+            assert_eq!(refused, Some(Error::Exhausted { what: "devices asked in a batch" }));
+            batch.iter().for_each(|&one| machine.invalidate(&[one]));
+        }
         machine.assert_lawful();
     }
 

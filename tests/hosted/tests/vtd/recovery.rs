@@ -456,6 +456,22 @@ fn one_device_tlb_at_a_time_is_waited_for() {
     machine.assert_lawful();
 }
 
+/// Not every unit names the one that is silent: a guest could hide behind the other. Later is no better, so it is not for later
+/// that it is refused.
+#[test]
+fn two_devices_in_one_batch_are_refused_as_too_much() {
+    let mut machine = with_page_requests(Config::full());
+    let too_much = Err(Error::Exhausted { what: "devices asked in a batch" });
+
+    for batch in [[device_tlb(DISK), device_tlb(NIC)], [device_tlb(NIC), device_tlb(DISK)]] {
+        assert_eq!(machine.vtd.commands.submit(&batch), too_much);
+        batch.iter().for_each(|&one| machine.invalidate(&[one]));
+    }
+    // The same device twice is one device.
+    machine.invalidate(&[device_tlb(DISK), device_tlb(DISK)]);
+    machine.assert_lawful();
+}
+
 #[test]
 fn a_stray_answer_is_told_with_its_device_and_stops_nothing() {
     let mut machine = HARDWARE.machine(Config::full());

@@ -410,6 +410,8 @@ struct Described {
 /// At most one ticket at a time waits for a device TLB, of one device: a device that does not answer holds back the queue until
 /// the unit gives it up, and no second one may add to that. `submit` refuses a batch that asks two ([`Error::Exhausted`]), and
 /// one that asks while another is on its way ([`Error::Busy`]).
+///
+/// What a unit is at for [too long](crate::HEAD_LIMIT_US) has failed; what waits behind that has not.
 #[derive(Debug)]
 pub struct Commands<B> {
     bus: B,
@@ -893,8 +895,9 @@ impl<B: Bus> iommu::Commands for Commands<B> {
         self.settle();
         // The clock is for what is not done.
         let waits = !self.tickets.pending().is_empty();
-        if waits && let Some(late) = self.tickets.overdue(self.bus.now_us()) {
-            let stream = late.asked;
+        if waits && let Some((late, at_head)) = self.tickets.overdue(self.bus.now_us()) {
+            // What is not at the head was asked of no device yet.
+            let stream = late.asked.filter(|_| at_head);
             let cause = if stream.is_some() { FailureCause::Unanswered } else { FailureCause::Stopped };
             // Of several the one that names a device is told: it is the one to act upon.
             if self.overdue.is_none_or(|earlier| earlier.stream.is_none()) {

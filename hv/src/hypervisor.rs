@@ -276,8 +276,8 @@ pub struct Hypervisor {
     bound: DeviceSet,
     /// Devices that did not answer when they were to forget something.
     silent: DeviceSet,
-    /// Those of them that are blocked, and are not asked again.
-    unasked: DeviceSet,
+    /// Devices that are blocked, all of them. One that is silent as well is not asked again.
+    blocked: DeviceSet,
     /// In what condition the last owner left each device, as a [`Condition`].
     conditions: [AtomicU8; DEVICES],
     /// The guests' program.
@@ -406,7 +406,7 @@ impl Hypervisor {
             given: [const { AtomicU64::new(0) }; DEVICES],
             bound: DeviceSet::new(),
             silent: DeviceSet::new(),
-            unasked: DeviceSet::new(),
+            blocked: DeviceSet::new(),
             conditions: [const { AtomicU8::new(Condition::Clean as u8) }; DEVICES],
             image,
         })
@@ -433,7 +433,7 @@ impl Hypervisor {
         }
         if condition == Condition::Clean {
             self.silent.set(number, false);
-            self.unasked.set(number, false);
+            self.blocked.set(number, false);
         }
     }
 
@@ -456,16 +456,16 @@ impl Hypervisor {
         }
     }
 
-    /// Notes that a device is blocked: if it did not answer before, it is not asked again until it was reset.
+    /// Notes that a device is blocked. If it does not answer, then or later, it is not asked again until it was reset.
     pub fn note_blocked(&self, stream: StreamId) {
-        if let Some(number) = self.place_of(stream).filter(|&number| self.silent.has(number)) {
-            self.unasked.set(number, true);
+        if let Some(number) = self.place_of(stream) {
+            self.blocked.set(number, true);
         }
     }
 
     /// Returns whether a device is blocked that did not answer.
     pub fn is_unasked(&self, stream: StreamId) -> bool {
-        self.is_in(&self.unasked, stream)
+        self.is_in(&self.silent, stream) && self.is_in(&self.blocked, stream)
     }
 
     /// Returns whether `set` has a device, which is looked for only if it has any.

@@ -55,6 +55,9 @@ impl<'h> Pager<'h> {
         if hv.owner_of(stream).is_some() {
             return Err(Error::Attached);
         }
+        if hv.boot.firmware_uses(&hv.config, stream) {
+            return Err(Error::Firmwares { stream });
+        }
         if !hv.is_clean(number) {
             return Err(Error::NotReset { stream });
         }

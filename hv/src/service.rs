@@ -15,7 +15,7 @@ use arch::{
     unit,
 };
 use broker::{Expiry, Verdict};
-use core::sync::atomic::Ordering::{AcqRel, Relaxed};
+use core::sync::atomic::Ordering::{AcqRel, Relaxed, SeqCst};
 use heapless::Deque;
 use iommu::{Commands as _, Event, Events as _, FailureCause, FaultRecord, PageRequest, Stages};
 
@@ -96,9 +96,30 @@ pub fn start(hv: &'static Hypervisor, mut events: unit::Events) -> Result<(), Fa
 }
 
 /// Wakes the control core at `at_us`: the service core's timer serves both.
-pub fn wake_control_at(hv: &Hypervisor, at_us: u64) {
+fn wake_control_at(hv: &Hypervisor, at_us: u64) {
     hv.control_wakes_us.store(at_us, Relaxed);
     interrupts::kick(SERVICE_CORE, Source::PageRequest);
+}
+
+/// Sleeps until `done`, with the routine at work; returns whether it came in time. The service core alone sleeps like this, as
+/// the core that controls: its timer is the routine's.
+pub fn wait_for(hv: &Hypervisor, limit_us: u64, mut done: impl FnMut() -> bool) -> bool {
+    let end_us = cpu::now_us().saturating_add(limit_us);
+    wake_control_at(hv, end_us);
+    let _masked = cpu::mask();
+    let came = loop {
+        hv.control_waits.store(true, SeqCst);
+        let late = cpu::now_us() >= end_us;
+        if done() {
+            break true;
+        }
+        if late {
+            break false;
+        }
+        cpu::wait_for_interrupt();
+    };
+    hv.control_wakes_us.store(u64::MAX, Relaxed);
+    came
 }
 
 /// The handler of everything that the service core serves.

@@ -336,6 +336,57 @@ mod events {
         }
     }
 
+    /// "Event records", those that the rows of the fact sheet leave out, with every field of theirs that is not reserved. SSV is
+    /// 1<<11, a Reason or STAG in the low half of w1; PnU, InD, RnW 1<<33 to 1<<35, S2 1<<39, CLASS from 1<<40.
+    #[test]
+    fn records_decode_with_every_field_set() {
+        let fault = |pasid, access, iova, reason, code| FaultRecord {
+            stream: SID,
+            pasid,
+            access,
+            iova: Iova(iova),
+            reason,
+            code,
+        };
+        let upper = 0xFFFF_8000_0000_1ABC;
+        for (words, expected) in [
+            // F_UUT: all of Reason, and a privileged fetch of an instruction.
+            (
+                [0x0108_0000_5801, 0x000E_FFFF_FFFF, upper, 0],
+                fault(pasid(5), Read, 0xFFFF_8000_0000_1000, Other, 0x01),
+            ),
+            // C_BAD_STREAMID, C_BAD_CD and C_BAD_STE may have a SubstreamID; F_STREAM_DISABLED has none.
+            ([0x0108_0000_5802, 0, 0, 0], fault(pasid(5), Unknown, 0, NotAttached, 0x02)),
+            ([0x0108_0000_5804, 0, 0, 0], fault(pasid(5), Unknown, 0, NotAttached, 0x04)),
+            ([0x0108_0000_0006, 0, 0, 0], fault(None, Unknown, 0, NotAttached, 0x06)),
+            ([0x0108_FFFF_F80A, 0, 0, 0], fault(pasid(0xF_FFFF), Unknown, 0, NotAttached, 0x0A)),
+            // F_TRANSL_FORBIDDEN, a read.
+            (
+                [0x0108_0000_0007, 0x0008_0000_0000, 0x8000_1ABC, 0],
+                fault(None, Read, 0x8000_1000, NotAttached, 0x07),
+            ),
+            // F_ACCESS, stage 1: CLASS 2. F_PERMISSION of stage 2 on a table of the first: S2, CLASS 1; the IPA is not told.
+            (
+                [0x0108_FFFF_F812, 0x0200_0000_0000, upper, 0],
+                fault(pasid(0xF_FFFF), Write, 0xFFFF_8000_0000_1000, NotPermitted, 0x12),
+            ),
+            (
+                [0x0108_0000_0013, 0x0180_0000_0000, 0x5ABC, 0x000F_FFFF_FFFF_F000],
+                fault(None, Write, 0x5000, BadTables, 0x313),
+            ),
+            // F_TLB_CONFLICT: Reason, and RnW.
+            ([0x0108_0000_5820, 0x0008_0000_FFFF, 0x5ABC, 0], fault(pasid(5), Read, 0x5000, BadTables, 0x20)),
+            // F_CFG_CONFLICT: Reason. F_VMS_FETCH: Reason, GPCF 1<<16, FetchAddr, which is not told.
+            ([0x0108_0000_5821, 0xFFFF, 0, 0], fault(pasid(5), Unknown, 0, BadTables, 0x21)),
+            (
+                [0x0108_0000_5825, 0x1_FFFF, 0, 0x00FF_FFFF_FFFF_FFF8],
+                fault(pasid(5), Unknown, 0, BadTables, 0x25),
+            ),
+        ] {
+            assert_eq!(decoded(words), expected, "{words:#x?}");
+        }
+    }
+
     #[test]
     fn the_direction_is_told_where_the_record_has_one() {
         // RnW is [99], 1<<35 of w1: F_UUT, F_TRANSL_FORBIDDEN, F_WALK_EABT, 10 to 13, F_TLB_CONFLICT.

@@ -223,6 +223,41 @@ fn frames_that_run_out_leave_everything_blocked_and_none_is_lost() {
 }
 
 #[test]
+fn a_replacement_for_which_frames_run_out_is_refused_and_nothing_has_changed() {
+    for frames in 0..=2 {
+        let (unit, memory) = HARDWARE.smmu_unit(Config::full());
+        let mut parts = HARDWARE.needs(STREAM_TABLE, &memory);
+        parts.context_tables.truncate(frames);
+        let mut machine = HARDWARE.enable_smmu(unit, memory, unit, parts).expect("it comes into service");
+        machine.assign(DISK, PASIDS);
+        let second = machine.tree(Stage::Two);
+        machine.map(&second, HERE, 2, Perms::READ);
+        let first = tree(&mut machine, 1);
+        let behind = translation(Stage::Two, &second);
+        let attachment = machine.attach_to(DISK, None, behind).expect("it takes no frames");
+
+        // The first level, and a table of the second.
+        let replaced = machine.replace(attachment, one(&first));
+
+        let now = match replaced {
+            Ok(now) => {
+                assert_eq!((frames, machine.read(DISK, None, HERE)), (2, Ok(1)));
+                now
+            }
+            Err(error) => {
+                assert!(matches!(error, Error::Exhausted { what } if what.contains("context")), "{error:?}");
+                assert_eq!(machine.read(DISK, None, HERE), Ok(2));
+                attachment
+            }
+        };
+        machine.detach(now);
+        machine.block(DISK);
+        assert_eq!(machine.smmu.tables.free_context_tables(), frames);
+        machine.assert_lawful();
+    }
+}
+
+#[test]
 fn a_device_that_comes_and_goes_takes_and_gives_the_same() {
     let mut machine = HARDWARE.smmu(STREAM_TABLE, Config::full());
     for turn in 0..50 {

@@ -240,6 +240,30 @@ fn a_guest_s_context_descriptors_are_found_through_the_second_stage_and_remember
 }
 
 #[test]
+fn a_guest_for_whose_descriptor_no_frame_is_left_is_refused_and_stays_blocked() {
+    let (unit, memory) = HARDWARE.smmu_unit(Config::full());
+    let mut parts = HARDWARE.needs(STREAM_TABLE, &memory);
+    parts.context_tables.truncate(1);
+    let mut machine = HARDWARE.enable_smmu(unit, memory, unit, parts).expect("it comes into service");
+    let mut guest = Guest::new(&mut machine);
+    let (top, _) = guest.tables(&machine, 1);
+    machine.assign(DISK, PLAIN);
+    machine.assign(NIC, PLAIN);
+    guest.place(&mut machine, NIC);
+
+    let refused = machine.smmu.tables.place_context(DISK, CONTEXT);
+
+    assert!(matches!(refused, Err(Error::Exhausted { what }) if what.contains("context")), "{refused:?}");
+    assert!(machine.attach_to(DISK, None, guest.pages(top)).is_err());
+    assert_eq!(machine.read(DISK, None, HERE), Err(C_BAD_STE));
+    // Once the other has gone, there is one.
+    machine.block(NIC);
+    assert!(machine.smmu.tables.place_context(DISK, CONTEXT).is_ok());
+    machine.pass();
+    machine.assert_lawful();
+}
+
+#[test]
 fn a_guest_s_device_forgets_what_its_guest_says() {
     let mut machine = HARDWARE.smmu(STREAM_TABLE, Config::full());
     let mut guest = Guest::new(&mut machine);

@@ -363,13 +363,15 @@ const _: () = assert!(BATCH < 1 << Underway::LENGTH, "the length of a batch fits
 struct Failures {
     /// In their order.
     known: Deque<u64, FAILED>,
+    /// The newest of all: what is newer has not failed.
+    newest: u64,
     /// Tickets up to this one may have failed.
     before: u64,
 }
 
 impl Failures {
     const fn new() -> Self {
-        Self { known: Deque::new(), before: 0 }
+        Self { known: Deque::new(), newest: 0, before: 0 }
     }
 
     fn add(&mut self, ticket: u64) {
@@ -381,11 +383,11 @@ impl Failures {
         }
         // There is room: the oldest went.
         let _ = self.known.push_back(ticket);
+        self.newest = self.newest.max(ticket);
     }
 
     fn contain(&self, ticket: u64) -> bool {
-        // Mostly there are none.
-        ticket <= self.before || !self.known.is_empty() && self.known.iter().any(|&failed| failed == ticket)
+        ticket <= self.newest && (ticket <= self.before || self.known.iter().any(|&failed| failed == ticket))
     }
 }
 
@@ -617,10 +619,84 @@ impl<B: Bus> Commands<B> {
         self.queue.without_messages();
     }
 
+    /// Queues what most invalidations are: pages that one command names, of an attachment without a device TLB, for a queue
+    /// with room. `None` if anything is unusual; then nothing was done.
+    #[inline(always)]
+    fn submit_range(&mut self, invalidations: &[Invalidation]) -> Option<Ticket> {
+        let [Invalidation::Pages { attachment: at, iova, pages }] = *invalidations else { return None };
+        if at.device_tlb || at.stages == Stages::Nested || self.stopped || self.underway.is_full() {
+            return None;
+        }
+        let page = self.page(at, iova);
+        let command = match pages {
+            1 => page,
+            _ if self.abilities.ranges => page.over(Range::covering(pages)?),
+            _ => return None,
+        };
+        if !self.queue.has_room_in_row(2, self.reserve) {
+            return None;
+        }
+        let sync = self.queue.end(self.queue.produced() + 2);
+        let end = self.queue.append(&self.bus, [command, sync]);
+        // There is room.
+        let _ = self.underway.push_back(Underway::new(end, 2, false));
+        Some(Ticket(end))
+    }
+
+    /// Queues any invalidations, or none of them.
+    #[inline(never)]
+    fn submit_list(&mut self, invalidations: &[Invalidation]) -> Result<Ticket, Error> {
+        let mut batch = Batch::new();
+        for invalidation in invalidations {
+            self.encode(&mut batch, invalidation)?;
+        }
+        let needed = batch.commands.len() + 1;
+        batch.push(self.queue.end(self.queue.produced() + needed as u64))?;
+        if self.stopped {
+            return Err(Error::Failed { ticket: Ticket(self.queue.produced()) });
+        }
+        let device = batch.device.is_some();
+        if self.underway.is_full() || device && self.underway.iter().any(Underway::asks_a_device) {
+            self.consumed();
+        }
+        if device && self.underway.iter().any(Underway::asks_a_device) {
+            return Err(Error::Busy { what: DEVICE_TLB });
+        }
+        if self.underway.is_full() {
+            return Err(Error::QueueFull { needed, free: 0 });
+        }
+        let end = self.queue.push(&self.bus, &batch.commands, self.reserve)?;
+        // There is room.
+        let _ = self.underway.push_back(Underway::new(end, needed, device));
+        Ok(Ticket(end))
+    }
+
     /// Returns how many commands the unit has consumed, and forgets the batches that are done.
+    #[inline(always)]
     fn consumed(&mut self) -> u64 {
+        if self.queue.told().is_some() {
+            return self.consumed_by_messages();
+        }
+        let consumed = self.queue.read_consumed(&self.bus);
+        if consumed == self.queue.produced() {
+            self.underway.clear();
+        } else {
+            self.forget_done(consumed);
+        }
+        consumed
+    }
+
+    #[inline(never)]
+    fn consumed_by_messages(&mut self) -> u64 {
         let due = self.underway.back().map_or(0, |batch| batch.end());
         let consumed = self.queue.consumed(&self.bus, due);
+        self.forget_done(consumed);
+        consumed
+    }
+
+    /// Forgets the batches that are done, and notes whose message has not come.
+    #[inline(never)]
+    fn forget_done(&mut self, consumed: u64) {
         while let Some(batch) = self.underway.front().filter(|batch| batch.end() <= consumed) {
             let ticket = batch.end();
             self.underway.pop_front();
@@ -631,7 +707,6 @@ impl<B: Bus> Commands<B> {
             }
             self.untold = Some(ticket).filter(|&ticket| told < ticket);
         }
-        consumed
     }
 
     /// What becomes of a queue that cannot go on: it is switched off, so that no error of it comes again.
@@ -690,30 +765,12 @@ fn each(iova: Iova, pages: u64) -> impl Iterator<Item = Iova> {
 
 impl<B: Bus> iommu::Commands for Commands<B> {
     /// Of device TLBs, one device's at a time: [`Error::Busy`] until the one before has answered.
+    #[inline(always)]
     fn submit(&mut self, invalidations: &[Invalidation]) -> Result<Ticket, Error> {
-        let mut batch = Batch::new();
-        for invalidation in invalidations {
-            self.encode(&mut batch, invalidation)?;
+        match self.submit_range(invalidations) {
+            Some(ticket) => Ok(ticket),
+            None => self.submit_list(invalidations),
         }
-        let needed = batch.commands.len() + 1;
-        batch.push(self.queue.end(self.queue.produced() + needed as u64))?;
-        if self.stopped {
-            return Err(Error::Failed { ticket: Ticket(self.queue.produced()) });
-        }
-        let device = batch.device.is_some();
-        if self.underway.is_full() || device && self.underway.iter().any(Underway::asks_a_device) {
-            self.consumed();
-        }
-        if device && self.underway.iter().any(Underway::asks_a_device) {
-            return Err(Error::Busy { what: DEVICE_TLB });
-        }
-        if self.underway.is_full() {
-            return Err(Error::QueueFull { needed, free: 0 });
-        }
-        let end = self.queue.push(&self.bus, &batch.commands, self.reserve)?;
-        // There is room.
-        let _ = self.underway.push_back(Underway::new(end, needed, device));
-        Ok(Ticket(end))
     }
 
     fn respond(&mut self, response: PageResponse) -> Result<(), (PageResponse, Error)> {
@@ -729,6 +786,7 @@ impl<B: Bus> iommu::Commands for Commands<B> {
         self.queue.push(&self.bus, &[command], 0).map(drop).map_err(|error| (response, error))
     }
 
+    #[inline(always)]
     fn poll(&mut self, ticket: Ticket) -> Completion {
         let done = self.consumed() >= ticket.0;
         if self.failures.contain(ticket.0) || self.stopped && !done {

@@ -36,6 +36,15 @@ impl Block {
         let mask = aligned.min(fitting).min(limit.into());
         Self { iova: Iova(page.wrapping_mul(PAGE_SIZE)), mask: mask as u8 }
     }
+
+    /// Returns `pages` pages from page `page`, if they are one block of no more than 2^`limit` pages.
+    #[inline(always)]
+    fn whole(page: u64, pages: u64, limit: u8) -> Option<Self> {
+        let mask = pages.trailing_zeros();
+        // Of no pages at all the mask is 64, and no limit is that high.
+        let is_one = (page | pages) & pages.wrapping_sub(1) == 0 && mask <= limit.into();
+        is_one.then_some(Self { iova: Iova(page.wrapping_mul(PAGE_SIZE)), mask: mask as u8 })
+    }
 }
 
 /// What is left of a range: the fewest blocks that it can be cut into.
@@ -560,18 +569,11 @@ impl<B: Bus> Commands<B> {
         iova: Iova,
         pages: u64,
     ) -> Result<(), Error> {
-        let by_domain =
-            self.abilities.mode == Mode::Legacy || matches!(at.stages, Stages::Second | Stages::Nested);
-        let Some(blocks) = self.cut(iova, pages).filter(|_| !by_domain || self.abilities.second_stage_pages)
-        else {
+        let Some(blocks) = self.cut(iova, pages).filter(|_| self.has_pages(at)) else {
             return self.forget_all(batch, at);
         };
         for block in blocks.clone() {
-            batch.push(if by_domain {
-                Descriptor::domain_pages(at.domain.0, block, self.abilities.drain)
-            } else {
-                Descriptor::pasid_pages(at.domain.0, number(at), block)
-            })?;
+            batch.push(self.block(at, block))?;
         }
         // Nobody knows which addresses the guest's first stage gave to these pages.
         let nested = at.stages == Stages::Nested;
@@ -579,6 +581,28 @@ impl<B: Bus> Commands<B> {
             batch.push(Descriptor::pasid(at.domain.0, number(at)))?;
         }
         if at.device_tlb { self.ask(batch, at.stream, at.pasid, (!nested).then_some(blocks)) } else { Ok(()) }
+    }
+
+    /// Whether the unit caches an attachment's translations by domain alone: what has a second stage.
+    #[inline]
+    fn is_by_domain(&self, at: Attachment) -> bool {
+        self.abilities.mode == Mode::Legacy || matches!(at.stages, Stages::Second | Stages::Nested)
+    }
+
+    /// Whether pages of an attachment can be forgotten, and not only all of it.
+    #[inline]
+    fn has_pages(&self, at: Attachment) -> bool {
+        !self.is_by_domain(at) || self.abilities.second_stage_pages
+    }
+
+    /// One block of an attachment, in the unit.
+    #[inline(always)]
+    fn block(&self, at: Attachment, block: Block) -> Descriptor {
+        if self.is_by_domain(at) {
+            Descriptor::domain_pages(at.domain.0, block, self.abilities.drain)
+        } else {
+            Descriptor::pasid_pages(at.domain.0, number(at), block)
+        }
     }
 
     fn forget_first_stage(
@@ -636,6 +660,71 @@ impl<B: Bus> Commands<B> {
         Ok(())
     }
 
+    /// Queues what most invalidations are: one block of pages, of an attachment without a device TLB, for a queue with room.
+    /// `None` if anything is unusual; then nothing was done.
+    #[inline(always)]
+    fn submit_block(&mut self, invalidations: &[Invalidation]) -> Option<Ticket> {
+        let [Invalidation::Pages { attachment: at, iova, pages }] = *invalidations else { return None };
+        let block = Block::whole(iova.0 / PAGE_SIZE, pages, self.abilities.mask_limit)?;
+        if at.device_tlb || at.stages == Stages::Nested || !self.has_pages(at) || self.stopped {
+            return None;
+        }
+        let descriptor = self.block(at, block);
+        let queue = self.queue.as_mut()?;
+        if !queue.has_room_in_row(2, self.reserve) || !self.tickets.has_room() {
+            return None;
+        }
+        let sequence = self.tickets.next();
+        let wait = Descriptor::wait(self.status.phys(), sequence as u32, false);
+        let (ticket, done_at, asked) = (Ticket(sequence), sequence, None);
+        let start = queue.append(&self.bus, [descriptor, wait]);
+        let end = queue.tail();
+        self.tickets.took();
+        self.tickets.add(Batch { ticket, done_at, start, end, asked, drains: false, failed: false });
+        Some(ticket)
+    }
+
+    /// Queues any invalidations, or none of them.
+    #[inline(never)]
+    fn submit_list(&mut self, invalidations: &[Invalidation]) -> Result<Ticket, Error> {
+        self.is_stopped()?;
+        let mut batch = Descriptors { list: Vec::new(), asked: None };
+        for invalidation in invalidations {
+            self.encode(&mut batch, invalidation)?;
+        }
+        let sequence = self.tickets.next();
+        let ticket = Ticket(sequence);
+        if self.queue.is_none() {
+            self.execute(&batch.list)?;
+            self.tickets.took();
+            return Ok(ticket);
+        }
+        let drains = invalidations.iter().any(|asked| matches!(asked, Invalidation::PageRequestDrain));
+        batch.fence(Descriptor::wait(self.nowhere(), 0, false))?;
+        batch.push(Descriptor::wait(self.status.phys(), sequence as u32, drains))?;
+        let needed = batch.list.len();
+        let asks = batch.asked.is_some();
+        let room = self.queue.as_ref().is_some_and(|queue| queue.has_room(needed + self.reserve));
+        if !room || !self.tickets.has_room() || asks && self.tickets.waits_for_device() {
+            // What has completed is looked at only when what is known does not suffice.
+            self.settle();
+        }
+        if asks && self.tickets.waits_for_device() {
+            return Err(Error::Busy { what: "device-TLB invalidation" });
+        }
+        if !self.tickets.has_room() {
+            return Err(Error::QueueFull { needed, free: 0 });
+        }
+        let Some(queue) = &mut self.queue else { return Err(Error::Failed { ticket }) };
+        let kept = |queue: &_| Self::kept(&self.tickets, queue);
+        let start = queue.push(&self.bus, &batch.list, self.reserve, kept)?;
+        let end = queue.tail();
+        self.tickets.took();
+        let done_at = sequence;
+        self.tickets.add(Batch { ticket, done_at, start, end, asked: batch.asked, drains, failed: false });
+        Ok(ticket)
+    }
+
     /// A word that waits write to because they must write somewhere.
     fn nowhere(&self) -> PhysAddr {
         PhysAddr(self.status.phys().0 + 8)
@@ -647,10 +736,22 @@ impl<B: Bus> Commands<B> {
     }
 
     /// Looks at what has completed.
+    #[inline]
     fn settle(&mut self) {
-        if self.queue.is_some() {
-            self.bus.observe(self.status.range(0, 1));
-            self.tickets.observe(self.status.load(0) as u32);
+        self.bus.observe(self.status.range(0, 1));
+        self.tickets.observe(self.status.load(0) as u32);
+    }
+
+    /// Takes a ticket for failed that has taken too long, and notes it for `recover`.
+    #[inline(never)]
+    fn look_for_overdue(&mut self) {
+        let Some((late, at_head)) = self.tickets.overdue(self.bus.now_us()) else { return };
+        // What is not at the head was asked of no device yet.
+        let stream = late.asked.filter(|_| at_head);
+        let cause = if stream.is_some() { FailureCause::Unanswered } else { FailureCause::Stopped };
+        // Of several the one that names a device is told: it is the one to act upon.
+        if self.overdue.is_none_or(|earlier| earlier.stream.is_none()) {
+            self.overdue = Some(Failure { cause, stream, ticket: Some(late.ticket) });
         }
     }
 
@@ -840,43 +941,12 @@ impl IqErrors {
 }
 
 impl<B: Bus> iommu::Commands for Commands<B> {
+    #[inline(always)]
     fn submit(&mut self, invalidations: &[Invalidation]) -> Result<Ticket, Error> {
-        self.is_stopped()?;
-        let mut batch = Descriptors { list: Vec::new(), asked: None };
-        for invalidation in invalidations {
-            self.encode(&mut batch, invalidation)?;
+        match self.submit_block(invalidations) {
+            Some(ticket) => Ok(ticket),
+            None => self.submit_list(invalidations),
         }
-        let sequence = self.tickets.next();
-        let ticket = Ticket(sequence);
-        if self.queue.is_none() {
-            self.execute(&batch.list)?;
-            self.tickets.took();
-            return Ok(ticket);
-        }
-        let drains = invalidations.iter().any(|asked| matches!(asked, Invalidation::PageRequestDrain));
-        batch.fence(Descriptor::wait(self.nowhere(), 0, false))?;
-        batch.push(Descriptor::wait(self.status.phys(), sequence as u32, drains))?;
-        let needed = batch.list.len();
-        let asks = batch.asked.is_some();
-        let room = self.queue.as_ref().is_some_and(|queue| queue.has_room(needed + self.reserve));
-        if !room || !self.tickets.has_room() || asks && self.tickets.waits_for_device() {
-            // What has completed is looked at only when what is known does not suffice.
-            self.settle();
-        }
-        if asks && self.tickets.waits_for_device() {
-            return Err(Error::Busy { what: "device-TLB invalidation" });
-        }
-        if !self.tickets.has_room() {
-            return Err(Error::QueueFull { needed, free: 0 });
-        }
-        let Some(queue) = &mut self.queue else { return Err(Error::Failed { ticket }) };
-        let kept = |queue: &_| Self::kept(&self.tickets, queue);
-        let start = queue.push(&self.bus, &batch.list, self.reserve, kept)?;
-        let end = queue.tail();
-        self.tickets.took();
-        let done_at = sequence;
-        self.tickets.add(Batch { ticket, done_at, start, end, asked: batch.asked, drains, failed: false });
-        Ok(ticket)
     }
 
     fn respond(&mut self, response: PageResponse) -> Result<(), (PageResponse, Error)> {
@@ -891,18 +961,12 @@ impl<B: Bus> iommu::Commands for Commands<B> {
         result.map_err(|error| (response, error))
     }
 
+    #[inline(always)]
     fn poll(&mut self, ticket: Ticket) -> Completion {
         self.settle();
         // The clock is for what is not done.
-        let waits = !self.tickets.pending().is_empty();
-        if waits && let Some((late, at_head)) = self.tickets.overdue(self.bus.now_us()) {
-            // What is not at the head was asked of no device yet.
-            let stream = late.asked.filter(|_| at_head);
-            let cause = if stream.is_some() { FailureCause::Unanswered } else { FailureCause::Stopped };
-            // Of several the one that names a device is told: it is the one to act upon.
-            if self.overdue.is_none_or(|earlier| earlier.stream.is_none()) {
-                self.overdue = Some(Failure { cause, stream, ticket: Some(late.ticket) });
-            }
+        if !self.tickets.pending().is_empty() {
+            self.look_for_overdue();
         }
         self.tickets.completion(ticket)
     }

@@ -47,6 +47,8 @@ pub(crate) struct Tickets {
     /// In the order in which they were queued.
     pending: Vec<Batch, PENDING>,
     failed: Vec<u64, FAILED>,
+    /// The newest that ever failed: what is newer has not.
+    newest_failed: u64,
     /// Tickets up to this one are taken for failed: it was one, and there was no more room to remember it.
     forgotten: u64,
     /// The sequence number at the head of the queue, and since when at least.
@@ -60,31 +62,37 @@ impl Tickets {
             completed: 0,
             pending: Vec::new(),
             failed: Vec::new(),
+            newest_failed: 0,
             forgotten: 0,
             head: (0, 0),
         }
     }
 
     /// The sequence number of the next wait.
+    #[inline]
     pub(crate) fn next(&self) -> u64 {
         self.submitted + 1
     }
 
     /// Takes note that the wait [`next`](Self::next) was queued.
+    #[inline]
     pub(crate) fn took(&mut self) {
         self.submitted += 1;
     }
 
     /// Adds a batch; there must be [`room`](Self::has_room).
+    #[inline]
     pub(crate) fn add(&mut self, batch: Batch) {
         let _ = self.pending.push(batch);
     }
 
+    #[inline]
     pub(crate) fn has_room(&self) -> bool {
         !self.pending.is_full()
     }
 
     /// Reads the word that waits write: the low half of a sequence number.
+    #[inline]
     pub(crate) fn observe(&mut self, status: u32) {
         let behind = (self.submitted as u32).wrapping_sub(status);
         if let Some(completed) = self.submitted.checked_sub(behind.into()) {
@@ -103,16 +111,21 @@ impl Tickets {
         self.completed
     }
 
+    #[inline]
     pub(crate) fn completion(&self, ticket: Ticket) -> Completion {
-        if ticket.0 <= self.forgotten || self.failed.contains(&ticket.0) {
+        // Mostly nothing has failed, and nothing is pending.
+        let failed = || ticket.0 <= self.forgotten || self.failed.contains(&ticket.0);
+        let pending = || !self.pending.is_empty() && self.pending.iter().any(|batch| batch.ticket == ticket);
+        if ticket.0 <= self.newest_failed && failed() {
             Completion::Failed
-        } else if ticket.0 > self.submitted || self.pending.iter().any(|batch| batch.ticket == ticket) {
+        } else if ticket.0 > self.submitted || pending() {
             Completion::Pending
         } else {
             Completion::Done
         }
     }
 
+    #[inline]
     pub(crate) fn pending(&self) -> &[Batch] {
         &self.pending
     }
@@ -148,6 +161,7 @@ impl Tickets {
             self.forgotten = self.forgotten.max(oldest);
         }
         let _ = self.failed.push(ticket.0);
+        self.newest_failed = self.newest_failed.max(ticket.0);
     }
 
     /// Takes a ticket for failed, and ended: nothing of it will happen any more.

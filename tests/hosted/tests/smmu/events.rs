@@ -905,6 +905,81 @@ mod commands {
         words
     }
 
+    fn pages_of(stages: Stages, device_tlb: bool, page: u64, pages: u64) -> Invalidation {
+        let attachment =
+            Attachment { serial: 1, stream: DISK, pasid: None, domain: DomainId(0x2A), stages, device_tlb };
+        Invalidation::Pages { attachment, iova: Iova(page * PAGE_SIZE), pages }
+    }
+
+    /// What goes by itself takes a shorter way than what goes with others.
+    #[test]
+    fn pages_by_themselves_are_told_as_they_are_among_others() {
+        // IDR3.RIL is bit 10.
+        let full = Config::full();
+        let single = Config { idr3: full.idr3 & !(1 << 10), ..full };
+        for config in [full, single] {
+            let (unit, memory) = HARDWARE.smmu_unit(config);
+            let mut machine = HARDWARE
+                .enable_smmu(unit, memory.clone(), unit, needs(STREAM_TABLE, &memory))
+                .expect("it comes into service");
+            unit.plug(DISK);
+            let mut told = |invalidations: &[Invalidation]| {
+                let before = unit.executed().len();
+                machine.invalidate(invalidations);
+                let words = unit.executed().split_off(before);
+                assert_eq!(words.last().map(|words| words[0] & 0xFF), Some(0x46), "{invalidations:?}");
+                // The number that a message tells differs.
+                words
+                    .into_iter()
+                    .map(|[low, high]| [if low & 0xFF == 0x46 { 0x46 } else { low }, high])
+                    .collect::<Vec<_>>()
+            };
+            for stages in [Stages::First, Stages::Second, Stages::Nested] {
+                for device_tlb in [false, true] {
+                    for (page, pages) in
+                        [(7, 1), (7, 2), (7, 3), (0, 8), (0, 9), (5, 0), (0, 512), (1, 33), (0, 1 << 40)]
+                    {
+                        let one = pages_of(stages, device_tlb, page, pages);
+                        // Of which nothing becomes a command: the disk's faults do not stall.
+                        let nothing = Invalidation::Stalls { stream: DISK };
+
+                        assert_eq!(told(&[one]), told(&[one, nothing]), "{one:?}");
+                    }
+                }
+            }
+            machine.assert_lawful();
+        }
+    }
+
+    /// Two commands at a time, with an odd number of them before: the last place of the ring comes to be the first of two.
+    #[test]
+    fn a_page_by_itself_goes_over_the_end_of_the_ring() {
+        const PAGES: u64 = 600;
+        let (unit, memory) = HARDWARE.smmu_unit(Config::full());
+        let mut machine = HARDWARE
+            .enable_smmu(unit, memory.clone(), unit, needs(STREAM_TABLE, &memory))
+            .expect("it comes into service");
+        for odd in [false, true] {
+            let before = unit.executed().len();
+            for page in 0..PAGES {
+                machine.invalidate(&[pages_of(Stages::Second, false, page, 1)]);
+            }
+            // K22.
+            let told: Vec<_> = unit
+                .executed()
+                .split_off(before)
+                .into_iter()
+                .filter(|words| words[0] & 0xFF == 0x2A)
+                .map(|words| words[1])
+                .collect();
+            let all: Vec<_> = (0..PAGES).map(|page| page * PAGE_SIZE | 1).collect();
+            assert_eq!(told, all, "odd: {odd}");
+            // A CMD_SYNC alone.
+            machine.invalidate(&[]);
+        }
+        machine.assert_lawful();
+    }
+
     #[test]
     fn invalidations_become_the_commands_of_the_manual_in_its_order() {
         let full = Config::full();

@@ -5,7 +5,7 @@
 use crate::{
     STALLING,
     queue::CommandQueue,
-    regs::{self, CR0, ERRORS, GERROR, INDEX},
+    regs::{self, CR0, ERRORS, GERROR, INDEX, LOSSES},
     stalls, tables,
 };
 use heapless::{Deque, Vec};
@@ -409,7 +409,8 @@ impl Failures {
 /// `submit` refuses a batch that asks two ([`Error::Exhausted`]), and one that asks while another is on its way
 /// ([`Error::Busy`]), until that has answered or was given up.
 ///
-/// It alone writes `GERRORN`: errors are acknowledged by `recover`, and by nobody else. In service it alone writes `CR0`.
+/// It alone writes `GERRORN`: errors are acknowledged by `recover`, those that lose reports by
+/// [`told`](iommu::Commands::told), and by nobody else. In service it alone writes `CR0`.
 ///
 /// Worst case of a call: two reads of `CMDQ_CONS`, `BATCH` commands stored and published, one write of `CMDQ_PROD`; of
 /// `recover` five reads of registers, a look at `BATCH` commands, one of them stored, and two writes of registers.
@@ -709,6 +710,14 @@ impl<B: Bus> Commands<B> {
         }
     }
 
+    /// Acknowledges `errors`, which are active. ORDER: after the command that took the place of a bad one.
+    fn acknowledge(&self, kept: u32, errors: u32) {
+        // Only bits that are active may turn.
+        if errors != 0 {
+            regs::GERRORN.set(&self.bus, kept ^ errors);
+        }
+    }
+
     /// What becomes of a queue that cannot go on: it is switched off, so that no error of it comes again.
     fn stop(&mut self) -> Failure {
         self.stopped = true;
@@ -802,7 +811,7 @@ impl<B: Bus> iommu::Commands for Commands<B> {
     /// the queue goes on: what is behind is executed, answers included. A unit that cannot read its queue, or is in service
     /// failure mode, is told of once, and refuses everything from then on.
     ///
-    /// Acknowledges all other errors, too.
+    /// Acknowledges all other errors, too, but for those that lose reports: who calls may not have looked for them yet.
     fn recover(&mut self) -> Option<Failure> {
         let kept = regs::GERRORN.read(&self.bus).get();
         let active = (regs::GERROR.read(&self.bus).get() ^ kept) & ERRORS;
@@ -818,11 +827,14 @@ impl<B: Bus> iommu::Commands for Commands<B> {
         if is(GERROR::MSI_CMDQ_ABT_ERR::SET) {
             self.queue.without_messages();
         }
-        if active != 0 {
-            // Only bits that are active may turn. ORDER: after the command that took the place of a bad one.
-            regs::GERRORN.set(&self.bus, kept ^ active);
-        }
+        self.acknowledge(kept, active & !LOSSES);
         failure
+    }
+
+    fn told(&mut self, status: u32) {
+        let kept = regs::GERRORN.read(&self.bus).get();
+        let active = regs::GERROR.read(&self.bus).get() ^ kept;
+        self.acknowledge(kept, active & status & LOSSES);
     }
 }
 

@@ -4,7 +4,7 @@ use crate::{
     STALLING,
     interrupts::{self, Messages},
     queue::{EVENT_WORDS, REQUEST_WORDS, ReportQueue},
-    regs::{self, ERRORS, GERROR, IDR0},
+    regs::{self, ERRORS, GERROR, IDR0, LOSSES},
     stalls,
 };
 use heapless::Vec;
@@ -357,8 +357,9 @@ impl UnitError {
 /// A fault of a device whose faults stall is a page request, of a group of its own. On a unit that has such devices
 /// `next_request` empties both queues, so that nothing waits behind faults.
 ///
-/// It acknowledges no error: [`Commands::recover`](iommu::Commands::recover) does, and is to be called after each
-/// [`Event::CommandsFailed`]. Until then each [`look_for_errors`](iommu::Events::look_for_errors) has the errors told again.
+/// It acknowledges no error: [`Commands::told`](iommu::Commands::told) and [`Commands::recover`](iommu::Commands::recover) do,
+/// and are to be called after each [`Event::CommandsFailed`]. Until then each
+/// [`look_for_errors`](iommu::Events::look_for_errors) has the errors told again.
 #[derive(Debug)]
 pub struct Events<B> {
     bus: B,
@@ -438,7 +439,9 @@ impl<B: Bus> iommu::Events for Events<B> {
 
     fn look_for_errors(&mut self) {
         let active = (regs::GERROR.read(&self.bus).get() ^ regs::GERRORN.read(&self.bus).get()) & ERRORS;
-        (self.active, self.lost, self.told) = (active, 0, 0);
+        // Where there is no queue of page requests, nothing of it is lost.
+        let lost = if self.requests.is_some() { 0 } else { GERROR::PRIQ_ABT_ERR::SET.value };
+        (self.active, self.lost, self.told) = (active, lost, 0);
     }
 
     fn next_request(&mut self) -> Option<Event> {
@@ -458,9 +461,11 @@ impl<B: Bus> iommu::Events for Events<B> {
             self.lost |= LOST;
             return Some(Event::FaultsLost);
         }
-        if self.active & !self.told != 0 {
-            self.told |= self.active;
-            return Some(Event::CommandsFailed { status: self.active });
+        // What is told may be acknowledged, so what it lost was told before.
+        let status = self.active & !(LOSSES & !self.lost);
+        if status & !self.told != 0 {
+            self.told |= status;
+            return Some(Event::CommandsFailed { status });
         }
         None
     }

@@ -251,6 +251,8 @@ pub(crate) const PRIQ: QueueRegisters =
 
 /// All errors that the manual knows: bits 0, and 2 to 10.
 pub(crate) const ERRORS: u32 = 0x7FD;
+/// Those that lose reports: `EVENTQ_ABT_ERR` and `PRIQ_ABT_ERR`.
+pub(crate) const LOSSES: u32 = GERROR::EVENTQ_ABT_ERR::SET.value | GERROR::PRIQ_ABT_ERR::SET.value;
 
 /// What `CR1` says of a unit whose accesses are coherent: all of them inner shareable, write-back.
 pub(crate) const COHERENT: u32 = CR1::QUEUE_IC::WriteBack.value

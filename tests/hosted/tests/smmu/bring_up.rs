@@ -502,6 +502,7 @@ fn a_unit_that_is_stopped_refuses_everything_and_can_be_taken_into_service_again
         unit,
         frames: machine.frames,
         hardware: HARDWARE,
+        told: 0,
     };
     // What it remembered of the time before is forgotten: the device is nobody's.
     assert_eq!(again.read(DISK, None, HERE), Err(STREAM_TABLE.untouched()));

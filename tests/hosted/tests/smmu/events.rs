@@ -400,6 +400,47 @@ mod faults {
         machine.assert_lawful();
     }
 
+    /// A ticket that failed is no error that was told, and an error may come after the look.
+    #[test]
+    fn a_recovery_that_nobody_was_told_to_make_ends_no_error_that_lost_reports() {
+        for (error, lost) in [(EVENTQ_ABT_ERR, Event::FaultsLost), (PRIQ_ABT_ERR, Event::RequestsLost)] {
+            let mut machine = machine();
+            let half = request(DISK, 1, false);
+            assert_eq!(machine.unit.page_request(half), Requested::Queued);
+            assert_eq!(machine.pass(), [Event::PageRequest(half)]);
+            machine.unit.raise_errors(error | 1 << 4);
+
+            assert_eq!(machine.recover(), []);
+
+            assert_eq!(machine.unit.read32(GERROR) ^ machine.unit.read32(GERRORN), error);
+            assert_eq!(machine.pass(), [lost, Event::CommandsFailed { status: error }]);
+            assert_eq!(machine.recover(), []);
+            assert_eq!(machine.unit.read32(GERROR) ^ machine.unit.read32(GERRORN), 0, "acknowledged");
+            assert_eq!(machine.pass(), [], "once");
+            machine.assert_lawful();
+        }
+    }
+
+    /// A pass has an end also where its queue has none: what the error lost is told by the next.
+    #[test]
+    fn an_error_is_not_told_before_what_it_lost() {
+        let mut machine = machine();
+        machine.unit.raise_errors(PRIQ_ABT_ERR | EVENTQ_ABT_ERR);
+        machine.smmu.events.look_for_errors();
+
+        assert_eq!(machine.smmu.events.next_fault(), Some(Event::FaultsLost));
+        let told = machine.smmu.events.next_fault();
+        assert_eq!(told, Some(Event::CommandsFailed { status: EVENTQ_ABT_ERR }));
+        machine.smmu.commands.told(EVENTQ_ABT_ERR);
+        assert_eq!(machine.smmu.commands.recover(), None);
+        assert_eq!(machine.smmu.events.next_fault(), None);
+
+        assert_eq!(machine.pass(), [Event::RequestsLost, Event::CommandsFailed { status: PRIQ_ABT_ERR }]);
+        assert_eq!(machine.recover(), []);
+        assert_eq!(machine.pass(), []);
+        machine.assert_lawful();
+    }
+
     #[test]
     fn every_error_is_told_by_name_and_acknowledged_by_recovery_alone() {
         let mut machine = machine();
@@ -920,7 +961,7 @@ mod commands {
         for config in [full, single] {
             let (unit, memory) = HARDWARE.smmu_unit(config);
             let mut machine = HARDWARE
-                .enable_smmu(unit, memory.clone(), unit, needs(STREAM_TABLE, &memory))
+                .enable_smmu(unit, memory.clone(), unit, HARDWARE.needs(STREAM_TABLE, &memory))
                 .expect("it comes into service");
             unit.plug(DISK);
             let mut told = |invalidations: &[Invalidation]| {
@@ -957,7 +998,7 @@ mod commands {
         const PAGES: u64 = 600;
         let (unit, memory) = HARDWARE.smmu_unit(Config::full());
         let mut machine = HARDWARE
-            .enable_smmu(unit, memory.clone(), unit, needs(STREAM_TABLE, &memory))
+            .enable_smmu(unit, memory.clone(), unit, HARDWARE.needs(STREAM_TABLE, &memory))
             .expect("it comes into service");
         for odd in [false, true] {
             let before = unit.executed().len();

@@ -34,9 +34,10 @@ pub const WHOLE_PAGES_ALONE: bool = false;
 
 /// How long something may be at the head of the unit's queue before the unit has an end for it, in microseconds.
 ///
-/// The driver sets no limit: the unit itself reports a device that does not answer (`CERROR_ATC_INV_SYNC`), within a time
-/// that is the implementer's. PCI Express, "Address Translation Services", gives a device one minute and a half at most.
-pub const HEAD_LIMIT_US: u64 = 90_000_000;
+/// The unit itself reports a device that does not answer (`CERROR_ATC_INV_SYNC`), within a time that is the implementer's: PCI
+/// Express, "Address Translation Services", gives a device one minute and a half at most. Where the unit does not go on then,
+/// the driver gives it up.
+pub const HEAD_LIMIT_US: u64 = 90_000_000 + smmuv3::RETRY_LIMIT_US;
 
 /// Tells the unit what invalidations of a device TLB need: an SMMU asks for nothing but the stream.
 pub fn describe_device_tlb(_: &mut Commands, _: StreamId, _: &DeviceTlb) -> Result<(), iommu::Error> {

@@ -428,8 +428,8 @@ pub struct Commands<B> {
     /// A ticket that was done, as `CMDQ_CONS` said, before its message came.
     untold: Option<u64>,
     failures: Failures,
-    /// Where the queue last had to be helped on, and how often.
-    helped: (u64, usize),
+    /// Where the queue last had to be helped on, and since when.
+    helped: Option<(u64, u64)>,
     /// Nothing more is executed.
     stopped: bool,
 }
@@ -451,7 +451,7 @@ impl<B: Bus> Commands<B> {
             underway: Deque::new(),
             untold: None,
             failures: Failures::new(),
-            helped: (0, 0),
+            helped: None,
             stopped: false,
         }
     }
@@ -727,23 +727,27 @@ impl<B: Bus> Commands<B> {
         Failure { cause: FailureCause::Stopped, stream: None, ticket: None }
     }
 
-    /// Helps the queue past the command at which it stopped; returns what was wrong with that.
-    fn help(&mut self, code: u32) -> Failure {
+    /// Helps the queue past the command at which it stopped; returns what was wrong with that, unless it was told before.
+    fn help(&mut self, code: u32) -> Option<Failure> {
         let at = self.queue.read_consumed(&self.bus);
-        self.helped = if self.helped.0 == at { (at, self.helped.1 + 1) } else { (at, 1) };
-        let Some(command) = self.queue.command(at) else { return self.stop() };
+        let now_us = self.bus.now_us();
+        let since_us = self.helped.filter(|&(place, _)| place == at).map(|(_, since_us)| since_us);
+        self.helped = Some((at, since_us.unwrap_or(now_us)));
+        let Some(command) = self.queue.command(at) else { return Some(self.stop()) };
         let batch = self.underway.iter().find(|batch| at < batch.end());
         let ticket = batch.filter(|batch| batch.start() <= at).map(|batch| batch.end());
-        let (cause, stream, limit) = match code {
-            ILLEGAL => (FailureCause::Refused, command.stream(), 1),
-            // Each command of the batch to a device may have its own turn to be too late.
-            SILENT_DEVICE => (FailureCause::Unanswered, self.silent(at), BATCH),
-            // CERROR_ABT, or nothing that the manual knows.
-            _ => return self.stop(),
+        let (cause, stream) = match (code, since_us) {
+            (ILLEGAL, None) => (FailureCause::Refused, command.stream()),
+            (SILENT_DEVICE, None) => (FailureCause::Unanswered, self.silent(at)),
+            // The manual does not say that a `CMD_SYNC` is consumed when it is tried again: that may fail as long as the device
+            // is silent, and each command to it may have its own turn to be too late. It is the same device, which was named.
+            (SILENT_DEVICE, Some(since_us)) if now_us.saturating_sub(since_us) < RETRY_LIMIT_US => {
+                return None;
+            }
+            // What took the place of the command is refused as well; or a device is silent for longer than any may be;
+            // CERROR_ABT; nothing that the manual knows.
+            _ => return Some(self.stop()),
         };
-        if self.helped.1 > limit {
-            return self.stop();
-        }
         if let Some(ticket) = ticket {
             self.failures.add(ticket);
         }
@@ -751,7 +755,7 @@ impl<B: Bus> Commands<B> {
             // Without a message, even in place of one that had one: it is failed, and the next message is past it.
             self.queue.replace(&self.bus, at, self.queue.nothing());
         }
-        Failure { cause, stream, ticket: ticket.map(Ticket) }
+        Some(Failure { cause, stream, ticket: ticket.map(Ticket) })
     }
 
     /// Returns the device that is asked to forget something before the `CMD_SYNC` at `at`, and after the one before that.
@@ -761,6 +765,11 @@ impl<B: Bus> Commands<B> {
         asked.and_then(|command| command.stream())
     }
 }
+
+/// How long the unit may say of one `CMD_SYNC` that a device is silent, in microseconds, before it is taken for stopped.
+///
+/// PCI Express, "Address Translation Services", gives a device one minute to answer an invalidation, and half as much more.
+pub const RETRY_LIMIT_US: u64 = 90_000_000;
 
 /// `CMDQ_CONS.ERR`: the command is not legal (`CERROR_ILL`).
 const ILLEGAL: u32 = 1;
@@ -807,9 +816,10 @@ impl<B: Bus> iommu::Commands for Commands<B> {
         }
     }
 
-    /// A command that the unit refuses is replaced by one that does nothing, a device that did not answer is named, and
-    /// the queue goes on: what is behind is executed, answers included. A unit that cannot read its queue, or is in service
-    /// failure mode, is told of once, and refuses everything from then on.
+    /// A command that the unit refuses is replaced by one that does nothing, a device that did not answer is named once, and
+    /// the queue goes on: what is behind is executed, answers included. A unit that cannot read its queue, that is in service
+    /// failure mode, or waits for a device for longer than one may take ([`RETRY_LIMIT_US`]), is told of once, and refuses
+    /// everything from then on.
     ///
     /// Acknowledges all other errors, too, but for those that lose reports: who calls may not have looked for them yet.
     fn recover(&mut self) -> Option<Failure> {
@@ -822,7 +832,7 @@ impl<B: Bus> iommu::Commands for Commands<B> {
         } else if !self.stopped && is(GERROR::CMDQ_ERR::SET) {
             // While the error is active, this says which; and the unit consumes nothing.
             let code = regs::CMDQ.cons.read(&self.bus).read(INDEX::ERR);
-            failure = Some(self.help(code));
+            failure = self.help(code);
         }
         if is(GERROR::MSI_CMDQ_ABT_ERR::SET) {
             self.queue.without_messages();

@@ -66,7 +66,7 @@ pub mod tables;
 pub mod tree;
 mod update;
 
-pub use commands::Commands;
+pub use commands::{Commands, RETRY_LIMIT_US};
 pub use contexts::CONTEXT_TABLES;
 pub use errata::Erratum;
 pub use events::Events;

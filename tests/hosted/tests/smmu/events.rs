@@ -1491,6 +1491,61 @@ mod commands {
         machine.assert_lawful();
     }
 
+    /// How often is not what counts: a unit may report as fast as it is asked.
+    #[test]
+    fn a_sync_that_fails_again_until_the_device_answers_costs_nobody_but_the_device() {
+        let (mut machine, pages) = remembered();
+        // The time of its errors is its own.
+        machine.unit.resume();
+        machine.unit.hold_device_tlb(DISK);
+        machine.unit.fail_until_answered(true);
+        let ticket = machine.smmu.commands.submit(&[pages]).expect("there is room");
+        let other = [Invalidation::Device { stream: NIC, device_tlb: false }];
+        let behind = machine.smmu.commands.submit(&other).expect("there is room");
+        machine.unit.advance(60_000);
+
+        let mut failures = Vec::new();
+        for _ in 0..600 {
+            assert_eq!(machine.pass(), [Event::CommandsFailed { status: CMDQ_ERR }]);
+            failures.extend(machine.recover());
+            assert_eq!(machine.smmu.commands.poll(behind), Completion::Pending);
+            machine.unit.advance(100_000);
+        }
+        machine.unit.release_device_tlb(DISK);
+        machine.pass();
+        failures.extend(machine.recover());
+
+        let failure = Failure { cause: FailureCause::Unanswered, stream: Some(DISK), ticket: Some(ticket) };
+        assert_eq!(failures, [failure], "it is told once");
+        assert_eq!(machine.smmu.commands.poll(ticket), Completion::Failed);
+        assert_eq!(machine.smmu.commands.poll(behind), Completion::Done);
+        machine.invalidate(&[pages]);
+        machine.assert_lawful();
+    }
+
+    /// PCI Express gives a device a minute and a half.
+    #[test]
+    fn a_unit_that_waits_for_a_device_for_longer_than_one_may_take_is_given_up_once() {
+        let (mut machine, pages) = remembered();
+        machine.unit.resume();
+        machine.unit.hold_device_tlb(DISK);
+        machine.unit.fail_until_answered(true);
+        let ticket = machine.smmu.commands.submit(&[pages]).expect("there is room");
+        machine.unit.advance(60_000);
+        let failure = Failure { cause: FailureCause::Unanswered, stream: Some(DISK), ticket: Some(ticket) };
+        assert_eq!(machine.recover(), [failure]);
+
+        machine.unit.advance(80_000_000);
+        assert_eq!(machine.recover(), []);
+        machine.unit.advance(10_000_000);
+
+        let stopped = Failure { cause: FailureCause::Stopped, stream: None, ticket: None };
+        assert_eq!(machine.recover(), [stopped]);
+        assert_eq!(machine.recover(), []);
+        assert!(matches!(machine.smmu.commands.submit(&[]), Err(Error::Failed { .. })));
+        machine.assert_lawful();
+    }
+
     #[test]
     fn one_device_at_a_time_is_asked_to_forget() {
         let (mut machine, pages) = remembered();

@@ -5,7 +5,7 @@
 use crate::{
     STALLING,
     queue::CommandQueue,
-    regs::{self, CR0, ERRORS, GERROR, INDEX, LOSSES},
+    regs::{self, CR0, ERRORS, GERROR, GONE, INDEX, LOSSES},
     stalls, tables,
 };
 use heapless::{Deque, Vec};
@@ -818,16 +818,17 @@ impl<B: Bus> iommu::Commands for Commands<B> {
 
     /// A command that the unit refuses is replaced by one that does nothing, a device that did not answer is named once, and
     /// the queue goes on: what is behind is executed, answers included. A unit that cannot read its queue, that is in service
-    /// failure mode, or waits for a device for longer than one may take ([`RETRY_LIMIT_US`]), is told of once, and refuses
-    /// everything from then on.
+    /// failure mode or gone, or waits for a device for longer than one may take ([`RETRY_LIMIT_US`]), is told of once, and
+    /// refuses everything from then on.
     ///
     /// Acknowledges all other errors, too, but for those that lose reports: who calls may not have looked for them yet.
     fn recover(&mut self) -> Option<Failure> {
         let kept = regs::GERRORN.read(&self.bus).get();
-        let active = (regs::GERROR.read(&self.bus).get() ^ kept) & ERRORS;
+        let now = regs::GERROR.read(&self.bus).get();
+        let active = (now ^ kept) & ERRORS;
         let is = |error: FieldValue<u32, GERROR::Register>| active & error.value != 0;
         let mut failure = None;
-        if !self.stopped && is(GERROR::SFM_ERR::SET) {
+        if !self.stopped && (now == GONE || is(GERROR::SFM_ERR::SET)) {
             failure = Some(self.stop());
         } else if !self.stopped && is(GERROR::CMDQ_ERR::SET) {
             // While the error is active, this says which; and the unit consumes nothing.

@@ -373,6 +373,8 @@ pub struct Events<B> {
     active: u32,
     lost: u32,
     told: u32,
+    /// All registers read as ones when errors were looked for: the unit is not there any more.
+    gone: bool,
 }
 
 impl<B: Bus> Events<B> {
@@ -382,7 +384,7 @@ impl<B: Bus> Events<B> {
         requests: Option<ReportQueue<REQUEST_WORDS>>,
         stalling: Vec<StreamId, STALLING>,
     ) -> Self {
-        Self { bus, events, requests, stalling, active: 0, lost: 0, told: 0 }
+        Self { bus, events, requests, stalling, active: 0, lost: 0, told: 0, gone: false }
     }
 
     /// Lets the unit interrupt, by its wires for events, page requests and errors.
@@ -438,7 +440,14 @@ impl<B: Bus> iommu::Events for Events<B> {
     fn acknowledge(&mut self) {}
 
     fn look_for_errors(&mut self) {
-        let active = (regs::GERROR.read(&self.bus).get() ^ regs::GERRORN.read(&self.bus).get()) & ERRORS;
+        let now = regs::GERROR.read(&self.bus).get();
+        let gone = now == regs::GONE;
+        let active = match (gone, core::mem::replace(&mut self.gone, gone)) {
+            (false, _) => (now ^ regs::GERRORN.read(&self.bus).get()) & ERRORS,
+            // Told once, as all errors together: nobody can acknowledge them.
+            (true, false) => now,
+            (true, true) => 0,
+        };
         // Where there is no queue of page requests, nothing of it is lost.
         let lost = if self.requests.is_some() { 0 } else { GERROR::PRIQ_ABT_ERR::SET.value };
         (self.active, self.lost, self.told) = (active, lost, 0);

@@ -127,7 +127,11 @@ impl CommandQueue {
     /// Reads CONS, and returns how many commands the unit has consumed since bring-up.
     #[inline(always)]
     pub(crate) fn read_consumed<B: Bus>(&mut self, bus: &B) -> u64 {
-        let index = u64::from(regs::CMDQ.cons.read(bus).read(INDEX::INDEX));
+        let cons = regs::CMDQ.cons.read(bus);
+        if cons.get() == regs::GONE {
+            return self.consumed;
+        }
+        let index = u64::from(cons.read(INDEX::INDEX));
         // ORDER: whoever learns that a command was consumed sees what devices stored before it was.
         bus.observe(self.ring.range(0, 0));
         let behind = self.produced.wrapping_sub(index) & (2 * self.entries() - 1);
@@ -272,6 +276,9 @@ impl<const WORDS: usize> ReportQueue<WORDS> {
     pub(crate) fn pop<B: Bus>(&mut self, bus: &B) -> Option<[u64; WORDS]> {
         if self.cons == self.prod {
             let prod = self.registers.prod.read(bus);
+            if prod.get() == regs::GONE {
+                return None;
+            }
             // The value is reduced: what hardware says must not lead outside the ring.
             self.prod = prod.read(INDEX::INDEX) % (2 * self.entries());
             self.overflow.0 = prod.is_set(INDEX::OVERFLOW);

@@ -249,6 +249,9 @@ pub(crate) const EVENTQ: QueueRegisters =
 pub(crate) const PRIQ: QueueRegisters =
     QueueRegisters { base: Rw::at(0x0C0), prod: Rw::at(0x1_00C8), cons: Rw::at(0x1_00CC) };
 
+/// What every register reads as where there is no unit any more; bits are reserved in each that is read in service.
+pub(crate) const GONE: u32 = u32::MAX;
+
 /// All errors that the manual knows: bits 0, and 2 to 10.
 pub(crate) const ERRORS: u32 = 0x7FD;
 /// Those that lose reports: `EVENTQ_ABT_ERR` and `PRIQ_ABT_ERR`.

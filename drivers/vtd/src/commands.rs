@@ -986,7 +986,7 @@ impl<B: Bus> iommu::Commands for Commands<B> {
             self.attempts.0 = 0;
             return None;
         }
-        if status.get() == u32::MAX || self.is_hopeless() {
+        if status.get() == regs::GONE || self.is_hopeless() {
             return Some(self.stop());
         }
         let errors = IqErrors::read(&self.bus);

@@ -2,7 +2,7 @@
 
 use crate::{HARDWARE, STREAM_TABLE};
 use hosted::{
-    Moment, Random,
+    Hardware, Moment, Random,
     smmu::{EVENTS, Machine, REQUESTS, Stage, StreamTable, Tapped, own, stream_place, translation},
 };
 use iommu::{
@@ -1521,6 +1521,51 @@ mod commands {
         assert_eq!(machine.smmu.commands.poll(behind), Completion::Done);
         machine.invalidate(&[pages]);
         machine.assert_lawful();
+    }
+
+    /// A link that is down, or power that is off: every register reads as ones, and the queues hold what was in them before.
+    #[test]
+    fn a_unit_that_is_gone_is_told_of_once_and_a_pass_has_an_end() {
+        let mut machine = machine();
+        for index in 0..5 {
+            assert_eq!(machine.unit.page_request(request(DISK, index, true)), Requested::Queued);
+            fault(machine.unit);
+            assert_eq!(machine.pass().len(), 2);
+        }
+
+        machine.unit.vanish();
+
+        let lost = [Event::RequestsLost, Event::FaultsLost, Event::CommandsFailed { status: u32::MAX }];
+        assert_eq!(machine.pass(), lost, "an unknown number");
+        let stopped = Failure { cause: FailureCause::Stopped, stream: None, ticket: None };
+        assert_eq!(machine.recover(), [stopped]);
+        for _ in 0..3 {
+            assert_eq!(machine.recover(), []);
+            assert_eq!(machine.pass(), []);
+        }
+        assert!(matches!(machine.smmu.commands.submit(&[]), Err(Error::Failed { .. })));
+    }
+
+    /// As a number ones are a place in the queue, too.
+    #[test]
+    fn a_unit_that_is_gone_has_done_nothing_since() {
+        // What is counted is what was submitted here, one by one.
+        let mut machine = Hardware::Prompt.smmu(STREAM_TABLE, Config::full());
+        let last = 2 * hosted::smmu::COMMANDS as u64 - 1;
+        while (machine.unit.executed().len() as u64) < last - 3 {
+            machine.invalidate(&[]);
+        }
+        machine.unit.pause();
+        let tickets = [(); 16].map(|()| machine.smmu.commands.submit(&[]).expect("there is room"));
+        assert!(tickets[0].0 < last && last < tickets[15].0);
+
+        machine.unit.vanish();
+
+        for ticket in tickets {
+            assert_eq!(machine.smmu.commands.poll(ticket), Completion::Pending);
+        }
+        assert_eq!(machine.recover().len(), 1);
+        assert!(tickets.iter().all(|&ticket| machine.smmu.commands.poll(ticket) == Completion::Failed));
     }
 
     /// PCI Express gives a device a minute and a half.

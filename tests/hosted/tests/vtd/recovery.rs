@@ -583,6 +583,30 @@ fn behind_a_device_that_was_given_up_others_wait_until_the_unit_gives_it_up_too(
     machine.assert_lawful();
 }
 
+/// A link that is down, or power that is off: every register reads as ones, and the queues hold what was in them before.
+#[test]
+fn a_unit_that_is_gone_is_told_of_once_and_a_pass_has_an_end() {
+    let mut machine = with_page_requests(Config::full());
+    for index in 0..5 {
+        let answer = asked(&mut machine, index);
+        assert_eq!(machine.vtd.commands.respond(answer), Ok(()));
+    }
+    machine.unit.pause(0);
+    let tickets = [(); 3].map(|()| submit(&mut machine, &[OTHER]));
+
+    machine.unit.vanish();
+
+    assert_eq!(machine.pass(), [Event::CommandsFailed { status: u32::MAX }]);
+    let stopped = Failure { cause: FailureCause::Stopped, stream: None, ticket: Some(tickets[2]) };
+    assert_eq!(machine.vtd.commands.recover(), Some(stopped));
+    for _ in 0..3 {
+        assert_eq!(machine.vtd.commands.recover(), None);
+        assert_eq!(machine.pass(), []);
+    }
+    assert_eq!(completions(&mut machine, tickets), [Completion::Failed; 3]);
+    assert!(matches!(machine.vtd.commands.submit(&[OTHER]), Err(Error::Failed { .. })));
+}
+
 #[test]
 fn an_error_is_told_once_in_each_pass_until_it_is_dealt_with() {
     let mut machine = HARDWARE.machine(Config::full());

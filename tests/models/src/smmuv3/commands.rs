@@ -199,7 +199,7 @@ impl State {
     fn consume(&mut self) -> bool {
         let (prod, cons) = (self.get(CMDQ_PROD), self.get(CMDQ_CONS));
         let pointer = cons & 0xF_FFFF;
-        if !self.on(CMDQEN) || self.active(CMDQ_ERR) || self.used(CMDQ, prod, pointer) == 0 {
+        if self.gone || !self.on(CMDQEN) || self.active(CMDQ_ERR) || self.used(CMDQ, prod, pointer) == 0 {
             return false;
         }
         let done = self.fetch(pointer).and_then(|words| {

@@ -185,8 +185,11 @@ pub const REFUSALS: Option<(u16, u16)> = None;
 const LAST_STREAMS: [StreamId; 2] = [StreamId(0xFFFF), StreamId(0xFF)];
 /// Tables of the second level of the stream table, where it has two: devices are on bus 0.
 const SECOND_LEVEL_TABLES: usize = 1;
-/// Frames for context descriptors: of devices with PASIDs, or of a guest's first stage.
-const CONTEXT_FRAMES: usize = 8;
+/// Devices with PASIDs, or with a guest's first stage, that each have all the context descriptors that they may: those of two
+/// guests, and the one of the hypervisor's pager.
+const CONTEXT_DEVICES: usize = 5;
+/// Frames for context descriptors: tables, and what leads to them.
+const CONTEXT_FRAMES: usize = CONTEXT_DEVICES * (smmuv3::DEVICE_TABLES + 1);
 /// Frames of the command queue: 256 entries.
 const COMMAND_FRAMES: usize = 1;
 /// Frames of the event queue: 128 entries.

@@ -252,8 +252,13 @@ pub(crate) const EVENTQ: QueueRegisters =
 pub(crate) const PRIQ: QueueRegisters =
     QueueRegisters { base: Rw::at(0x0C0), prod: Rw::at(0x1_00C8), cons: Rw::at(0x1_00CC) };
 
+/// What every register reads as where there is no unit any more; bits are reserved in each that is read in service.
+pub(crate) const GONE: u32 = u32::MAX;
+
 /// All errors that the manual knows: bits 0, and 2 to 10.
 pub(crate) const ERRORS: u32 = 0x7FD;
+/// Those that lose reports: `EVENTQ_ABT_ERR` and `PRIQ_ABT_ERR`.
+pub(crate) const LOSSES: u32 = GERROR::EVENTQ_ABT_ERR::SET.value | GERROR::PRIQ_ABT_ERR::SET.value;
 
 /// What `CR1` says of a unit whose accesses are coherent: all of them inner shareable, write-back.
 pub(crate) const COHERENT: u32 = CR1::QUEUE_IC::WriteBack.value

@@ -491,7 +491,9 @@ mod faults {
         assert_eq!(machine.pass(), []);
         assert_eq!(machine.smmu.commands.poll(open), Completion::Done, "it was before");
         assert_eq!(machine.smmu.commands.poll(late), Completion::Failed);
-        assert!(matches!(machine.smmu.commands.submit(&[]), Err(Error::Failed { .. })));
+        for batch in [&[][..], &[commands::pages_of(Stages::First, false, 7, 1)]] {
+            assert!(matches!(machine.smmu.commands.submit(batch), Err(Error::Failed { .. })));
+        }
         let back = machine.smmu.commands.respond(answer(request(DISK, 1, true), Outcome::Success));
         assert!(
             matches!(&back, Err((back, Error::Failed { .. })) if back.tag.index == 1),
@@ -890,6 +892,14 @@ mod answers {
 
     #[test]
     fn a_full_queue_refuses_invalidations_and_still_takes_every_answer() {
+        // Each: CMD_CFGI_STE and CMD_SYNC; or what goes by itself, CMD_TLBI_NH_VA and CMD_SYNC.
+        let device = Invalidation::Device { stream: NIC, device_tlb: false };
+        for one in [device, commands::pages_of(Stages::First, false, 7, 1)] {
+            refuses_and_takes_every_answer(one);
+        }
+    }
+
+    fn refuses_and_takes_every_answer(one: Invalidation) {
         let mut machine = machine();
         let asked: Vec<_> = (0..=ANSWERS as u16).map(|index| request(DISK, index, true)).collect();
         for &request in &asked {
@@ -898,15 +908,17 @@ mod answers {
         machine.unit.pause();
         let room = COMMANDS - ANSWERS;
         let before = machine.unit.executed().len();
-        // Each but the last: CMD_CFGI_STE and CMD_SYNC.
-        let one = [Invalidation::Device { stream: NIC, device_tlb: false }];
+        let one = [one];
         let mut last = None;
         for _ in 0..room / 2 - 1 {
             last = Some(machine.smmu.commands.submit(&one).expect("there is room"));
         }
         let full = machine.smmu.commands.submit(&[one[0]; 2]).err();
         assert_eq!(full, Some(Error::QueueFull { needed: 3, free: 2 }));
-        last = machine.smmu.commands.submit(&one).ok().or(last);
+        last = machine.smmu.commands.submit(&[]).ok().or(last);
+        let full = machine.smmu.commands.submit(&one).err();
+        assert_eq!(full, Some(Error::QueueFull { needed: 2, free: 1 }));
+        last = machine.smmu.commands.submit(&[]).ok().or(last);
         let full = machine.smmu.commands.submit(&[]).err();
         assert_eq!(full, Some(Error::QueueFull { needed: 1, free: 0 }));
 
@@ -946,7 +958,8 @@ mod commands {
         words
     }
 
-    fn pages_of(stages: Stages, device_tlb: bool, page: u64, pages: u64) -> Invalidation {
+    /// Returns what goes into the queue by itself, if there is no device TLB.
+    pub fn pages_of(stages: Stages, device_tlb: bool, page: u64, pages: u64) -> Invalidation {
         let attachment =
             Attachment { serial: 1, stream: DISK, pasid: None, domain: DomainId(0x2A), stages, device_tlb };
         Invalidation::Pages { attachment, iova: Iova(page * PAGE_SIZE), pages }
@@ -1305,8 +1318,12 @@ mod commands {
 
     #[test]
     fn a_command_that_the_unit_refuses_fails_its_ticket_and_no_other() {
-        // However the queue has wrapped, and whichever command of the three it is.
-        for (turns, bad) in [(0, 0), (0, 1), (0, 2), (126, 1), (127, 0), (127, 2), (300, 1)] {
+        // However the queue has wrapped, and whichever command it is of the three, or of two that go by themselves.
+        let all = [(0, 0), (0, 1), (0, 2), (126, 1), (127, 0), (127, 2), (300, 1)];
+        let all = all.map(|(turns, bad)| (Invalidation::All, turns, bad));
+        let page = [(0, 0), (0, 1), (126, 1)];
+        let page = page.map(|(turns, bad)| (commands::pages_of(Stages::First, false, 7, 1), turns, bad));
+        for (spoiled, turns, bad) in all.into_iter().chain(page) {
             let mut machine = machine();
             (0..turns)
                 .for_each(|_| machine.invalidate(&[Invalidation::Device { stream: NIC, device_tlb: false }]));
@@ -1315,7 +1332,7 @@ mod commands {
             assert_eq!(machine.unit.page_request(asked), Requested::Queued);
             machine.pass();
             let before = machine.smmu.commands.submit(&[]).expect("there is room");
-            let ticket = machine.smmu.commands.submit(&[Invalidation::All]).expect("there is room");
+            let ticket = machine.smmu.commands.submit(&[spoiled]).expect("there is room");
             machine.smmu.commands.respond(answer(asked, Outcome::Success)).expect("there is room");
             let after = machine.smmu.commands.submit(&[Invalidation::All]).expect("there is room");
             spoil(&machine, 1 + bad);

@@ -52,6 +52,20 @@ fn device_tlb(stream: StreamId) -> Invalidation {
 
 const OTHER: Invalidation = Invalidation::Device { stream: NIC, device_tlb: false };
 
+/// What goes into the queue by itself: a page of a device without a TLB.
+const PAGE: Invalidation = Invalidation::Pages {
+    attachment: Attachment {
+        serial: 1,
+        stream: NIC,
+        pasid: None,
+        domain: DomainId(1),
+        stages: Stages::First,
+        device_tlb: false,
+    },
+    iova: Iova(0x7000),
+    pages: 1,
+};
+
 /// A machine whose disk may send page requests of PASID 5.
 fn with_page_requests(config: Config) -> Machine {
     let mut machine = HARDWARE.machine(config);
@@ -102,15 +116,17 @@ fn completions<const N: usize>(machine: &mut Machine, tickets: [Ticket; N]) -> [
 
 #[test]
 fn a_refused_descriptor_is_replaced_and_the_others_are_executed() {
+    // Contexts, PASID cache and translations, with two fences between them; the wait. Pages, and the wait.
+    let all = (0..6).map(|place| (Invalidation::All, place));
+    let places: Vec<_> = all.chain((0..2).map(|place| (PAGE, place))).collect();
     for config in units() {
-        for place in 0..6 {
+        for &(spoiled, place) in &places {
             let mut machine = HARDWARE.machine(config);
             machine.unit.pause(0);
             let before = submit(&mut machine, &[OTHER]);
             let at = machine.unit.read64(IQT);
-            // Contexts, PASID cache and translations, with two fences between them; the wait.
-            let refused = submit(&mut machine, &[Invalidation::All]);
-            let after = submit(&mut machine, &[OTHER]);
+            let refused = submit(&mut machine, &[spoiled]);
+            let after = submit(&mut machine, &[PAGE]);
             spoil(&machine, at + place * 32);
 
             machine.unit.resume();
@@ -119,7 +135,7 @@ fn a_refused_descriptor_is_replaced_and_the_others_are_executed() {
 
             assert!(matches!(told[..], [status] if status & IQE != 0), "{told:x?}");
             let failure = Failure { cause: FailureCause::Refused, stream: None, ticket: Some(refused) };
-            assert_eq!(failures, [failure], "place {place}");
+            assert_eq!(failures, [failure], "place {place} of {spoiled:?}");
             assert_eq!(
                 completions(&mut machine, [before, refused, after]),
                 [Completion::Done, Completion::Failed, Completion::Done]
@@ -258,7 +274,9 @@ fn a_queue_that_cannot_go_on_is_given_up_and_says_so() {
     let last = failures.last().map(|failure| (failure.cause, failure.ticket));
     assert_eq!(last, Some((FailureCause::Stopped, Some(tickets[2]))), "{failures:?}");
     assert_eq!(completions(&mut machine, tickets), [Completion::Failed; 3]);
-    assert!(matches!(machine.vtd.commands.submit(&[OTHER]), Err(Error::Failed { .. })));
+    for invalidation in [OTHER, PAGE] {
+        assert!(matches!(machine.vtd.commands.submit(&[invalidation]), Err(Error::Failed { .. })));
+    }
     let copy = PageResponse { stream: DISK, tag: answer.tag, outcome: Outcome::Success };
     let (back, error) = machine.vtd.commands.respond(answer).expect_err("nothing would carry it");
     assert_eq!(back, copy);

@@ -11,11 +11,11 @@ use crate::{
 };
 use arch::{cpu, interrupts, unit};
 use broker::{AttachmentId, DeviceId, Limits, Policy, QueueId, Restraint, Whose};
-use core::sync::atomic::Ordering::Relaxed;
+use core::{ops::Range, sync::atomic::Ordering::Relaxed};
 use heapless::Vec;
 use iommu::{
     Attachment, Completion, Features, FirstStage, Gpa, Grant, Invalidation, Iova, Leaving, PAGE_SIZE, Pasid,
-    Perms, Stages, StreamId, Tables as _, Translation,
+    Perms, PhysAddr, Stages, StreamId, Tables as _, Translation,
 };
 
 /// Page requests that one device may have outstanding. All devices together stay below what the unit's queue holds.
@@ -267,8 +267,9 @@ impl Guest {
 
     /// Checks that a guest leaves the page alone to which its devices write their messages.
     fn spares_doorbell(&self, iova: Iova, bytes: u64) -> Result<(), Error> {
-        let end = iova.0.saturating_add(bytes);
-        let hits = self.hv.doorbell.as_ref().is_some_and(|page| iova.0 < page.end.0 && page.start.0 < end);
+        let meets =
+            |page: &Range<PhysAddr>| iova.0 < page.end.0 && page.start.0 < iova.0.saturating_add(bytes);
+        let hits = self.hv.doorbell.as_ref().is_some_and(meets);
         if hits { Err(Error::Doorbell) } else { Ok(()) }
     }
 
@@ -533,15 +534,14 @@ impl Space {
         unmapped: Unmapped,
     ) -> Result<(), Error> {
         let Attachment { stream, pasid, domain, .. } = self.attachment;
-        // `Pages` leaves what the unit remembers of the tables above.
-        let invalidation = match unmapped.tables_went() {
-            true => Invalidation::Attachment(self.attachment),
-            false => Invalidation::covering(self.attachment, iova, bytes),
-        };
-        // On an error the tables that went are never used again.
-        hv.invalidate(&[invalidation]).map_err(Error::Unit)?;
         if unmapped.tables_went() {
+            // `Pages` leaves what the unit remembers of the tables above. On an error the tables are never used again.
+            hv.invalidate(&[Invalidation::Attachment(self.attachment)]).map_err(Error::Unit)?;
             share.with(hv.pool, |frames| unmapped.give_back(frames));
+        } else {
+            // Only whole pages are removed.
+            let pages = Invalidation::Pages { attachment: self.attachment, iova, pages: bytes / PAGE_SIZE };
+            hv.invalidate(&[pages]).map_err(Error::Unit)?;
         }
         defmt::debug!(
             "unmap stream={=u32:#x} pasid={=u32:#x} domain={=u16:#x} iova={=u64:#x} pages={=u64}",

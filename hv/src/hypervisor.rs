@@ -655,7 +655,17 @@ impl Hypervisor {
     ///
     /// A device that is blocked because it did not answer is not asked again: the unit lets nothing of it through, whatever it
     /// remembers, and it is reset before anybody else gets it.
+    #[inline]
     pub fn invalidate(&self, invalidations: &[Invalidation]) -> Result<(), Error> {
+        if self.unasked.is_empty() {
+            // Mostly there is no such device.
+            return self.submit_and_wait(invalidations);
+        }
+        self.invalidate_asking_some(invalidations)
+    }
+
+    #[inline(never)]
+    fn invalidate_asking_some(&self, invalidations: &[Invalidation]) -> Result<(), Error> {
         const PART: usize = 8;
         let is_unasked = |it: &Invalidation| it.asks().is_some_and(|stream| self.is_unasked(stream));
         if !invalidations.iter().any(is_unasked) {
@@ -669,31 +679,44 @@ impl Hypervisor {
     }
 
     fn submit_and_wait(&self, invalidations: &[Invalidation]) -> Result<(), Error> {
-        let submit = || {
-            self.commands.with(|commands| {
-                let ticket = commands.submit(invalidations)?;
-                Ok((ticket, commands.poll(ticket)))
-            })
-        };
-        let mut submitted = submit();
-        // A unit may be that quick. The clock is for those that are not.
-        if matches!(submitted, Ok((_, Completion::Done))) {
-            return Ok(());
-        }
-        let start = cpu::now_us();
-        while let Err(Error::QueueFull { .. } | Error::Busy { .. }) = submitted {
-            if cpu::now_us().saturating_sub(start) >= BACKSTOP_US {
-                break;
+        let mut since_us = None;
+        loop {
+            // `None` is done: a unit may be that quick. The clock is for those that are not.
+            let undone = self.commands.with(|commands| {
+                match commands.submit(invalidations).map(|ticket| (ticket, commands.poll(ticket))) {
+                    Ok((_, Completion::Done)) => None,
+                    undone => Some(undone),
+                }
+            });
+            let Some(undone) = undone else { return Ok(()) };
+            if let Some(result) = self.wait_on(undone, &mut since_us) {
+                return result;
             }
-            cpu::relax();
-            submitted = submit();
         }
-        let (ticket, completion) = submitted?;
-        match completion {
-            Completion::Done => Ok(()),
-            Completion::Failed => Err(self.has_failed(ticket)),
-            Completion::Pending => self.wait(ticket),
-        }
+    }
+
+    /// Waits until what was submitted has completed. `None` if there was no room for it: then it is to be submitted again, for
+    /// some time from `since_us` on.
+    #[inline(never)]
+    fn wait_on(
+        &self,
+        submitted: Result<(Ticket, Completion), Error>,
+        since_us: &mut Option<u64>,
+    ) -> Option<Result<(), Error>> {
+        Some(match submitted {
+            Ok((_, Completion::Done)) => Ok(()),
+            Ok((ticket, Completion::Failed)) => Err(self.has_failed(ticket)),
+            Ok((ticket, Completion::Pending)) => self.wait(ticket),
+            Err(error @ (Error::QueueFull { .. } | Error::Busy { .. })) => {
+                let now_us = cpu::now_us();
+                if now_us.saturating_sub(*since_us.get_or_insert(now_us)) < BACKSTOP_US {
+                    cpu::relax();
+                    return None;
+                }
+                Err(error)
+            }
+            Err(error) => Err(error),
+        })
     }
 
     /// Has the service core find out why: not everything that fails interrupts.

@@ -262,6 +262,7 @@ impl Service {
             }
             Event::CommandsFailed { status } => {
                 defmt::error!("the unit reports a command error, status {=u32:#x}", status);
+                self.hv.commands.with(|commands| commands.told(status));
                 self.recover();
             }
             _ => defmt::warn!("the unit reports something that the hypervisor does not know"),

@@ -51,6 +51,13 @@ pub trait Commands {
     /// polled has failed: each call deals with one error, in a bounded number of register accesses. What was queued behind
     /// the error is executed.
     fn recover(&mut self) -> Option<Failure>;
+    /// Takes note that [`Event::CommandsFailed`] told `status`: what was lost by errors in it was told before it.
+    ///
+    /// To be called with each, before [`recover`](Self::recover). Errors that lose reports stay until then, so that none is over
+    /// before it was told; the unit queues nothing meanwhile.
+    fn told(&mut self, status: u32) {
+        let _ = status;
+    }
 }
 
 /// The table side of a unit: which device is translated how. A device that was never assigned is blocked.

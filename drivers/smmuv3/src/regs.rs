@@ -208,6 +208,7 @@ pub(crate) const IDR1: Ro<u32, IDR1::Register> = Ro::at(0x004);
 pub(crate) const IDR3: Ro<u32, IDR3::Register> = Ro::at(0x00C);
 pub(crate) const IDR5: Ro<u32, IDR5::Register> = Ro::at(0x014);
 pub(crate) const IIDR: Ro<u32> = Ro::at(0x018);
+pub(crate) const AIDR: Ro<u32> = Ro::at(0x01C);
 pub(crate) const CR0: Rw<u32, CR0::Register> = Rw::at(0x020);
 pub(crate) const CR0ACK: Ro<u32, CR0::Register> = Ro::at(0x024);
 pub(crate) const CR1: Rw<u32, CR1::Register> = Rw::at(0x028);
@@ -251,8 +252,13 @@ pub(crate) const EVENTQ: QueueRegisters =
 pub(crate) const PRIQ: QueueRegisters =
     QueueRegisters { base: Rw::at(0x0C0), prod: Rw::at(0x1_00C8), cons: Rw::at(0x1_00CC) };
 
+/// What every register reads as where there is no unit any more; bits are reserved in each that is read in service.
+pub(crate) const GONE: u32 = u32::MAX;
+
 /// All errors that the manual knows: bits 0, and 2 to 10.
 pub(crate) const ERRORS: u32 = 0x7FD;
+/// Those that lose reports: `EVENTQ_ABT_ERR` and `PRIQ_ABT_ERR`.
+pub(crate) const LOSSES: u32 = GERROR::EVENTQ_ABT_ERR::SET.value | GERROR::PRIQ_ABT_ERR::SET.value;
 
 /// What `CR1` says of a unit whose accesses are coherent: all of them inner shareable, write-back.
 pub(crate) const COHERENT: u32 = CR1::QUEUE_IC::WriteBack.value

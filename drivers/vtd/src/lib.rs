@@ -41,7 +41,7 @@
 //! | register-based invalidation | yes | where there is no queue; each ticket is waited for: model |
 //! | order of invalidations | fenced | the caches fill each other, and a unit may execute them in any order: model |
 //! | refused descriptors (`IQE`) | replaced | what is behind them is executed: QEMU, model; a queue that cannot go on is given up |
-//! | device TLBs | yes | one wait at a time; virtual functions, throttle ([`Commands::describe`]): QEMU, model |
+//! | device TLBs | yes | one device at a time; virtual functions, throttle ([`Commands::describe`]): QEMU, model |
 //! | silent devices (`ITE`) | named | their ticket has failed, the others go on: model; silent units: [`HEAD_LIMIT_US`] |
 //! | stray answers of devices (`ICE`) | named | model |
 //! | takeover from firmware | yes | translation of the same mode, interrupt remapping, queue: QEMU, model; protected memory: model |
@@ -307,6 +307,8 @@ impl<B: Bus + Clone> Found<B> {
         self.end_protected_memory()?;
 
         if page_requests_served {
+            // What whoever hands out memory stored there must not be written back over what the unit stores.
+            bus.publish(page_requests.range(0, page_requests.words()));
             regs::PQH.set(bus, 0);
             regs::PQT.set(bus, 0);
             let base = page_requests.phys().0 >> 12;

@@ -233,6 +233,9 @@ pub(crate) const PQT: Rw<u64, PQ::Register> = Rw::at(0x0C8);
 pub(crate) const PQA: Rw<u64, PQA::Register> = Rw::at(0x0D0);
 pub(crate) const PRS: W1c<u32, PRS::Register> = W1c::at(0x0DC);
 
+/// What every register reads as where there is no unit any more; bits are reserved in each that is read in service.
+pub(crate) const GONE: u32 = u32::MAX;
+
 /// The one-shot bits of `GCMD`; they read back as status and must not be written back.
 pub(crate) const ONE_SHOT: u32 = 1 << 24 | 1 << 27 | 1 << 29 | 1 << 30;
 

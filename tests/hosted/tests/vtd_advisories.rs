@@ -159,9 +159,10 @@ fn time_counts_from_when_a_command_is_at_the_head() {
     machine.unit.pause(0);
     machine.unit.release_device_tlb(DISK);
     assert_eq!(polled(&mut machine), [Completion::Done, Completion::Pending]);
-    machine.unit.advance(HEAD_LIMIT_US * 9 / 10);
+    // Where the unit alone is to do something, that is a second.
+    machine.unit.advance(900_000);
     assert_eq!(polled(&mut machine), [Completion::Done, Completion::Pending], "its own time is not over");
-    machine.unit.advance(HEAD_LIMIT_US / 5);
+    machine.unit.advance(200_000);
     assert_eq!(polled(&mut machine), [Completion::Done, Completion::Failed]);
 
     // No device is to blame.

@@ -247,6 +247,8 @@ struct State {
     messages: Vec<(u64, u32)>,
     lose_messages: bool,
     violations: Vec<String>,
+    /// Nothing answers any more.
+    gone: bool,
 }
 
 impl State {
@@ -298,6 +300,7 @@ impl SmmuUnit {
             messages: Vec::new(),
             lose_messages: false,
             violations: Vec::new(),
+            gone: false,
         };
         Self { state: Mutex::new(state) }
     }
@@ -339,6 +342,11 @@ impl SmmuUnit {
     /// Returns when it executes what is queued.
     pub fn pace(&self) -> Pace {
         self.lock().config.pace
+    }
+
+    /// Takes the unit away: registers read as ones, writes go nowhere, and nothing is executed.
+    pub fn vanish(&self) {
+        self.lock().gone = true;
     }
 
     /// Lets `us` microseconds pass.

@@ -657,7 +657,7 @@ impl Hypervisor {
     /// remembers, and it is reset before anybody else gets it.
     #[inline]
     pub fn invalidate(&self, invalidations: &[Invalidation]) -> Result<(), Error> {
-        if self.unasked.is_empty() {
+        if self.silent.is_empty() {
             // Mostly there is no such device.
             return self.submit_and_wait(invalidations);
         }

@@ -1026,7 +1026,7 @@ mod commands {
                 .filter(|words| words[0] & 0xFF == 0x2A)
                 .map(|words| words[1])
                 .collect();
-            let all: Vec<_> = (0..PAGES).map(|page| page * PAGE_SIZE | 1).collect();
+            let all: Vec<_> = (0..PAGES).map(|page| (page * PAGE_SIZE) | 1).collect();
             assert_eq!(told, all, "odd: {odd}");
             // A CMD_SYNC alone.
             machine.invalidate(&[]);

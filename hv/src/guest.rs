@@ -1,7 +1,7 @@
 //! A guest: its memory, its virtual CPU, the devices that it owns; and the core that is its home.
 
 use crate::{
-    control::{Given, Owned, Space},
+    control::{self, Given, Owned, Space},
     hypervisor::{self, DEVICES_PER_GUEST, Ending, GUESTS, Home, Hypervisor, Inbox, Order, SERVICE_CORE},
     memory::{self, GuestRam, Share},
 };
@@ -16,7 +16,7 @@ use channel::{host::Host, ring};
 use core::sync::atomic::Ordering::{Relaxed, SeqCst};
 use heapless::Vec;
 use iommu::{DmaBuf, Gpa, PAGE_SIZE, Perms};
-use pgtable::{Limits, Tree};
+use pgtable::{Attributes, Limits, Memory, Tree};
 
 /// Frames of a guest's RAM, which starts at its address 0: 2 MiB.
 pub const RAM_FRAMES: usize = 512;
@@ -102,10 +102,11 @@ pub fn home() -> ! {
     cpu::unmask_forever();
     let home = &hv.homes[index];
     loop {
+        control::silence_strays(hv, index);
         let order = {
             let _masked = cpu::mask();
             let order = home.order.with(Option::take);
-            if order.is_none() {
+            if order.is_none() && !control::has_strays(hv, index) {
                 cpu::wait_for_interrupt();
             }
             order
@@ -224,7 +225,9 @@ impl Guest {
             let registers = self.hv.devices[device].registers.clone();
             let at = REGISTERS.0 + (self.devices.len() as u64 - 1) * WINDOW;
             let grant = memory::registers(registers);
-            let map = |pool: &mut memory::Pool| self.nested.map(pool, at, &grant, Perms::READ_WRITE);
+            // Whatever the guest says of them: lines of them in a cache would reach the device when nobody asked for it.
+            let attributes = Attributes { memory: Memory::Device, ..Perms::READ_WRITE.into() };
+            let map = |pool: &mut memory::Pool| self.nested.map(pool, at, &grant, attributes);
             self.hv.pool.with(map).map_err(NotMade::Tables)?;
         }
         Ok(())

@@ -7,7 +7,10 @@ use arch::{
     machine::{Boot, Ecam},
     unit::{self, Commands, Remapping, Tables},
 };
-use broker::{BUCKETS, EventReceiver, EventSender, Inbox as Groups, Lost, Missed, POISONED, QueueId, Tally};
+use broker::{
+    BUCKETS, EventReceiver, EventSender, FaultCount, FaultLimits, Lost, Missed, POISONED, QueueId, Restraint,
+    Tally,
+};
 use channel::call::REPORTS;
 use core::{
     ops::Range,
@@ -18,8 +21,8 @@ use core::{
 };
 use heapless::{Vec, spsc};
 use iommu::{
-    Capabilities, Commands as _, Completion, Error, Failure, FaultRecord, Invalidation, PageResponse,
-    PhysAddr, StreamId, Ticket,
+    Capabilities, Commands as _, Completion, Error, Failure, FaultRecord, Invalidation, Leaving,
+    PageResponse, PhysAddr, StreamId, Ticket,
 };
 use pcie::Function;
 use spin::Once;
@@ -28,6 +31,10 @@ use spin::Once;
 pub const SERVICE_CORE: usize = 0;
 /// Guests, one to a core.
 pub const GUESTS: usize = 2;
+/// Queues of page requests: each guest's, by its number, and the pager's.
+pub const QUEUES: usize = GUESTS + 1;
+/// The queue of the hypervisor's own [pager](crate::pager).
+pub const PAGER: usize = GUESTS;
 /// Devices of a guest, at most.
 pub const DEVICES_PER_GUEST: usize = 2;
 /// Groups that a guest may have outstanding.
@@ -41,12 +48,14 @@ const LEDGER_ATTACHMENTS: usize = if cfg!(feature = "measure") { 8192 } else { 3
 /// are too many for the unit's queue.
 const QUEUED: u32 = if cfg!(feature = "measure") { u32::MAX } else { unit::OUTSTANDING as u32 };
 /// Groups that the service core knows of.
-const GROUPS: usize = GUESTS * (SLOTS + POISONED);
+const GROUPS: usize = QUEUES * (SLOTS + POISONED);
 
-/// What all cores share of the page requests: one queue for each home core.
-pub type Ledger = broker::Ledger<GUESTS, SLOTS, LEDGER_DEVICES, LEDGER_ATTACHMENTS>;
+/// What all cores share of the page requests.
+pub type Ledger = broker::Ledger<QUEUES, SLOTS, LEDGER_DEVICES, LEDGER_ATTACHMENTS>;
 /// What the service core owns of them.
-pub type Broker = broker::Broker<'static, GUESTS, SLOTS, LEDGER_DEVICES, LEDGER_ATTACHMENTS, GROUPS>;
+pub type Broker = broker::Broker<'static, QUEUES, SLOTS, LEDGER_DEVICES, LEDGER_ATTACHMENTS, GROUPS>;
+/// Where the owner of a queue receives the groups that are whole.
+pub type Groups = broker::Inbox<'static, QUEUES, SLOTS, LEDGER_DEVICES, LEDGER_ATTACHMENTS>;
 /// The right to answer a group.
 pub type Answer = broker::Answer<'static, SLOTS>;
 /// Events on their way to a guest's core; more are lost, and counted.
@@ -56,22 +65,30 @@ const DEVICES: usize = 16;
 const _: () = assert!(DEVICES <= u64::BITS as usize, "there is a bit for each device");
 
 /// Answers that may wait for the unit, at most: each group's, and some of those that waited nowhere.
-const UNSENT: usize = SLOTS * GUESTS + 64;
+const UNSENT: usize = SLOTS * QUEUES + 64;
 
 /// How long the driver may take to say what became of an invalidation, in microseconds: longer than it ever does.
 ///
 /// Each core waits for the one that it submitted before it submits another, so at most one of each other core is ahead of it
 /// in the unit's queue. The unit or its driver has an end for what is at the head within [`unit::HEAD_LIMIT_US`], and what is
 /// behind comes to the head then: after as many of those as there are cores everything has an end. This is one more.
-const BACKSTOP_US: u64 = (1 + GUESTS as u64 + 1) * unit::HEAD_LIMIT_US;
+pub const BACKSTOP_US: u64 = (1 + GUESTS as u64 + 1) * unit::HEAD_LIMIT_US;
 /// How long the service core may take for a pass that is waited for, in microseconds.
 const DRAIN_LIMIT_US: u64 = 100_000;
 
-/// Returns the core that is the home of guest `index`.
+/// Returns the core that is the home of the owner of queue `index`: a guest's own; of the pager the one that controls.
 ///
 /// What is measured is measured on one core, which is all there is.
 pub const fn home_of(index: usize) -> usize {
-    if cfg!(feature = "measure") { SERVICE_CORE } else { SERVICE_CORE + 1 + index }
+    if cfg!(feature = "measure") || index == PAGER { SERVICE_CORE } else { SERVICE_CORE + 1 + index }
+}
+
+/// Faults of a device that no guest owns, which is blocked already. There is nobody to warn.
+pub const STRAY_FAULTS: FaultLimits = FaultLimits { warn: 0, ..FaultLimits::USUAL };
+
+/// Returns the home, by its guest, that deals with device `number` while no guest owns it.
+pub const fn caretaker_of(number: usize) -> usize {
+    number % GUESTS
 }
 
 /// A device that can be given away, or driven by the demonstration.
@@ -97,7 +114,7 @@ pub struct Notice {
 /// What a guest's home core receives. The service core is the only producer of both.
 pub struct Inbox {
     /// Groups that are whole.
-    pub groups: Groups<'static, GUESTS, SLOTS, LEDGER_DEVICES, LEDGER_ATTACHMENTS>,
+    pub groups: Groups,
     /// Events.
     pub notices: EventReceiver<'static, Notice>,
 }
@@ -238,6 +255,8 @@ pub struct Hypervisor {
     pub ledger: &'static Ledger,
     /// The home cores.
     pub homes: &'static [Home; GUESTS],
+    /// The pager's end of its ring, while there is no pager.
+    pub pager: Locked<Option<Groups>>,
     /// What passes of the service routine were asked for, and are done.
     pub drains: Drains,
     /// Faults of devices that no guest owns: how many, and the last.
@@ -262,22 +281,39 @@ pub struct Hypervisor {
     pub control_wakes_us: AtomicU64,
     /// Devices of bus 0 with registers.
     pub devices: Vec<Device, DEVICES>,
-    /// Whose each device is: the guest plus one in 31:0, its name for the device in 63:32; 0 if it is nobody's.
+    /// Whose each device is: the owner's queue plus one in 31:0, its name for the device in 63:32; 0 if it is nobody's.
     given: [AtomicU64; DEVICES],
     /// Devices whose first stage a guest owns.
     bound: DeviceSet,
+    /// Devices that have more faults than they may, and that their homes have not dealt with yet.
+    pub flooding: DeviceSet,
+    /// The faults of devices that no guest owns.
+    strays: [FaultCount; DEVICES],
+    /// Who has each device in hand.
+    hands: [Locked<Hand>; DEVICES],
     /// Devices that did not answer when they were to forget something.
     silent: DeviceSet,
-    /// Those of them that are blocked, and are not asked again.
-    unasked: DeviceSet,
+    /// Devices that are blocked, all of them. One that is silent as well is not asked again.
+    blocked: DeviceSet,
     /// In what condition the last owner left each device, as a [`Condition`].
     conditions: [AtomicU8; DEVICES],
     /// The guests' program.
     pub image: &'static [u8],
 }
 
+/// Who has a device in hand.
+#[derive(Debug)]
+pub enum Hand {
+    /// Nobody: it is blocked, and what it tries is reported.
+    Nobody,
+    /// A guest that it was given to, or a core that is about to silence it.
+    Somebody,
+    /// Nobody: it is blocked, and silenced, until the block is finished.
+    Silenced(Leaving),
+}
+
 /// Some of the devices, by their places: bit n set, device n.
-struct DeviceSet(AtomicU64);
+pub struct DeviceSet(AtomicU64);
 
 impl DeviceSet {
     const fn new() -> Self {
@@ -293,11 +329,22 @@ impl DeviceSet {
         }
     }
 
-    fn has(&self, number: usize) -> bool {
+    /// Puts a device in, after what was noted of it elsewhere.
+    pub fn put(&self, number: usize) {
+        // ORDER: whoever takes the device out sees what is known of it.
+        self.0.fetch_or(1 << number, Release);
+    }
+
+    /// Takes a device out; returns whether it was in.
+    pub fn take(&self, number: usize) -> bool {
+        self.0.fetch_and(!(1 << number), Acquire) & 1 << number != 0
+    }
+
+    pub fn has(&self, number: usize) -> bool {
         self.0.load(Relaxed) & 1 << number != 0
     }
 
-    fn is_empty(&self) -> bool {
+    pub fn is_empty(&self) -> bool {
         self.0.load(Relaxed) == 0
     }
 }
@@ -369,6 +416,8 @@ impl Hypervisor {
         }
         let stage = Stage::of(&capabilities, boot.command_line());
         let doorbell = remapping.as_ref().and_then(Remapping::doorbell);
+        let strays = [const { FaultCount::new() }; DEVICES];
+        strays.iter().for_each(|faults| faults.set(&STRAY_FAULTS));
         HYPERVISOR.call_once(|| Self {
             boot,
             pool: &POOL,
@@ -382,6 +431,7 @@ impl Hypervisor {
             device_interrupts: [const { AtomicU64::new(0) }; 1 + GUESTS],
             ledger: &LEDGER,
             homes: &HOMES,
+            pager: Locked::new(None),
             drains: Drains::new(),
             unowned: Locked::new((0, None)),
             second_stage: Locked::new((0, None)),
@@ -396,8 +446,11 @@ impl Hypervisor {
             devices,
             given: [const { AtomicU64::new(0) }; DEVICES],
             bound: DeviceSet::new(),
+            flooding: DeviceSet::new(),
+            strays,
+            hands: [const { Locked::new(Hand::Nobody) }; DEVICES],
             silent: DeviceSet::new(),
-            unasked: DeviceSet::new(),
+            blocked: DeviceSet::new(),
             conditions: [const { AtomicU8::new(Condition::Clean as u8) }; DEVICES],
             image,
         })
@@ -409,7 +462,7 @@ impl Hypervisor {
         self.doorbell.clone().filter(|_| device.function.messages(&self.config).is_ok())
     }
 
-    /// Notes that device `number` belongs to a guest, which has a name for it; or to nobody.
+    /// Notes that device `number` belongs to the owner of a queue, a guest or the pager, who has a name for it; or to nobody.
     pub fn give(&self, number: usize, owner: Option<(usize, u32)>) {
         if let Some(given) = self.given.get(number) {
             let word = owner.map_or(0, |(guest, name)| (guest as u64 + 1) | u64::from(name) << 32);
@@ -424,7 +477,7 @@ impl Hypervisor {
         }
         if condition == Condition::Clean {
             self.silent.set(number, false);
-            self.unasked.set(number, false);
+            self.blocked.set(number, false);
         }
     }
 
@@ -447,16 +500,16 @@ impl Hypervisor {
         }
     }
 
-    /// Notes that a device is blocked: if it did not answer before, it is not asked again until it was reset.
+    /// Notes that a device is blocked. If it does not answer, then or later, it is not asked again until it was reset.
     pub fn note_blocked(&self, stream: StreamId) {
-        if let Some(number) = self.place_of(stream).filter(|&number| self.silent.has(number)) {
-            self.unasked.set(number, true);
+        if let Some(number) = self.place_of(stream) {
+            self.blocked.set(number, true);
         }
     }
 
     /// Returns whether a device is blocked that did not answer.
     pub fn is_unasked(&self, stream: StreamId) -> bool {
-        self.is_in(&self.unasked, stream)
+        self.is_in(&self.silent, stream) && self.is_in(&self.blocked, stream)
     }
 
     /// Returns whether `set` has a device, which is looked for only if it has any.
@@ -479,11 +532,48 @@ impl Hypervisor {
         wanted::value(self.boot.command_line(), "unreset") == Some("allow")
     }
 
-    /// Returns the guest that owns a device, and its name for the device. Looks at all devices.
+    /// Returns the queue of whoever owns a device, and its name for the device. Looks at all devices.
     pub fn owner_of(&self, stream: StreamId) -> Option<(usize, u32)> {
         let word = self.given.get(self.place_of(stream)?)?.load(Relaxed);
         let guest = (word as u32).checked_sub(1)?;
         Some((guest as usize, (word >> 32) as u32))
+    }
+
+    /// Counts a fault of a device that no guest owns; returns what it is to be held to if that was one too many. Those of
+    /// functions that are not in `devices` are counted in `unowned` alone. Looks at all devices.
+    pub fn stray_fault(&self, stream: StreamId, now_us: u64) -> Option<Restraint> {
+        self.strays.get(self.place_of(stream)?)?.add(now_us)
+    }
+
+    /// Has the home of a device deal with it, as it has more faults than it may; returns which home that is.
+    pub fn note_flooding(&self, stream: StreamId) -> Option<usize> {
+        let number = self.place_of(stream)?;
+        self.flooding.put(number);
+        Some(self.owner_of(stream).map_or(caretaker_of(number), |(guest, _)| guest))
+    }
+
+    /// Returns whether device `number` is silenced, and nobody's.
+    pub fn is_silenced(&self, number: usize) -> bool {
+        self.hands.get(number).is_some_and(|hand| hand.with(|hand| matches!(hand, Hand::Silenced(_))))
+    }
+
+    /// Takes a device in hand that nobody has; returns what its silence is to be finished with, if it is silenced. `None` if
+    /// somebody has it.
+    pub fn take_in_hand(&self, number: usize) -> Option<Option<Leaving>> {
+        self.hands.get(number)?.with(|hand| match core::mem::replace(hand, Hand::Somebody) {
+            Hand::Nobody => Some(None),
+            Hand::Silenced(leaving) => Some(Some(leaving)),
+            Hand::Somebody => None,
+        })
+    }
+
+    /// Lets go of a device that was in hand. What it did before is forgiven, unless it was silenced for it.
+    pub fn let_go(&self, number: usize, silenced: Option<Leaving>) {
+        let (Some(hand), Some(faults)) = (self.hands.get(number), self.strays.get(number)) else { return };
+        if silenced.is_none() {
+            faults.forgive();
+        }
+        hand.with(|hand| *hand = silenced.map_or(Hand::Nobody, Hand::Silenced));
     }
 
     /// Returns whether guest `index` owns a device.
@@ -493,16 +583,20 @@ impl Hypervisor {
 
     /// Makes the rings between the service core and the home cores. Called once.
     pub fn connect(&self, broker: &mut Broker) -> Option<[Notices; GUESTS]> {
-        let mut connect = |index: usize| {
-            let (slots, notices) = self.pool.with(|pool| {
-                // A ring of n holds n - 1, and must hold every slot of the queue.
-                let slots = pool.keep(spsc::Queue::<u16, { SLOTS + 1 }>::new())?;
-                Some((slots, pool.keep(spsc::Queue::<Notice, { NOTICES + 1 }>::new())?))
-            })?;
-            let ((slots_in, slots_out), (notices_in, notices_out)) = (slots.split(), notices.split());
+        let mut groups_of = |index: usize| {
+            // A ring of n holds n - 1, and must hold every slot of the queue.
+            let slots = self.pool.with(|pool| pool.keep(spsc::Queue::<u16, { SLOTS + 1 }>::new()))?;
+            let (slots_in, slots_out) = slots.split();
             broker.connect(index, slots_in).ok()?;
+            Some(Groups::new(self.ledger, index, slots_out))
+        };
+        let pagers = groups_of(PAGER)?;
+        self.pager.with(|place| *place = Some(pagers));
+        let mut connect = |index: usize| {
+            let groups = groups_of(index)?;
+            let notices = self.pool.with(|pool| pool.keep(spsc::Queue::<Notice, { NOTICES + 1 }>::new()))?;
+            let (notices_in, notices_out) = notices.split();
             let (sender, notices) = broker::events(notices_in, notices_out, &NOTICES_LOST[index]);
-            let groups = Groups::new(self.ledger, index, slots_out);
             self.homes[index].inbox.with(|inbox| *inbox = Some(Inbox { groups, notices }));
             Some(sender)
         };

@@ -6,18 +6,21 @@
 //! prints is bounded by [`LOG_LINES`]. What is left makes it interrupt itself, since the unit will not interrupt for it
 //! again.
 //!
+//! A device that has more faults than it may is warned of, and then blocked and silenced by a home core (`control.rs`), so that
+//! faults do not come for ever either.
+//!
 //! A group whose guest is silent is therefore answered at its deadline, plus interrupt latency, plus the passes before.
 
-use crate::hypervisor::{self, Broker, GUESTS, Hypervisor, Notice, Notices, SERVICE_CORE, home_of};
+use crate::hypervisor::{self, Broker, GUESTS, Hypervisor, Notice, Notices, QUEUES, SERVICE_CORE, home_of};
 use arch::{
     cpu::{self, Locked},
     interrupts::{self, Source},
     unit,
 };
-use broker::{Expiry, Verdict};
-use core::sync::atomic::Ordering::{AcqRel, Relaxed};
+use broker::{Expiry, Faulted, Restraint, Verdict};
+use core::sync::atomic::Ordering::{AcqRel, Relaxed, SeqCst};
 use heapless::Deque;
-use iommu::{Commands as _, Event, Events as _, FailureCause, FaultRecord, PageRequest, Stages};
+use iommu::{Commands as _, Event, Events as _, FailureCause, FaultRecord, PageRequest, Stages, StreamId};
 
 /// Page requests that one pass takes, at most: as many as the unit's queue may hold.
 const PASS: usize = 128;
@@ -48,8 +51,8 @@ struct Service {
     now_us: u64,
     /// A group may have got a deadline since the timer was armed.
     admitted: bool,
-    /// The homes that there is news for.
-    kicks: [bool; GUESTS],
+    /// The owners of queues that there is news for.
+    kicks: [bool; QUEUES],
     /// When the timer comes, at the latest, in microseconds.
     timer_us: u64,
     /// Another pass is due, for everything.
@@ -85,7 +88,7 @@ pub fn start(hv: &'static Hypervisor, mut events: unit::Events) -> Result<(), Fa
             batch: Deque::new(),
             now_us: 0,
             admitted: false,
-            kicks: [false; GUESTS],
+            kicks: [false; QUEUES],
             timer_us: u64::MAX,
             behind: true,
         })
@@ -96,9 +99,30 @@ pub fn start(hv: &'static Hypervisor, mut events: unit::Events) -> Result<(), Fa
 }
 
 /// Wakes the control core at `at_us`: the service core's timer serves both.
-pub fn wake_control_at(hv: &Hypervisor, at_us: u64) {
+fn wake_control_at(hv: &Hypervisor, at_us: u64) {
     hv.control_wakes_us.store(at_us, Relaxed);
     interrupts::kick(SERVICE_CORE, Source::PageRequest);
+}
+
+/// Sleeps until `done`, with the routine at work; returns whether it came in time. The service core alone sleeps like this, as
+/// the core that controls: its timer is the routine's.
+pub fn wait_for(hv: &Hypervisor, limit_us: u64, mut done: impl FnMut() -> bool) -> bool {
+    let end_us = cpu::now_us().saturating_add(limit_us);
+    wake_control_at(hv, end_us);
+    let _masked = cpu::mask();
+    let came = loop {
+        hv.control_waits.store(true, SeqCst);
+        let late = cpu::now_us() >= end_us;
+        if done() {
+            break true;
+        }
+        if late {
+            break false;
+        }
+        cpu::wait_for_interrupt();
+    };
+    hv.control_wakes_us.store(u64::MAX, Relaxed);
+    came
 }
 
 /// The handler of everything that the service core serves.
@@ -193,11 +217,17 @@ impl Service {
     /// Takes up to [`FAULTS`] faults; returns whether there are no more.
     fn take_faults(&mut self, broker: &mut Broker) -> bool {
         self.now_us = cpu::now_us();
+        let mut last = None;
         for _ in 0..FAULTS {
-            match self.events.next_fault() {
-                Some(event) => self.take(broker, event),
-                None => return true,
+            let Some(event) = self.events.next_fault() else { return true };
+            match &event {
+                Event::Fault(fault) => last = Some(fault.stream),
+                // There was no room because of those that were there. Whose the last of them was answers for one more, so that
+                // nobody answers for more of others' than of its own.
+                Event::FaultsLost => last.take().into_iter().for_each(|stream| self.count_fault(stream)),
+                _ => {}
             }
+            self.take(broker, event);
         }
         false
     }
@@ -229,6 +259,7 @@ impl Service {
             }
             Event::CommandsFailed { status } => {
                 defmt::error!("the unit reports a command error, status {=u32:#x}", status);
+                self.hv.commands.with(|commands| commands.told(status));
                 self.recover();
             }
             _ => defmt::warn!("the unit reports something that the hypervisor does not know"),
@@ -290,15 +321,16 @@ impl Service {
                 None => defmt::info!("fault: {}", fault),
             }
         }
-        if self.hv.is_bound(fault.stream) && self.events.refused_by(&fault) == Stages::Second {
-            // Behind the guest's own tables: what they lead to is the hypervisor's, and is not told.
-            self.hv.second_stage.with(|(count, last)| {
-                *count += 1;
-                *last = Some(fault);
-            });
+        let attached = self.hv.ledger.faulted(fault.stream, fault.pasid, self.now_us);
+        match attached {
+            Some(Faulted { restraint: None, .. }) => {}
+            Some(Faulted { restraint: Some(restraint), .. }) => self.too_many_faults(fault.stream, restraint),
+            None => self.count_fault(fault.stream),
+        }
+        if self.hv.is_bound(fault.stream) && self.is_behind_guest(&fault) {
             return;
         }
-        let attached = self.hv.ledger.owner_of(fault.stream, fault.pasid);
+        let attached = attached.map(|attached| attached.owner);
         let owner = attached.or_else(|| self.hv.owner_of(fault.stream).map(|(guest, name)| (guest, name, 0)));
         let notices = owner.and_then(|(index, ..)| self.notices.get_mut(index));
         let (Some((index, device, opaque)), Some(notices)) = (owner, notices) else {
@@ -310,6 +342,39 @@ impl Service {
         };
         notices.send(Notice { fault, device, opaque });
         self.kick(index);
+    }
+
+    /// Returns whether a fault was behind a guest's own tables: what they lead to is the hypervisor's, and is not told.
+    ///
+    /// Where it may have been either stage, it was a permission, and the second gives all of them or none: it was the guest's.
+    #[inline(never)]
+    fn is_behind_guest(&mut self, fault: &FaultRecord) -> bool {
+        let is_behind = self.events.refused_by(fault) == Stages::Second;
+        if is_behind {
+            self.hv.second_stage.with(|(count, last)| {
+                *count += 1;
+                *last = Some(*fault);
+            });
+        }
+        is_behind
+    }
+
+    /// Counts a fault of a device that belongs to no attachment, or that some were lost behind one of the device's.
+    #[inline(never)]
+    fn count_fault(&mut self, stream: StreamId) {
+        let counted = self.hv.ledger.device_faulted(stream, self.now_us);
+        if let Some(restraint) = counted.unwrap_or_else(|_| self.hv.stray_fault(stream, self.now_us)) {
+            self.too_many_faults(stream, restraint);
+        }
+    }
+
+    /// Has a home core deal with a device that has more faults than it may.
+    #[cold]
+    fn too_many_faults(&mut self, stream: StreamId, restraint: Restraint) {
+        defmt::warn!("{} has too many faults, and is {} from now on", stream, restraint);
+        if let Some(home) = self.hv.note_flooding(stream) {
+            self.kick(home);
+        }
     }
 
     /// Tells every guest that owns a device: what the unit lost may have been about that.

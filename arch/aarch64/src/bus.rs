@@ -93,6 +93,7 @@ impl Bus for Mmio {
 
     fn write32(&self, offset: usize, value: u32) {
         if let Some(register) = self.register::<u32>(offset) {
+            load_first();
             // SAFETY: as above.
             unsafe { register.write_volatile(value) };
         }
@@ -106,6 +107,7 @@ impl Bus for Mmio {
 
     fn write64(&self, offset: usize, value: u64) {
         if let Some(register) = self.register::<u64>(offset) {
+            load_first();
             // SAFETY: as above.
             unsafe { register.write_volatile(value) };
         }
@@ -133,12 +135,10 @@ impl Bus for Mmio {
     }
 }
 
-/// Writes the cache lines of `range` back to memory and drops them: what was stored here is seen by whoever does not look
-/// into the caches, and what it stored is seen here. Every later access comes after it.
-///
-/// PANICS: when `range` is not all mapped (below 512 GiB).
-pub(crate) fn clean(range: Range<PhysAddr>) {
-    clean_lines(range, line_bytes());
+/// Ends every load from memory before what comes later: a queue's entry is read before its place is given back.
+fn load_first() {
+    // ORDER: nothing else orders a load from memory before a store to a device.
+    barrier::dmb(barrier::OSHLD);
 }
 
 /// Returns the bytes of the shortest cache line.
@@ -147,6 +147,10 @@ fn line_bytes() -> u64 {
     4_u64 << (CTR_EL0.get() >> 16 & 0xF)
 }
 
+/// Writes the cache lines of `range` back to memory and drops them: what was stored here is seen by whoever does not look
+/// into the caches, and what it stored is seen here. Every later access comes after it.
+///
+/// PANICS: when `range` is not all mapped (below 512 GiB).
 #[inline]
 fn clean_lines(range: Range<PhysAddr>, line_bytes: u64) {
     assert!(range.end.0 <= MAPPED_END, "memory out of reach");

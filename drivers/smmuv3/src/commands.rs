@@ -5,7 +5,7 @@
 use crate::{
     STALLING,
     queue::CommandQueue,
-    regs::{self, CR0, ERRORS, GERROR, INDEX},
+    regs::{self, CR0, ERRORS, GERROR, GONE, INDEX, LOSSES},
     stalls, tables,
 };
 use heapless::{Deque, Vec};
@@ -214,21 +214,28 @@ impl Command {
         self.get(Self::OPCODE) == 0x46
     }
 
+    const SIGNAL: Field<Self> = Field::bits(13, 12);
+
     /// Is consumed when everything before it has completed, and lets nothing start before (`CMD_SYNC`, no signal).
     pub fn sync() -> Self {
         Self::default().with(Self::OPCODE, 0x46)
     }
 
-    /// The same, and then writes `data` to `address` (`CMD_SYNC`, CS = SIG_IRQ), a multiple of 4 below 2^56: memory that is
+    /// The same, and then sends an event to the cores that wait for one, as the instruction `SEV` does (`CMD_SYNC`,
+    /// CS = SIG_SEV). Needs `IDR0.SEV`; else it sends nothing.
+    pub fn sync_with_event() -> Self {
+        Self::sync().with(Self::SIGNAL, 2)
+    }
+
+    /// As [`sync`](Self::sync), and then writes `data` to `address` (`CMD_SYNC`, CS = SIG_IRQ), a multiple of 4 below 2^56: memory that is
     /// inner shareable and cached, as the CPU has it. The wire for it, where a part has one, is pulsed as well.
     pub fn sync_with_message(address: PhysAddr, data: u32) -> Self {
-        const SIGNAL: Field<Command> = Field::bits(13, 12);
         const SHAREABILITY: Field<Command> = Field::bits(23, 22);
         const ATTRIBUTES: Field<Command> = Field::bits(27, 24);
         const DATA: Field<Command> = Field::bits(63, 32);
         const ADDRESS: Field<Command> = Field::bits(119, 66);
         Self::sync()
-            .with(SIGNAL, 1)
+            .with(Self::SIGNAL, 1)
             .with(SHAREABILITY, 3)
             .with(ATTRIBUTES, 0xF)
             .with(DATA, data.into())
@@ -307,7 +314,7 @@ impl Batch {
     ) -> Result<(), Error> {
         if self.device.is_some_and(|other| other != stream) {
             // A `CMD_SYNC` that fails does not say whose answer is missing.
-            return Err(Error::Busy { what: DEVICE_TLB });
+            return Err(Error::Exhausted { what: "devices asked in a batch" });
         }
         self.then()?;
         self.device = Some(stream);
@@ -390,13 +397,20 @@ impl Failures {
 /// messages reach memory, the last one of a batch writes how far the queue has come to a word there, and `poll` looks at that;
 /// else, and when a message is late, at `CMDQ_CONS`. After a message that was lost there are no more.
 ///
+/// Where there are no messages, and the unit [wakes](crate::Found::wakes) cores, the end of each batch sends an event: one who
+/// waits for a ticket may sleep between looks (`WFE`), after a look that found it pending. The event may come before it sleeps,
+/// which then ends at once; or for somebody else's ticket. None comes of a queue that is stopped, nor when room is made in one
+/// that was full. So no such sleep may be without an end of its own, as that by the event stream of the generic timer.
+///
 /// A command that the unit refuses, or a device that does not answer, stops the queue there, until
 /// [`recover`](iommu::Commands::recover).
 ///
 /// As a `CMD_SYNC` that fails does not tell which device was silent, one device at a time is asked to forget something:
-/// `submit` refuses a second ([`Error::Busy`]) until the first has answered or was given up.
+/// `submit` refuses a batch that asks two ([`Error::Exhausted`]), and one that asks while another is on its way
+/// ([`Error::Busy`]), until that has answered or was given up.
 ///
-/// It alone writes `GERRORN`: errors are acknowledged by `recover`, and by nobody else. In service it alone writes `CR0`.
+/// It alone writes `GERRORN`: errors are acknowledged by `recover`, those that lose reports by
+/// [`told`](iommu::Commands::told), and by nobody else. In service it alone writes `CR0`.
 ///
 /// Worst case of a call: two reads of `CMDQ_CONS`, `BATCH` commands stored and published, one write of `CMDQ_PROD`; of
 /// `recover` five reads of registers, a look at `BATCH` commands, one of them stored, and two writes of registers.
@@ -414,8 +428,8 @@ pub struct Commands<B> {
     /// A ticket that was done, as `CMDQ_CONS` said, before its message came.
     untold: Option<u64>,
     failures: Failures,
-    /// Where the queue last had to be helped on, and how often.
-    helped: (u64, usize),
+    /// Where the queue last had to be helped on, and since when.
+    helped: Option<(u64, u64)>,
     /// Nothing more is executed.
     stopped: bool,
 }
@@ -437,7 +451,7 @@ impl<B: Bus> Commands<B> {
             underway: Deque::new(),
             untold: None,
             failures: Failures::new(),
-            helped: (0, 0),
+            helped: None,
             stopped: false,
         }
     }
@@ -696,6 +710,14 @@ impl<B: Bus> Commands<B> {
         }
     }
 
+    /// Acknowledges `errors`, which are active. ORDER: after the command that took the place of a bad one.
+    fn acknowledge(&self, kept: u32, errors: u32) {
+        // Only bits that are active may turn.
+        if errors != 0 {
+            regs::GERRORN.set(&self.bus, kept ^ errors);
+        }
+    }
+
     /// What becomes of a queue that cannot go on: it is switched off, so that no error of it comes again.
     fn stop(&mut self) -> Failure {
         self.stopped = true;
@@ -705,31 +727,35 @@ impl<B: Bus> Commands<B> {
         Failure { cause: FailureCause::Stopped, stream: None, ticket: None }
     }
 
-    /// Helps the queue past the command at which it stopped; returns what was wrong with that.
-    fn help(&mut self, code: u32) -> Failure {
+    /// Helps the queue past the command at which it stopped; returns what was wrong with that, unless it was told before.
+    fn help(&mut self, code: u32) -> Option<Failure> {
         let at = self.queue.read_consumed(&self.bus);
-        self.helped = if self.helped.0 == at { (at, self.helped.1 + 1) } else { (at, 1) };
-        let Some(command) = self.queue.command(at) else { return self.stop() };
+        let now_us = self.bus.now_us();
+        let since_us = self.helped.filter(|&(place, _)| place == at).map(|(_, since_us)| since_us);
+        self.helped = Some((at, since_us.unwrap_or(now_us)));
+        let Some(command) = self.queue.command(at) else { return Some(self.stop()) };
         let batch = self.underway.iter().find(|batch| at < batch.end());
         let ticket = batch.filter(|batch| batch.start() <= at).map(|batch| batch.end());
-        let (cause, stream, limit) = match code {
-            ILLEGAL => (FailureCause::Refused, command.stream(), 1),
-            // Each command of the batch to a device may have its own turn to be too late.
-            SILENT_DEVICE => (FailureCause::Unanswered, self.silent(at), BATCH),
-            // CERROR_ABT, or nothing that the manual knows.
-            _ => return self.stop(),
+        let (cause, stream) = match (code, since_us) {
+            (ILLEGAL, None) => (FailureCause::Refused, command.stream()),
+            (SILENT_DEVICE, None) => (FailureCause::Unanswered, self.silent(at)),
+            // The manual does not say that a `CMD_SYNC` is consumed when it is tried again: that may fail as long as the device
+            // is silent, and each command to it may have its own turn to be too late. It is the same device, which was named.
+            (SILENT_DEVICE, Some(since_us)) if now_us.saturating_sub(since_us) < RETRY_LIMIT_US => {
+                return None;
+            }
+            // What took the place of the command is refused as well; or a device is silent for longer than any may be;
+            // CERROR_ABT; nothing that the manual knows.
+            _ => return Some(self.stop()),
         };
-        if self.helped.1 > limit {
-            return self.stop();
-        }
         if let Some(ticket) = ticket {
             self.failures.add(ticket);
         }
         if code == ILLEGAL {
             // Without a message, even in place of one that had one: it is failed, and the next message is past it.
-            self.queue.replace(&self.bus, at, Command::sync());
+            self.queue.replace(&self.bus, at, self.queue.nothing());
         }
-        Failure { cause, stream, ticket: ticket.map(Ticket) }
+        Some(Failure { cause, stream, ticket: ticket.map(Ticket) })
     }
 
     /// Returns the device that is asked to forget something before the `CMD_SYNC` at `at`, and after the one before that.
@@ -739,6 +765,11 @@ impl<B: Bus> Commands<B> {
         asked.and_then(|command| command.stream())
     }
 }
+
+/// How long the unit may say of one `CMD_SYNC` that a device is silent, in microseconds, before it is taken for stopped.
+///
+/// PCI Express, "Address Translation Services", gives a device one minute to answer an invalidation, and half as much more.
+pub const RETRY_LIMIT_US: u64 = 90_000_000;
 
 /// `CMDQ_CONS.ERR`: the command is not legal (`CERROR_ILL`).
 const ILLEGAL: u32 = 1;
@@ -785,31 +816,36 @@ impl<B: Bus> iommu::Commands for Commands<B> {
         }
     }
 
-    /// A command that the unit refuses is replaced by one that does nothing, a device that did not answer is named, and
-    /// the queue goes on: what is behind is executed, answers included. A unit that cannot read its queue, or is in service
-    /// failure mode, is told of once, and refuses everything from then on.
+    /// A command that the unit refuses is replaced by one that does nothing, a device that did not answer is named once, and
+    /// the queue goes on: what is behind is executed, answers included. A unit that cannot read its queue, that is in service
+    /// failure mode or gone, or waits for a device for longer than one may take ([`RETRY_LIMIT_US`]), is told of once, and
+    /// refuses everything from then on.
     ///
-    /// Acknowledges all other errors, too.
+    /// Acknowledges all other errors, too, but for those that lose reports: who calls may not have looked for them yet.
     fn recover(&mut self) -> Option<Failure> {
         let kept = regs::GERRORN.read(&self.bus).get();
-        let active = (regs::GERROR.read(&self.bus).get() ^ kept) & ERRORS;
+        let now = regs::GERROR.read(&self.bus).get();
+        let active = (now ^ kept) & ERRORS;
         let is = |error: FieldValue<u32, GERROR::Register>| active & error.value != 0;
         let mut failure = None;
-        if !self.stopped && is(GERROR::SFM_ERR::SET) {
+        if !self.stopped && (now == GONE || is(GERROR::SFM_ERR::SET)) {
             failure = Some(self.stop());
         } else if !self.stopped && is(GERROR::CMDQ_ERR::SET) {
             // While the error is active, this says which; and the unit consumes nothing.
             let code = regs::CMDQ.cons.read(&self.bus).read(INDEX::ERR);
-            failure = Some(self.help(code));
+            failure = self.help(code);
         }
         if is(GERROR::MSI_CMDQ_ABT_ERR::SET) {
             self.queue.without_messages();
         }
-        if active != 0 {
-            // Only bits that are active may turn. ORDER: after the command that took the place of a bad one.
-            regs::GERRORN.set(&self.bus, kept ^ active);
-        }
+        self.acknowledge(kept, active & !LOSSES);
         failure
+    }
+
+    fn told(&mut self, status: u32) {
+        let kept = regs::GERRORN.read(&self.bus).get();
+        let active = regs::GERROR.read(&self.bus).get() ^ kept;
+        self.acknowledge(kept, active & status & LOSSES);
     }
 }
 
@@ -865,6 +901,8 @@ mod tests {
             (answer(None, 3, Outcome::Failure), [0x0000_0108_0000_0041, 0x0003]),
             (answer(None, 3, Outcome::Invalid), [0x0000_0108_0000_0041, 0x1003]),
             (Command::sync(), [0x46, 0]),
+            // CS [13:12] is 2; what is about messages stays 0, which K36 has not.
+            (Command::sync_with_event(), [0x2046, 0]),
             (
                 Command::sync_with_message(PhysAddr(0x8010_3F40), 0xCAFE),
                 [0x0000_CAFE_0FC0_1046, 0x0000_0000_8010_3F40],

@@ -31,6 +31,8 @@ pub(crate) struct CommandQueue {
     /// Where messages are written, if the unit sends any: the low half of a word. The upper half is nobody's, as there are
     /// parts that write 8 bytes.
     word: Option<DmaBuf>,
+    /// Where there are no messages, the end of a batch sends an event.
+    wakes: bool,
     /// As far as messages had come when they were last looked at.
     told: u64,
     /// Since when at least no message came, while one was due.
@@ -38,13 +40,14 @@ pub(crate) struct CommandQueue {
 }
 
 impl CommandQueue {
-    /// A queue that fills `ring`, whose size is a power of two; `word` is where messages are to go, if there shall be any.
-    pub(crate) fn new<B: Bus>(bus: &B, ring: DmaBuf, mut word: Option<DmaBuf>) -> Self {
+    /// A queue that fills `ring`, whose size is a power of two; `word` is where messages are to go, if there shall be any,
+    /// and without them cores are woken if it `wakes`.
+    pub(crate) fn new<B: Bus>(bus: &B, ring: DmaBuf, mut word: Option<DmaBuf>, wakes: bool) -> Self {
         if let Some(word) = &mut word {
             word.store(0, 0);
             bus.publish(word.range(0, 1));
         }
-        Self { ring, produced: 0, consumed: 0, word, told: 0, quiet_since_us: None }
+        Self { ring, produced: 0, consumed: 0, word, wakes, told: 0, quiet_since_us: None }
     }
 
     #[inline]
@@ -63,8 +66,13 @@ impl CommandQueue {
     pub(crate) fn end(&self, count: u64) -> Command {
         match &self.word {
             Some(word) => Command::sync_with_message(word.phys(), count as u32),
-            None => Command::sync(),
+            None => self.nothing(),
         }
+    }
+
+    /// Returns a command that does nothing, but that it wakes whoever may wait for the one whose place it takes.
+    pub(crate) fn nothing(&self) -> Command {
+        if self.wakes { Command::sync_with_event() } else { Command::sync() }
     }
 
     /// Has no more messages sent, and trusts none that was.
@@ -119,7 +127,11 @@ impl CommandQueue {
     /// Reads CONS, and returns how many commands the unit has consumed since bring-up.
     #[inline(always)]
     pub(crate) fn read_consumed<B: Bus>(&mut self, bus: &B) -> u64 {
-        let index = u64::from(regs::CMDQ.cons.read(bus).read(INDEX::INDEX));
+        let cons = regs::CMDQ.cons.read(bus);
+        if cons.get() == regs::GONE {
+            return self.consumed;
+        }
+        let index = u64::from(cons.read(INDEX::INDEX));
         // ORDER: whoever learns that a command was consumed sees what devices stored before it was.
         bus.observe(self.ring.range(0, 0));
         let behind = self.produced.wrapping_sub(index) & (2 * self.entries() - 1);
@@ -264,6 +276,9 @@ impl<const WORDS: usize> ReportQueue<WORDS> {
     pub(crate) fn pop<B: Bus>(&mut self, bus: &B) -> Option<[u64; WORDS]> {
         if self.cons == self.prod {
             let prod = self.registers.prod.read(bus);
+            if prod.get() == regs::GONE {
+                return None;
+            }
             // The value is reduced: what hardware says must not lead outside the ring.
             self.prod = prod.read(INDEX::INDEX) % (2 * self.entries());
             self.overflow.0 = prod.is_set(INDEX::OVERFLOW);

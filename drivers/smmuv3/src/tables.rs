@@ -95,6 +95,7 @@ impl StreamEntry {
     pub(crate) const CONTEXT_INNER: Field<Self> = Field::bits(67, 66);
     pub(crate) const CONTEXT_OUTER: Field<Self> = Field::bits(69, 68);
     pub(crate) const CONTEXT_SHARE: Field<Self> = Field::bits(71, 70);
+    const PASID_IN_ANSWERS: Field<Self> = Field::bit(82);
     const MERGE: Field<Self> = Field::bit(83);
     const FORCED_WRITE_BACK: Field<Self> = Field::bit(89);
     pub(crate) const NEVER_STALL: Field<Self> = Field::bit(91);
@@ -120,7 +121,12 @@ impl StreamEntry {
             .with(Self::CONTEXT_OUTER, walks.cacheability())
             .with(Self::CONTEXT_SHARE, walks.shareability())
             .with(Self::DEVICE_TLB, device_tlb.into())
-            .with(Self::SHARE_OVERRIDE, 1) // 1: none
+    }
+
+    /// Has accesses keep the shareability that they come with (SHCFG = 1). Reserved where the unit cannot override it
+    /// (`IDR1.ATTR_TYPES_OVR`).
+    pub fn without_override(self) -> Self {
+        self.with(Self::SHARE_OVERRIDE, 1)
     }
 
     /// Adds what the second stage of a unit that has one needs, with the root `empty`. Translations of the first stage are
@@ -147,6 +153,13 @@ impl StreamEntry {
         // 1: level 1, 2: level 0.
         let start = if levels == 4 { 2 } else { 1 };
         self.with(Self::INPUT_SIZE, 64 - u64::from(bits)).with(Self::START_LEVEL, start)
+    }
+
+    /// Has the answers that the unit gives by itself, to page requests for which its queue has no room, carry the PASID of
+    /// the request (PPAR): a device that is used with PASIDs expects it there. Reserved where the unit knows no PASIDs or no
+    /// page requests.
+    pub fn answering_with_pasid(self) -> Self {
+        self.with(Self::PASID_IN_ANSWERS, 1)
     }
 
     /// Has second-stage tables in the format of `S2FWB`, which decide alone how memory is cached.
@@ -240,6 +253,8 @@ pub(crate) struct Abilities {
     pub(crate) stall_choice: bool,
     /// Whose faults stall, if that can be chosen.
     pub(crate) stalling: Vec<StreamId, { crate::STALLING }>,
+    /// `IDR1.ATTR_TYPES_OVR`: what an access says of memory can be overridden, and is not.
+    pub(crate) overrides: bool,
     /// Second-stage tables are in the format of `S2FWB`.
     pub(crate) forced_write_back: bool,
 }
@@ -391,11 +406,17 @@ impl<B: Bus> Tables<B> {
 
     /// Returns the stream table entry of an assigned device that is not translated.
     fn blocked(&self, place: usize, stream: StreamId, features: Features) -> StreamEntry {
-        let Abilities { walks, vmid, stall_choice, forced_write_back, .. } = self.abilities;
+        let Abilities { walks, vmid, stall_choice, overrides, forced_write_back, .. } = self.abilities;
         let mut entry = StreamEntry::blocked(features.device_tlb, walks);
+        if overrides {
+            entry = entry.without_override();
+        }
         if features.pasid {
             // As when PASIDs are attached, so that one word makes it so.
             entry = entry.with(StreamEntry::DEFAULT_SUBSTREAM, 2);
+            if features.page_requests {
+                entry = entry.answering_with_pasid();
+            }
         }
         // Where there is no second stage its fields are reserved.
         if vmid {
@@ -962,7 +983,8 @@ mod tests {
     /// Worked out from the field tables of facts/smmuv3.md, section 2.2.
     #[test]
     fn a_stream_table_entry_holds_the_words_of_the_manual() {
-        let blocked = StreamEntry::blocked(true, WALKS).with_second_stage(0x2A, WALKS, PhysAddr(0x8000_0000));
+        let blocked = StreamEntry::blocked(true, WALKS).without_override();
+        let blocked = blocked.with_second_stage(0x2A, WALKS, PhysAddr(0x8000_0000));
         let fixed = [0x0000_1000_1000_00D4, 0x044C_3594_0000_002A];
 
         assert_eq!(blocked.0[..4], [0, fixed[0], fixed[1], 0x8000_0000]);
@@ -981,6 +1003,6 @@ mod tests {
     fn an_incoherent_unit_walks_past_the_caches() {
         let walks = Walks { coherent: false, address_size: 5 };
 
-        assert_eq!(StreamEntry::blocked(false, walks).0[1], 0x0000_1000_0000_0000);
+        assert_eq!(StreamEntry::blocked(false, walks).0[1], 0);
     }
 }

@@ -7,7 +7,7 @@ use crate::{
     queue::InvalidationQueue,
     regs::{self, CCMD, FSTS, GLOBAL, IOTLB, IQERCD},
     tables::Mode,
-    tickets::{Asked, Batch, PENDING, Tickets},
+    tickets::{Batch, PENDING, Tickets},
 };
 use heapless::Vec;
 use iommu::{
@@ -365,7 +365,8 @@ pub(crate) struct Abilities {
 /// What is put into the queue together: a list that refuses rather than cuts off.
 struct Descriptors {
     list: Vec<Descriptor, BATCH>,
-    asked: Asked,
+    /// Whose device TLB is to forget something.
+    asked: Option<StreamId>,
 }
 
 impl Descriptors {
@@ -415,8 +416,11 @@ struct Described {
 /// that did not answer [`recover`](iommu::Commands::recover) does that once more for each ticket whose descriptors the unit
 /// had fetched. A unit without queued invalidation is told through its registers, and waited for.
 ///
-/// At most one ticket at a time waits for device TLBs: a device that does not answer holds back the queue until the unit
-/// gives it up, and no second one may add to that.
+/// At most one ticket at a time waits for a device TLB, of one device: a device that does not answer holds back the queue until
+/// the unit gives it up, and no second one may add to that. `submit` refuses a batch that asks two ([`Error::Exhausted`]), and
+/// one that asks while another is on its way ([`Error::Busy`]).
+///
+/// What a unit is at for [too long](crate::HEAD_LIMIT_US) has failed; what waits behind that has not.
 #[derive(Debug)]
 pub struct Commands<B> {
     bus: B,
@@ -629,6 +633,10 @@ impl<B: Bus> Commands<B> {
         pasid: Option<Pasid>,
         blocks: Option<Blocks>,
     ) -> Result<(), Error> {
+        if batch.asked.is_some_and(|other| other != stream) {
+            // Not every unit names the one that is silent.
+            return Err(Error::Exhausted { what: "devices asked in a batch" });
+        }
         let own = Described { stream, physical: stream, outstanding: 0 };
         let told = self.described.iter().find(|known| known.stream == stream).copied().unwrap_or(own);
         let (physical, outstanding) =
@@ -647,7 +655,7 @@ impl<B: Bus> Commands<B> {
             }
         }
         if blocks.is_none_or(|blocks| blocks.left > 0) {
-            batch.asked = batch.asked.and(stream);
+            batch.asked = Some(stream);
         }
         Ok(())
     }
@@ -668,7 +676,7 @@ impl<B: Bus> Commands<B> {
         }
         let sequence = self.tickets.next();
         let wait = Descriptor::wait(self.status.phys(), sequence as u32, false);
-        let (ticket, done_at, asked) = (Ticket(sequence), sequence, Asked::Nobody);
+        let (ticket, done_at, asked) = (Ticket(sequence), sequence, None);
         let start = queue.append(&self.bus, [descriptor, wait]);
         let end = queue.tail();
         self.tickets.took();
@@ -680,7 +688,7 @@ impl<B: Bus> Commands<B> {
     #[inline(never)]
     fn submit_list(&mut self, invalidations: &[Invalidation]) -> Result<Ticket, Error> {
         self.is_stopped()?;
-        let mut batch = Descriptors { list: Vec::new(), asked: Asked::Nobody };
+        let mut batch = Descriptors { list: Vec::new(), asked: None };
         for invalidation in invalidations {
             self.encode(&mut batch, invalidation)?;
         }
@@ -695,7 +703,7 @@ impl<B: Bus> Commands<B> {
         batch.fence(Descriptor::wait(self.nowhere(), 0, false))?;
         batch.push(Descriptor::wait(self.status.phys(), sequence as u32, drains))?;
         let needed = batch.list.len();
-        let asks = batch.asked != Asked::Nobody;
+        let asks = batch.asked.is_some();
         let room = self.queue.as_ref().is_some_and(|queue| queue.has_room(needed + self.reserve));
         if !room || !self.tickets.has_room() || asks && self.tickets.waits_for_device() {
             // What has completed is looked at only when what is known does not suffice.
@@ -734,13 +742,13 @@ impl<B: Bus> Commands<B> {
         self.tickets.observe(self.status.load(0) as u32);
     }
 
-    /// Takes a ticket for failed that is at the head of the queue for too long, and notes it for `recover`.
+    /// Takes a ticket for failed that has taken too long, and notes it for `recover`.
     #[inline(never)]
     fn look_for_overdue(&mut self) {
-        let Some(late) = self.tickets.overdue(self.bus.now_us()) else { return };
-        let stream = late.asked.stream();
-        let cause =
-            if late.asked == Asked::Nobody { FailureCause::Stopped } else { FailureCause::Unanswered };
+        let Some((late, at_head)) = self.tickets.overdue(self.bus.now_us()) else { return };
+        // What is not at the head was asked of no device yet.
+        let stream = late.asked.filter(|_| at_head);
+        let cause = if stream.is_some() { FailureCause::Unanswered } else { FailureCause::Stopped };
         // Of several the one that names a device is told: it is the one to act upon.
         if self.overdue.is_none_or(|earlier| earlier.stream.is_none()) {
             self.overdue = Some(Failure { cause, stream, ticket: Some(late.ticket) });
@@ -782,7 +790,7 @@ impl<B: Bus> Commands<B> {
             (first..=queue.age(queue.before(batch.end))).contains(&queue.age(at))
         };
         let batch = self.tickets.pending().iter().find(|batch| is_here(batch)).copied();
-        let mut stream = batch.and_then(|batch| batch.asked.stream());
+        let mut stream = batch.and_then(|batch| batch.asked);
         if queue.age(at) < queue.age(queue.tail()) {
             let refused = Descriptor([queue.first_word(at), 0, 0, 0]);
             if batch.is_none() && refused.get(Descriptor::TYPE) == 9 {
@@ -819,7 +827,7 @@ impl<B: Bus> Commands<B> {
         let mut begun: Vec<Ticket, PENDING> = Vec::new();
         let mut unanswered = None;
         for &batch in self.tickets.pending().iter().filter(|batch| was_fetched(batch.start)) {
-            if batch.asked != Asked::Nobody {
+            if batch.asked.is_some() {
                 unanswered = Some(batch);
             } else if !batch.failed {
                 // There is room: as many as can be pending.
@@ -858,7 +866,7 @@ impl<B: Bus> Commands<B> {
         }
         self.tickets.restart_clock();
         // One device at most was waited for, so its name is known even where the unit does not tell it.
-        let stream = unanswered.and_then(|batch| batch.asked.stream()).or(errors.unanswered);
+        let stream = unanswered.and_then(|batch| batch.asked).or(errors.unanswered);
         let ticket = unanswered.map(|batch| batch.ticket);
         Some(Failure { cause: FailureCause::Unanswered, stream, ticket })
     }
@@ -978,7 +986,7 @@ impl<B: Bus> iommu::Commands for Commands<B> {
             self.attempts.0 = 0;
             return None;
         }
-        if status.get() == u32::MAX || self.is_hopeless() {
+        if status.get() == regs::GONE || self.is_hopeless() {
             return Some(self.stop());
         }
         let errors = IqErrors::read(&self.bus);

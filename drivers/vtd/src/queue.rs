@@ -196,6 +196,10 @@ impl PageRequestQueue {
     /// Learns what the unit has queued by now.
     pub(crate) fn look<B: Bus>(&mut self, bus: &B) {
         let tail: LocalRegisterCopy<u64, regs::PQ::Register> = regs::PQT.read(bus);
+        if tail.get() == u64::MAX {
+            // There is no unit any more, and nothing new.
+            return;
+        }
         self.tail = tail.read(regs::PQ::INDEX) as usize % self.entries();
     }
 

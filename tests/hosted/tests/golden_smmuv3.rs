@@ -32,10 +32,12 @@ mod tables {
 
     #[test]
     fn a_blocked_entry_is_not_valid_and_says_all_that_does_not_depend_on_tables() {
-        // w1: S1CIR 1<<2 | S1COR 1<<4 | S1CSH 3<<6 = 0xD4 (as S3); SHCFG 1<<44 (as S2); EATS 1<<28 (as S4).
-        assert_eq!(StreamEntry::blocked(false, COHERENT).0, [0, 0x0000_1000_0000_00D4, 0, 0, 0, 0, 0, 0]);
-        assert_eq!(StreamEntry::blocked(true, COHERENT).0, [0, 0x0000_1000_1000_00D4, 0, 0, 0, 0, 0, 0]);
-        assert_eq!(StreamEntry::blocked(true, INCOHERENT).0, [0, 0x0000_1000_1000_0000, 0, 0, 0, 0, 0, 0]);
+        // w1: S1CIR 1<<2 | S1COR 1<<4 | S1CSH 3<<6 = 0xD4 (as S3); EATS 1<<28 (as S4).
+        assert_eq!(StreamEntry::blocked(false, COHERENT).0, [0, 0xD4, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(StreamEntry::blocked(true, COHERENT).0, [0, 0x1000_00D4, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(StreamEntry::blocked(true, INCOHERENT).0, [0, 0x1000_0000, 0, 0, 0, 0, 0, 0]);
+        // SHCFG 1<<44 (as S2).
+        assert_eq!(StreamEntry::default().without_override().0, [0, 0x1000_0000_0000, 0, 0, 0, 0, 0, 0]);
     }
 
     #[test]
@@ -97,7 +99,7 @@ mod tables {
 
     #[test]
     fn a_table_of_contexts_is_named_with_its_size_and_format() {
-        let blocked = StreamEntry::blocked(true, COHERENT);
+        let blocked = StreamEntry::blocked(true, COHERENT).without_override();
         let contexts =
             |at, log2, two_levels, bypass| blocked.contexts(ContextTable { at, log2, two_levels }, bypass).0;
         // As S4, but S1Fmt 1<<4 and S1CDMax 15<<59 = 0x78.. (20 is 0xA0..); S1DSS 2, SHCFG 1<<44.
@@ -119,6 +121,12 @@ mod tables {
         assert_eq!(StreamEntry::default().never_stalling().0[1], 0x0800_0000);
         assert_eq!(StreamEntry::default().with_forced_write_back().0[1], 0x0200_0000);
         assert_eq!(second.stalling().0[2], 0x064D_3590_0000_0003);
+    }
+
+    #[test]
+    fn answers_of_the_unit_s_own_have_a_bit_for_the_pasid() {
+        // PPAR is [82], 1<<18 of w1, and nothing else.
+        assert_eq!(StreamEntry::default().answering_with_pasid().0, [0, 0x4_0000, 0, 0, 0, 0, 0, 0]);
     }
 
     #[test]
@@ -262,6 +270,12 @@ mod commands {
         // K34.
         assert_eq!(Command::sync().0, [0x46, 0]);
     }
+
+    #[test]
+    fn a_sync_sends_an_event() {
+        // K36: CS 2<<12. MSH and MSIAttr are about messages, and stay 0.
+        assert_eq!(Command::sync_with_event().0, [0x2046, 0]);
+    }
 }
 
 mod events {
@@ -318,6 +332,57 @@ mod events {
             (
                 [0x0108_0000_0011, 0x0280_0000_0000, 0x1000, 0x0100_0000_1000],
                 fault(0x108, None, Write, 0x1000, AddressSize, 0x511),
+            ),
+        ] {
+            assert_eq!(decoded(words), expected, "{words:#x?}");
+        }
+    }
+
+    /// "Event records", those that the rows of the fact sheet leave out, with every field of theirs that is not reserved. SSV is
+    /// 1<<11, a Reason or STAG in the low half of w1; PnU, InD, RnW 1<<33 to 1<<35, S2 1<<39, CLASS from 1<<40.
+    #[test]
+    fn records_decode_with_every_field_set() {
+        let fault = |pasid, access, iova, reason, code| FaultRecord {
+            stream: SID,
+            pasid,
+            access,
+            iova: Iova(iova),
+            reason,
+            code,
+        };
+        let upper = 0xFFFF_8000_0000_1ABC;
+        for (words, expected) in [
+            // F_UUT: all of Reason, and a privileged fetch of an instruction.
+            (
+                [0x0108_0000_5801, 0x000E_FFFF_FFFF, upper, 0],
+                fault(pasid(5), Read, 0xFFFF_8000_0000_1000, Other, 0x01),
+            ),
+            // C_BAD_STREAMID, C_BAD_CD and C_BAD_STE may have a SubstreamID; F_STREAM_DISABLED has none.
+            ([0x0108_0000_5802, 0, 0, 0], fault(pasid(5), Unknown, 0, NotAttached, 0x02)),
+            ([0x0108_0000_5804, 0, 0, 0], fault(pasid(5), Unknown, 0, NotAttached, 0x04)),
+            ([0x0108_0000_0006, 0, 0, 0], fault(None, Unknown, 0, NotAttached, 0x06)),
+            ([0x0108_FFFF_F80A, 0, 0, 0], fault(pasid(0xF_FFFF), Unknown, 0, NotAttached, 0x0A)),
+            // F_TRANSL_FORBIDDEN, a read.
+            (
+                [0x0108_0000_0007, 0x0008_0000_0000, 0x8000_1ABC, 0],
+                fault(None, Read, 0x8000_1000, NotAttached, 0x07),
+            ),
+            // F_ACCESS, stage 1: CLASS 2. F_PERMISSION of stage 2 on a table of the first: S2, CLASS 1; the IPA is not told.
+            (
+                [0x0108_FFFF_F812, 0x0200_0000_0000, upper, 0],
+                fault(pasid(0xF_FFFF), Write, 0xFFFF_8000_0000_1000, NotPermitted, 0x12),
+            ),
+            (
+                [0x0108_0000_0013, 0x0180_0000_0000, 0x5ABC, 0x000F_FFFF_FFFF_F000],
+                fault(None, Write, 0x5000, BadTables, 0x313),
+            ),
+            // F_TLB_CONFLICT: Reason, and RnW.
+            ([0x0108_0000_5820, 0x0008_0000_FFFF, 0x5ABC, 0], fault(pasid(5), Read, 0x5000, BadTables, 0x20)),
+            // F_CFG_CONFLICT: Reason. F_VMS_FETCH: Reason, GPCF 1<<16, FetchAddr, which is not told.
+            ([0x0108_0000_5821, 0xFFFF, 0, 0], fault(pasid(5), Unknown, 0, BadTables, 0x21)),
+            (
+                [0x0108_0000_5825, 0x1_FFFF, 0, 0x00FF_FFFF_FFFF_FFF8],
+                fault(pasid(5), Unknown, 0, BadTables, 0x25),
             ),
         ] {
             assert_eq!(decoded(words), expected, "{words:#x?}");

@@ -2,8 +2,8 @@
 
 use crate::{HARDWARE, STREAM_TABLE};
 use hosted::{
-    Moment, Random,
-    smmu::{ANSWERS, COMMANDS, EVENTS, Machine, REQUESTS, Stage, StreamTable, Tapped, needs, stream_place},
+    Hardware, Moment, Random,
+    smmu::{EVENTS, Machine, REQUESTS, Stage, StreamTable, Tapped, own, stream_place, translation},
 };
 use iommu::{
     Access, Attachment, Bus, Commands, Completion, DomainId, Error, Event, Events, Failure, FailureCause,
@@ -30,6 +30,9 @@ const GERRORN: usize = 0x064;
 const CMDQ_BASE: usize = 0x090;
 const CMDQ_PROD: usize = 0x098;
 const CMDQ_CONS: usize = 0x09C;
+/// Entries of the command queue, and answers that there is room for.
+const COMMANDS: usize = HARDWARE.commands();
+const ANSWERS: usize = HARDWARE.answers();
 /// Bits of GERROR.
 const CMDQ_ERR: u32 = 1 << 0;
 const EVENTQ_ABT_ERR: u32 = 1 << 2;
@@ -50,7 +53,7 @@ fn answer(request: PageRequest, outcome: Outcome) -> PageResponse {
 }
 
 fn machine_on<B: Bus + Clone>(unit: &'static SmmuUnit, memory: models::memory::Memory, bus: B) -> Machine<B> {
-    let parts = needs(STREAM_TABLE, &memory);
+    let parts = HARDWARE.needs(STREAM_TABLE, &memory);
     let mut machine = HARDWARE.enable_smmu(unit, memory, bus, parts).expect("it comes into service");
     machine.smmu.events.enable_interrupts().expect("it is acknowledged");
     machine.assign(DISK, ALL);
@@ -170,6 +173,54 @@ mod page_requests {
             assert_eq!(machine.unit.page_request(request(NIC, 2, false)), Requested::Queued);
             assert_eq!(machine.pass(), [Event::PageRequest(request(NIC, 2, false))]);
         }
+        machine.assert_lawful();
+    }
+
+    /// STE.PPAR: "PRI queue overflow". The devices here want the PASID of their requests in answers, as those do that are
+    /// used with PASIDs; an answer without it ends another group of theirs, or is an error to them.
+    #[test]
+    fn what_the_unit_answers_by_itself_has_the_pasid_that_the_device_asked_with() {
+        let (unit, memory) = HARDWARE.smmu_unit(Config::full());
+        let parts = HARDWARE.needs(STREAM_TABLE, &memory);
+        let mut machine = HARDWARE.enable_smmu(unit, memory, unit, parts).expect("it comes into service");
+        machine.assign(DISK, Features { pasid: true, ..ALL });
+        let [tree, other] = [Stage::One, Stage::Two].map(|stage| machine.tree(stage));
+        let of = |machine: &mut Machine, pasid, translation| {
+            machine.attach_to(DISK, pasid, translation).expect("it can be attached")
+        };
+        let mut expected = Vec::new();
+        let mut overflow = |machine: &mut Machine| {
+            for index in 0..REQUESTS as u16 {
+                assert_eq!(machine.unit.page_request(request(DISK, index, false)), Requested::Queued);
+            }
+            for pasid in [None, pasid(5), pasid(0xF_FFFF)] {
+                let tag = GroupTag { pasid, index: 3 };
+                let lost = machine.unit.page_request(PageRequest { tag, ..request(DISK, 3, true) });
+                assert_eq!(lost, Requested::Lost);
+                expected.push((tag, Outcome::Success));
+            }
+            machine.pass();
+            machine.unit.forget_page_requests(DISK);
+            let answered: Vec<_> =
+                machine.unit.auto_answered().iter().map(|it| (it.tag, it.outcome)).collect();
+            assert_eq!(answered, expected);
+        };
+
+        let five = of(&mut machine, pasid(5), translation(Stage::One, &tree));
+        overflow(&mut machine);
+        machine.detach(five);
+        machine.block(DISK);
+        machine.assign(DISK, Features { pasid: true, ..ALL });
+        let plain = of(&mut machine, None, translation(Stage::Two, &other));
+        overflow(&mut machine);
+        machine.detach(plain);
+        // A stream that is blocked and says so has an entry that is valid.
+        let (leaving, invalidations) = machine.smmu.tables.block(DISK).expect("it is assigned");
+        machine.invalidate(&invalidations);
+        let silent = machine.smmu.tables.silence(DISK).expect("it is blocked");
+        machine.invalidate(&silent);
+        overflow(&mut machine);
+        machine.smmu.tables.finish(leaving);
         machine.assert_lawful();
     }
 
@@ -349,6 +400,47 @@ mod faults {
         machine.assert_lawful();
     }
 
+    /// A ticket that failed is no error that was told, and an error may come after the look.
+    #[test]
+    fn a_recovery_that_nobody_was_told_to_make_ends_no_error_that_lost_reports() {
+        for (error, lost) in [(EVENTQ_ABT_ERR, Event::FaultsLost), (PRIQ_ABT_ERR, Event::RequestsLost)] {
+            let mut machine = machine();
+            let half = request(DISK, 1, false);
+            assert_eq!(machine.unit.page_request(half), Requested::Queued);
+            assert_eq!(machine.pass(), [Event::PageRequest(half)]);
+            machine.unit.raise_errors(error | 1 << 4);
+
+            assert_eq!(machine.recover(), []);
+
+            assert_eq!(machine.unit.read32(GERROR) ^ machine.unit.read32(GERRORN), error);
+            assert_eq!(machine.pass(), [lost, Event::CommandsFailed { status: error }]);
+            assert_eq!(machine.recover(), []);
+            assert_eq!(machine.unit.read32(GERROR) ^ machine.unit.read32(GERRORN), 0, "acknowledged");
+            assert_eq!(machine.pass(), [], "once");
+            machine.assert_lawful();
+        }
+    }
+
+    /// A pass has an end also where its queue has none: what the error lost is told by the next.
+    #[test]
+    fn an_error_is_not_told_before_what_it_lost() {
+        let mut machine = machine();
+        machine.unit.raise_errors(PRIQ_ABT_ERR | EVENTQ_ABT_ERR);
+        machine.smmu.events.look_for_errors();
+
+        assert_eq!(machine.smmu.events.next_fault(), Some(Event::FaultsLost));
+        let told = machine.smmu.events.next_fault();
+        assert_eq!(told, Some(Event::CommandsFailed { status: EVENTQ_ABT_ERR }));
+        machine.smmu.commands.told(EVENTQ_ABT_ERR);
+        assert_eq!(machine.smmu.commands.recover(), None);
+        assert_eq!(machine.smmu.events.next_fault(), None);
+
+        assert_eq!(machine.pass(), [Event::RequestsLost, Event::CommandsFailed { status: PRIQ_ABT_ERR }]);
+        assert_eq!(machine.recover(), []);
+        assert_eq!(machine.pass(), []);
+        machine.assert_lawful();
+    }
+
     #[test]
     fn every_error_is_told_by_name_and_acknowledged_by_recovery_alone() {
         let mut machine = machine();
@@ -505,7 +597,10 @@ mod stalls {
     /// A machine whose device DISK is no PCI device: its faults stall.
     fn machine() -> (Machine, Attachment, hosted::smmu::StageTree) {
         let (unit, memory) = HARDWARE.smmu_unit(Config::full());
-        let parts = smmuv3::Memory { stalling: [DISK].into_iter().collect(), ..needs(STREAM_TABLE, &memory) };
+        let parts = smmuv3::Memory {
+            stalling: [DISK].into_iter().collect(),
+            ..HARDWARE.needs(STREAM_TABLE, &memory)
+        };
         let mut machine = HARDWARE.enable_smmu(unit, memory, unit, parts).expect("it comes into service");
         machine.smmu.events.enable_interrupts().expect("it is acknowledged");
         machine.assign(DISK, Features::default());
@@ -723,7 +818,7 @@ mod stalls {
 
         machine.invalidate(&[Invalidation::Stalls { stream: NIC }]);
 
-        assert_eq!(machine.unit.executed()[before..], [[0x46, 0]]);
+        assert_eq!(own(&machine.unit.executed()[before..]), [[0x46, 0]]);
         machine.assert_lawful();
     }
 
@@ -737,7 +832,10 @@ mod stalls {
         assert_eq!(found(none).stalls(), 0);
 
         let (unit, memory) = HARDWARE.smmu_unit(none);
-        let parts = smmuv3::Memory { stalling: [DISK].into_iter().collect(), ..needs(STREAM_TABLE, &memory) };
+        let parts = smmuv3::Memory {
+            stalling: [DISK].into_iter().collect(),
+            ..HARDWARE.needs(STREAM_TABLE, &memory)
+        };
         let error = found(none).enable(parts).err();
         assert!(
             matches!(error, Some(Error::Unsupported { feature }) if feature.contains("STALL_MODEL")),
@@ -849,13 +947,13 @@ mod commands {
     fn encoded(config: Config, invalidation: Invalidation) -> Vec<[u64; 2]> {
         let (unit, memory) = HARDWARE.smmu_unit(config);
         let mut machine = HARDWARE
-            .enable_smmu(unit, memory.clone(), unit, needs(STREAM_TABLE, &memory))
+            .enable_smmu(unit, memory.clone(), unit, HARDWARE.needs(STREAM_TABLE, &memory))
             .expect("it comes into service");
         unit.plug(DISK);
         let before = unit.executed().len();
         machine.invalidate(&[invalidation]);
         machine.assert_lawful();
-        let mut words = unit.executed().split_off(before);
+        let mut words = own(&unit.executed()[before..]);
         assert_eq!(words.pop(), Some([0x46, 0]), "K34");
         words
     }
@@ -876,7 +974,7 @@ mod commands {
         for config in [full, single] {
             let (unit, memory) = HARDWARE.smmu_unit(config);
             let mut machine = HARDWARE
-                .enable_smmu(unit, memory.clone(), unit, needs(STREAM_TABLE, &memory))
+                .enable_smmu(unit, memory.clone(), unit, HARDWARE.needs(STREAM_TABLE, &memory))
                 .expect("it comes into service");
             unit.plug(DISK);
             let mut told = |invalidations: &[Invalidation]| {
@@ -913,7 +1011,7 @@ mod commands {
         const PAGES: u64 = 600;
         let (unit, memory) = HARDWARE.smmu_unit(Config::full());
         let mut machine = HARDWARE
-            .enable_smmu(unit, memory.clone(), unit, needs(STREAM_TABLE, &memory))
+            .enable_smmu(unit, memory.clone(), unit, HARDWARE.needs(STREAM_TABLE, &memory))
             .expect("it comes into service");
         for odd in [false, true] {
             let before = unit.executed().len();
@@ -928,7 +1026,7 @@ mod commands {
                 .filter(|words| words[0] & 0xFF == 0x2A)
                 .map(|words| words[1])
                 .collect();
-            let all: Vec<_> = (0..PAGES).map(|page| page * PAGE_SIZE | 1).collect();
+            let all: Vec<_> = (0..PAGES).map(|page| (page * PAGE_SIZE) | 1).collect();
             assert_eq!(told, all, "odd: {odd}");
             // A CMD_SYNC alone.
             machine.invalidate(&[]);
@@ -1156,9 +1254,9 @@ mod commands {
             machine.invalidate(&[about(0), about(1)]);
         }
 
-        let executed = machine.unit.executed();
+        let executed = own(&machine.unit.executed()[before..]);
         let streams: Vec<_> =
-            executed[before..].chunks(3).flat_map(|batch| [batch[0][0] >> 32, batch[1][0] >> 32]).collect();
+            executed.chunks(3).flat_map(|batch| [batch[0][0] >> 32, batch[1][0] >> 32]).collect();
         assert_eq!(streams, (0..2 * COMMANDS as u64).collect::<Vec<_>>());
     }
 
@@ -1202,7 +1300,7 @@ mod commands {
                 expected == Completion::Pending
             });
         }
-        assert!(full > 5 && done.len() > 200 && done.is_sorted_by(|a, b| a < b));
+        assert!(full > 5 && done.len() > COMMANDS && done.is_sorted_by(|a, b| a < b));
         assert!(
             done.iter().all(|&ticket| machine.smmu.commands.poll(ticket) == Completion::Done),
             "for good"
@@ -1410,6 +1508,106 @@ mod commands {
         machine.assert_lawful();
     }
 
+    /// How often is not what counts: a unit may report as fast as it is asked.
+    #[test]
+    fn a_sync_that_fails_again_until_the_device_answers_costs_nobody_but_the_device() {
+        let (mut machine, pages) = remembered();
+        // The time of its errors is its own.
+        machine.unit.resume();
+        machine.unit.hold_device_tlb(DISK);
+        machine.unit.fail_until_answered(true);
+        let ticket = machine.smmu.commands.submit(&[pages]).expect("there is room");
+        let other = [Invalidation::Device { stream: NIC, device_tlb: false }];
+        let behind = machine.smmu.commands.submit(&other).expect("there is room");
+        machine.unit.advance(60_000);
+
+        let mut failures = Vec::new();
+        for _ in 0..600 {
+            assert_eq!(machine.pass(), [Event::CommandsFailed { status: CMDQ_ERR }]);
+            failures.extend(machine.recover());
+            assert_eq!(machine.smmu.commands.poll(behind), Completion::Pending);
+            machine.unit.advance(100_000);
+        }
+        machine.unit.release_device_tlb(DISK);
+        machine.pass();
+        failures.extend(machine.recover());
+
+        let failure = Failure { cause: FailureCause::Unanswered, stream: Some(DISK), ticket: Some(ticket) };
+        assert_eq!(failures, [failure], "it is told once");
+        assert_eq!(machine.smmu.commands.poll(ticket), Completion::Failed);
+        assert_eq!(machine.smmu.commands.poll(behind), Completion::Done);
+        machine.invalidate(&[pages]);
+        machine.assert_lawful();
+    }
+
+    /// A link that is down, or power that is off: every register reads as ones, and the queues hold what was in them before.
+    #[test]
+    fn a_unit_that_is_gone_is_told_of_once_and_a_pass_has_an_end() {
+        let mut machine = machine();
+        for index in 0..5 {
+            assert_eq!(machine.unit.page_request(request(DISK, index, true)), Requested::Queued);
+            fault(machine.unit);
+            assert_eq!(machine.pass().len(), 2);
+        }
+
+        machine.unit.vanish();
+
+        let lost = [Event::RequestsLost, Event::FaultsLost, Event::CommandsFailed { status: u32::MAX }];
+        assert_eq!(machine.pass(), lost, "an unknown number");
+        let stopped = Failure { cause: FailureCause::Stopped, stream: None, ticket: None };
+        assert_eq!(machine.recover(), [stopped]);
+        for _ in 0..3 {
+            assert_eq!(machine.recover(), []);
+            assert_eq!(machine.pass(), []);
+        }
+        assert!(matches!(machine.smmu.commands.submit(&[]), Err(Error::Failed { .. })));
+    }
+
+    /// As a number ones are a place in the queue, too.
+    #[test]
+    fn a_unit_that_is_gone_has_done_nothing_since() {
+        // What is counted is what was submitted here, one by one.
+        let mut machine = Hardware::Prompt.smmu(STREAM_TABLE, Config::full());
+        let last = 2 * hosted::smmu::COMMANDS as u64 - 1;
+        while (machine.unit.executed().len() as u64) < last - 3 {
+            machine.invalidate(&[]);
+        }
+        machine.unit.pause();
+        let tickets = [(); 16].map(|()| machine.smmu.commands.submit(&[]).expect("there is room"));
+        assert!(tickets[0].0 < last && last < tickets[15].0);
+
+        machine.unit.vanish();
+
+        for ticket in tickets {
+            assert_eq!(machine.smmu.commands.poll(ticket), Completion::Pending);
+        }
+        assert_eq!(machine.recover().len(), 1);
+        assert!(tickets.iter().all(|&ticket| machine.smmu.commands.poll(ticket) == Completion::Failed));
+    }
+
+    /// PCI Express gives a device a minute and a half.
+    #[test]
+    fn a_unit_that_waits_for_a_device_for_longer_than_one_may_take_is_given_up_once() {
+        let (mut machine, pages) = remembered();
+        machine.unit.resume();
+        machine.unit.hold_device_tlb(DISK);
+        machine.unit.fail_until_answered(true);
+        let ticket = machine.smmu.commands.submit(&[pages]).expect("there is room");
+        machine.unit.advance(60_000);
+        let failure = Failure { cause: FailureCause::Unanswered, stream: Some(DISK), ticket: Some(ticket) };
+        assert_eq!(machine.recover(), [failure]);
+
+        machine.unit.advance(80_000_000);
+        assert_eq!(machine.recover(), []);
+        machine.unit.advance(10_000_000);
+
+        let stopped = Failure { cause: FailureCause::Stopped, stream: None, ticket: None };
+        assert_eq!(machine.recover(), [stopped]);
+        assert_eq!(machine.recover(), []);
+        assert!(matches!(machine.smmu.commands.submit(&[]), Err(Error::Failed { .. })));
+        machine.assert_lawful();
+    }
+
     #[test]
     fn one_device_at_a_time_is_asked_to_forget() {
         let (mut machine, pages) = remembered();
@@ -1426,10 +1624,22 @@ mod commands {
         machine.wait(ticket);
 
         machine.invalidate(&[other]);
-        // Two in one batch: which of them is silent, nobody could tell.
-        assert_eq!(machine.smmu.commands.submit(&[pages, other]).err(), busy);
         // The same device twice is one device.
         machine.invalidate(&[pages, pages]);
+        machine.assert_lawful();
+    }
+
+    /// Which of them is silent, nobody could tell. Later is no better, so it is not for later that it is refused.
+    #[test]
+    fn two_devices_in_one_batch_are_refused_as_too_much() {
+        let (mut machine, pages) = remembered();
+        let other = Invalidation::Device { stream: NIC, device_tlb: true };
+
+        for batch in [[pages, other], [other, pages]] {
+            let refused = machine.smmu.commands.submit(&batch).err();
+            assert_eq!(refused, Some(Error::Exhausted { what: "devices asked in a batch" }));
+            batch.iter().for_each(|&one| machine.invalidate(&[one]));
+        }
         machine.assert_lawful();
     }
 

@@ -65,10 +65,14 @@ pub(super) struct Commands {
     promised: Vec<Forget>,
     /// CMD_ATC_INV that no device answered yet, and when the device is given up.
     unanswered: Vec<(Forget, u64)>,
+    /// A CMD_SYNC that failed for a device fails again, until that answers.
+    unforgiving: bool,
     /// Messages of CMD_SYNC are not written before they have to be: when the next CMD_SYNC is complete.
     late: bool,
     /// Those on their way, address and data.
     messages: Vec<(u64, u32)>,
+    /// Events that were sent to the cores.
+    wakes: u64,
 }
 
 impl SmmuUnit {
@@ -77,6 +81,11 @@ impl SmmuUnit {
         let mut state = self.lock();
         state.config.pace = Pace::AtOnce;
         state.commands.paused = true;
+    }
+
+    /// Consumes nothing, whatever its pace; or gets on again at that.
+    pub fn stand_still(&self, stand: bool) {
+        self.lock().commands.paused = stand;
     }
 
     /// Consumes up to `count` commands of a paused unit, and returns how many.
@@ -111,6 +120,11 @@ impl SmmuUnit {
         }
     }
 
+    /// Returns how many events, as by the instruction SEV, the unit has sent to the cores.
+    pub fn wakes(&self) -> u64 {
+        self.lock().commands.wakes
+    }
+
     /// Returns the commands that were consumed, oldest first.
     pub fn executed(&self) -> Vec<[u64; 2]> {
         let mut state = self.lock();
@@ -128,6 +142,12 @@ impl SmmuUnit {
         let mut state = self.lock();
         state.plugged.remove(&stream.0);
         state.caches.forget_device(stream.0);
+    }
+
+    /// Lets a CMD_SYNC that failed for a silent device fail again each time that it is tried, for as long as that is silent; or
+    /// lets it go on the next time. The architecture says neither ("ATS Invalidation timeout").
+    pub fn fail_until_answered(&self, fail: bool) {
+        self.lock().commands.unforgiving = fail;
     }
 
     /// Lets the device put off its answers to CMD_ATC_INV, until it is released or times out.
@@ -161,6 +181,9 @@ impl State {
     /// The driver looked at something: a slow unit may have got on.
     pub(super) fn looked(&mut self) {
         let Pace::OneIn(looks) = self.config.pace else { return };
+        if self.commands.paused {
+            return;
+        }
         self.commands.looks = self.commands.looks.wrapping_add(1);
         if self.commands.looks.is_multiple_of(looks) {
             self.consume();
@@ -169,14 +192,14 @@ impl State {
 
     /// A slow unit gets as far as it can.
     pub(super) fn catch_up(&mut self) {
-        while self.config.pace != Pace::AtOnce && self.consume() {}
+        while self.config.pace != Pace::AtOnce && !self.commands.paused && self.consume() {}
     }
 
     /// Consumes one command. Returns whether there was one that could be.
     fn consume(&mut self) -> bool {
         let (prod, cons) = (self.get(CMDQ_PROD), self.get(CMDQ_CONS));
         let pointer = cons & 0xF_FFFF;
-        if !self.on(CMDQEN) || self.active(CMDQ_ERR) || self.used(CMDQ, prod, pointer) == 0 {
+        if self.gone || !self.on(CMDQEN) || self.active(CMDQ_ERR) || self.used(CMDQ, prod, pointer) == 0 {
             return false;
         }
         let done = self.fetch(pointer).and_then(|words| {
@@ -361,8 +384,11 @@ impl State {
     fn sync(&mut self, w0: u64, w1: u64) -> Result<bool, CommandError> {
         let now = self.clock_us;
         let waiting = self.commands.unanswered.len();
-        self.commands.unanswered.retain(|&(_, deadline_us)| deadline_us > now);
-        if self.commands.unanswered.len() < waiting {
+        let late = self.commands.unanswered.iter().any(|&(_, deadline_us)| deadline_us <= now);
+        if !self.commands.unforgiving {
+            self.commands.unanswered.retain(|&(_, deadline_us)| deadline_us > now);
+        }
+        if late {
             return Err(CommandError::DeviceTlbSync);
         }
         if waiting != 0 {
@@ -386,6 +412,14 @@ impl State {
                 }
             }
             self.pulses.push(Wire::CommandSync);
+        }
+        if w0 >> 12 & 3 == 2 {
+            if self.config.wakes() {
+                self.commands.wakes += 1;
+            } else {
+                // No error: the unit does as if none were asked for. Whoever asks may wait for it, though.
+                self.violation(format!("CMD_SYNC {w0:#x}: asks for an event without IDR0.SEV"));
+            }
         }
         Ok(true)
     }
@@ -449,7 +483,8 @@ mod tests {
 
     #[test]
     fn golden_commands_are_executed_as_they_are() {
-        let config = Config::full();
+        let full = Config::full();
+        let config = Config { idr0: full.idr0 | 1 << 14, ..full };
         let bench = Bench::attached(config, golden::STE_ABORT);
         bench.submit(&[golden::PREFETCH_CONFIG, golden::STALL_TERM]);
         let before = bench.unit.executed().len();
@@ -485,7 +520,27 @@ mod tests {
         assert_eq!(bench.unit.executed()[before..], commands);
         assert_eq!(error(&bench), None);
         assert_eq!(bench.pulses(), [Wire::CommandSync]);
+        assert_eq!(bench.unit.wakes(), 1);
         bench.assert_lawful();
+    }
+
+    #[test]
+    fn an_event_is_sent_where_there_are_events_and_once_all_before_is_done() {
+        for (sev, events) in [(1 << 14, 1), (0, 0)] {
+            let full = Config::full();
+            let bench = Bench::attached(Config { idr0: full.idr0 | sev, ..full }, golden::STE_ABORT);
+            bench.unit.hold_device_tlb(DEVICE);
+
+            bench.submit(&[golden::ATC_INV_ALL, golden::SYNC_SEV]);
+            assert_eq!(bench.unit.wakes(), 0);
+            bench.unit.release_device_tlb(DEVICE);
+
+            assert_eq!((bench.unit.wakes(), error(&bench)), (events, None));
+            match sev {
+                0 => bench.assert_broken("without IDR0.SEV"),
+                _ => bench.assert_lawful(),
+            }
+        }
     }
 
     #[test]
@@ -554,6 +609,28 @@ mod tests {
         bench.unit.write32(CMDQ_PROD, 1);
 
         assert_eq!(error(&bench), Some(2));
+    }
+
+    #[test]
+    fn a_unit_that_stands_still_consumes_nothing_until_it_gets_on() {
+        for pace in [Pace::AtOnce, Pace::OneIn(3)] {
+            let bench = Bench::started(Config { pace, ..Config::full() });
+            let before = bench.unit.executed().len();
+            bench.unit.stand_still(true);
+
+            bench.submit(&[SYNC, SYNC]);
+            for _ in 0..20 {
+                bench.unit.read32(CMDQ_CONS);
+            }
+            assert_eq!(bench.unit.executed().len(), before, "{pace:?}");
+            bench.unit.stand_still(false);
+
+            for _ in 0..7 {
+                bench.unit.read32(CMDQ_CONS);
+            }
+            assert_eq!(bench.unit.read32(CMDQ_CONS), bench.unit.read32(CMDQ_PROD), "{pace:?}");
+            bench.assert_lawful();
+        }
     }
 
     #[test]

@@ -563,7 +563,8 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
     ///
     /// Looks at one entry, however many there are.
     pub fn expire(&mut self, now_us: u64) -> Expiry<'l, S> {
-        let place = match self.deadlines.pop(now_us) {
+        self.deadlines.tell(now_us);
+        let place = match self.deadlines.pop() {
             Due::Entry(place) => place,
             Due::Later => return Expiry::Nothing,
             Due::Nothing => return Expiry::Done,

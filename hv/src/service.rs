@@ -8,14 +8,14 @@
 //!
 //! A group whose guest is silent is therefore answered at its deadline, plus interrupt latency, plus the passes before.
 
-use crate::hypervisor::{self, Broker, GUESTS, Hypervisor, Notice, Notices, SERVICE_CORE, home_of};
+use crate::hypervisor::{self, Broker, GUESTS, Hypervisor, Notice, Notices, QUEUES, SERVICE_CORE, home_of};
 use arch::{
     cpu::{self, Locked},
     interrupts::{self, Source},
     unit,
 };
 use broker::{Expiry, Verdict};
-use core::sync::atomic::Ordering::{AcqRel, Relaxed};
+use core::sync::atomic::Ordering::{AcqRel, Relaxed, SeqCst};
 use heapless::Deque;
 use iommu::{Commands as _, Event, Events as _, FailureCause, FaultRecord, PageRequest, Stages};
 
@@ -48,8 +48,8 @@ struct Service {
     now_us: u64,
     /// A group may have got a deadline since the timer was armed.
     admitted: bool,
-    /// The homes that there is news for.
-    kicks: [bool; GUESTS],
+    /// The owners of queues that there is news for.
+    kicks: [bool; QUEUES],
     /// When the timer comes, at the latest, in microseconds.
     timer_us: u64,
     /// Another pass is due, for everything.
@@ -85,7 +85,7 @@ pub fn start(hv: &'static Hypervisor, mut events: unit::Events) -> Result<(), Fa
             batch: Deque::new(),
             now_us: 0,
             admitted: false,
-            kicks: [false; GUESTS],
+            kicks: [false; QUEUES],
             timer_us: u64::MAX,
             behind: true,
         })
@@ -96,9 +96,30 @@ pub fn start(hv: &'static Hypervisor, mut events: unit::Events) -> Result<(), Fa
 }
 
 /// Wakes the control core at `at_us`: the service core's timer serves both.
-pub fn wake_control_at(hv: &Hypervisor, at_us: u64) {
+fn wake_control_at(hv: &Hypervisor, at_us: u64) {
     hv.control_wakes_us.store(at_us, Relaxed);
     interrupts::kick(SERVICE_CORE, Source::PageRequest);
+}
+
+/// Sleeps until `done`, with the routine at work; returns whether it came in time. The service core alone sleeps like this, as
+/// the core that controls: its timer is the routine's.
+pub fn wait_for(hv: &Hypervisor, limit_us: u64, mut done: impl FnMut() -> bool) -> bool {
+    let end_us = cpu::now_us().saturating_add(limit_us);
+    wake_control_at(hv, end_us);
+    let _masked = cpu::mask();
+    let came = loop {
+        hv.control_waits.store(true, SeqCst);
+        let late = cpu::now_us() >= end_us;
+        if done() {
+            break true;
+        }
+        if late {
+            break false;
+        }
+        cpu::wait_for_interrupt();
+    };
+    hv.control_wakes_us.store(u64::MAX, Relaxed);
+    came
 }
 
 /// The handler of everything that the service core serves.

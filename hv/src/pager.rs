@@ -11,7 +11,7 @@ use crate::{
     memory::{GuestRam, Share},
 };
 use arch::{cpu, unit};
-use broker::{DeviceId, Limits, Owner, Page, Policy, QueueId, Restraint, Settled, Tally, Whose};
+use broker::{DeviceId, Limits, Owner, Page, Policy, QueueId, Restraint, Settled, Taken, Tally, Whose};
 use core::ops::Range;
 use heapless::Vec;
 use iommu::{Features, Gpa, Iova, Outcome, PAGE_SIZE, Pasid, Perms};
@@ -130,7 +130,13 @@ impl<'h> Pager<'h> {
 
     /// Returns whether the device asks for something.
     pub fn is_asked(&mut self) -> bool {
-        self.groups.peek(cpu::now_us()).is_some()
+        loop {
+            match self.groups.take(cpu::now_us(), |_| None::<()>) {
+                Taken::Yes(()) | Taken::Left => return true,
+                Taken::Gone => {}
+                Taken::Empty => return false,
+            }
+        }
     }
 
     /// Answers what the device has asked for; returns what the device is held to.

@@ -275,7 +275,7 @@ impl Service {
         if self.log.allows(now_us) {
             defmt::debug!("page request: {}", request);
         }
-        match broker.admit(request, now_us) {
+        match broker.admit(&request, now_us) {
             Verdict::Forward { queue } => self.kick(queue),
             Verdict::Refuse(response) => {
                 if self.log.allows(now_us) {

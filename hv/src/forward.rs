@@ -6,10 +6,10 @@ use crate::{
     hypervisor::{Hypervisor, Inbox, Notice},
 };
 use arch::{cpu, interrupts};
-use broker::{Group, Restraint};
+use broker::{Restraint, Shown, Taken};
 use channel::{
     Record,
-    host::{Broken, Host, Pushed},
+    host::{Batch, Broken, Host, Pushed},
     record::{Event, Reason, Request},
 };
 use core::sync::atomic::Ordering::Relaxed;
@@ -24,19 +24,24 @@ impl Guest {
         let mut news = false;
         if let Some(channel) = &mut self.channel {
             let now_us = cpu::now_us();
+            let mut batch = channel.requests()?;
+            let mut longest_us = 0;
             // Whatever was answered before it came here is not shown.
-            while let Some(group) = inbox.groups.peek(now_us) {
-                match push(channel, group)? {
-                    Pushed::Full => break,
-                    Pushed::Yes => news = true,
-                    // A group has fewer pages than a ring has places, and a guest that broke its channel is ended. If
-                    // either is ever not so the group is answered at its deadline.
-                    Pushed::TooLarge | Pushed::Ended => {}
+            loop {
+                match inbox.groups.take(now_us, |group| offer(&mut batch, group)) {
+                    Taken::Yes(reported_us) => {
+                        batch.accept();
+                        longest_us = longest_us.max(now_us.saturating_sub(reported_us));
+                    }
+                    Taken::Gone => {}
+                    Taken::Left | Taken::Empty => break,
                 }
-                let taken_us = now_us.saturating_sub(group.reported_us);
-                self.hv.homes[self.index].longest_to_record_us.fetch_max(taken_us, Relaxed);
-                inbox.groups.done();
             }
+            if !batch.is_empty() {
+                news = true;
+                self.hv.homes[self.index].longest_to_record_us.fetch_max(longest_us, Relaxed);
+            }
+            drop(batch);
             while let Some(notice) = inbox.notices.receive() {
                 // A guest also hears of an event that found no room: perhaps it is the last for a long time.
                 if channel.push_event(&event(&notice))? != Pushed::Ended {
@@ -66,23 +71,26 @@ impl Guest {
     }
 }
 
-/// Makes all of a group visible, or nothing of it.
-fn push(channel: &mut Host, group: &Group) -> Result<Pushed, Broken> {
-    let pages = group.pages.len() as u32;
-    let record = |(index, page): (usize, &broker::Page)| {
+/// Writes a group into the channel, to be accepted, and returns when it was reported; `None` if there is no room.
+fn offer(batch: &mut Batch<'_>, group: Shown<'_>) -> Option<u64> {
+    // Else it would never find room.
+    const { assert!(broker::PAGES as u64 <= channel::ring::RECORDS) };
+    let pages = group.pages();
+    let record = move |index: usize| {
+        let (tag, page) = (group.tag(), group.page(index));
         Record::request(&Request {
-            cookie: group.cookie.0,
-            device: group.name,
-            pasid: group.tag.pasid,
-            opaque: group.opaque,
-            group: group.tag.index,
+            cookie: group.cookie().0,
+            device: group.name(),
+            pasid: tag.pasid,
+            opaque: group.opaque(),
+            group: tag.index,
             iova: page.iova(),
             perms: page.perms(),
-            pages,
+            pages: pages as u32,
             index: index as u32,
         })
     };
-    channel.push_group(group.pages.iter().enumerate().map(record))
+    batch.offer(pages, record).then(|| group.reported_us())
 }
 
 /// How long after it found no room an event that must not be lost is offered again, in microseconds.

@@ -11,7 +11,7 @@ use crate::{
     memory::{GuestRam, Share},
 };
 use arch::{cpu, unit};
-use broker::{DeviceId, Limits, Owner, Page, Policy, QueueId, Restraint, Settled, Tally, Whose};
+use broker::{DeviceId, Limits, Owner, Page, Policy, QueueId, Restraint, Settled, Taken, Tally, Whose};
 use core::ops::Range;
 use heapless::Vec;
 use iommu::{Features, Gpa, Iova, Leaving, Outcome, PAGE_SIZE, Pasid, Perms, StreamId};
@@ -139,7 +139,16 @@ impl<'h> Pager<'h> {
 
     /// Returns whether there is something for [`serve`](Self::serve) to do: the device asks for something, or has too many faults.
     pub fn is_asked(&mut self) -> bool {
-        self.hv.flooding.has(self.number) || self.groups.peek(cpu::now_us()).is_some()
+        if self.hv.flooding.has(self.number) {
+            return true;
+        }
+        loop {
+            match self.groups.take(cpu::now_us(), |_| None::<()>) {
+                Taken::Yes(()) | Taken::Left => return true,
+                Taken::Gone => {}
+                Taken::Empty => return false,
+            }
+        }
     }
 
     /// Answers what the device has asked for; returns what the device is held to.

@@ -57,6 +57,8 @@ struct Service {
     timer_us: u64,
     /// Another pass is due, for everything.
     behind: bool,
+    /// Whose the last fault of this pass was, unless a loss was told since.
+    faulted: Option<StreamId>,
 }
 
 /// Why the unit is not served.
@@ -91,6 +93,7 @@ pub fn start(hv: &'static Hypervisor, mut events: unit::Events) -> Result<(), Fa
             kicks: [false; QUEUES],
             timer_us: u64::MAX,
             behind: true,
+            faulted: None,
         })
     });
     // The first pass takes what was reported before anybody listened.
@@ -217,17 +220,12 @@ impl Service {
     /// Takes up to [`FAULTS`] faults; returns whether there are no more.
     fn take_faults(&mut self, broker: &mut Broker) -> bool {
         self.now_us = cpu::now_us();
-        let mut last = None;
+        self.faulted = None;
         for _ in 0..FAULTS {
-            let Some(event) = self.events.next_fault() else { return true };
-            match &event {
-                Event::Fault(fault) => last = Some(fault.stream),
-                // There was no room because of those that were there. Whose the last of them was answers for one more, so that
-                // nobody answers for more of others' than of its own.
-                Event::FaultsLost => last.take().into_iter().for_each(|stream| self.count_fault(stream)),
-                _ => {}
+            match self.events.next_fault() {
+                Some(event) => self.take(broker, event),
+                None => return true,
             }
-            self.take(broker, event);
         }
         false
     }
@@ -250,6 +248,11 @@ impl Service {
                     defmt::warn!("an unknown number of faults was lost");
                 }
                 self.lose_faults();
+                // There was no room because of those that were there. Whose the last of them was answers for one more, so that
+                // nobody answers for more of others' than of its own.
+                if let Some(stream) = self.faulted.take() {
+                    self.count_fault(stream);
+                }
             }
             Event::Malformed { words: [low, high], group } => {
                 defmt::warn!("the unit reports {=u64:#x} {=u64:#x}, which is nothing known", low, high);
@@ -272,7 +275,7 @@ impl Service {
         if self.log.allows(now_us) {
             defmt::debug!("page request: {}", request);
         }
-        match broker.admit(request, now_us) {
+        match broker.admit(&request, now_us) {
             Verdict::Forward { queue } => self.kick(queue),
             Verdict::Refuse(response) => {
                 if self.log.allows(now_us) {
@@ -321,6 +324,7 @@ impl Service {
                 None => defmt::info!("fault: {}", fault),
             }
         }
+        self.faulted = Some(fault.stream);
         let attached = self.hv.ledger.faulted(fault.stream, fault.pasid, self.now_us);
         match attached {
             Some(Faulted { restraint: None, .. }) => {}

@@ -51,10 +51,21 @@ pub struct AttachmentId(pub(crate) Id);
 /// Where the requests of an attachment go.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Target {
-    pub device: DeviceId,
+    device_word: u64,
+    /// The place of the device in 31:0, the owner's name for it in 63:32.
+    pub device_name: u64,
     pub queue: QueueId,
-    pub name: u32,
     pub opaque: u64,
+}
+
+impl Target {
+    pub fn device(&self) -> DeviceId {
+        DeviceId(Id { place: self.device_name as u32, word: self.device_word })
+    }
+
+    pub fn name(&self) -> u32 {
+        (self.device_name >> 32) as u32
+    }
 }
 
 /// What an attachment is to: by full names, so that it never is to what took their place.
@@ -78,16 +89,6 @@ pub(crate) struct Attachments<const A: usize> {
 /// In place of a PASID's word: all of them.
 const ANY: u32 = u32::MAX;
 
-/// Returns a PASID as a word: one more than it is, 0 if there is none. Since it is kept like that, this is a copy.
-pub(crate) fn pasid_word(pasid: Option<Pasid>) -> u32 {
-    pasid.map_or(0, |pasid| pasid.value() + 1)
-}
-
-/// Returns what `pasid_word` was made from.
-pub(crate) fn pasid_of(word: u32) -> Option<Pasid> {
-    word.checked_sub(1).and_then(Pasid::new)
-}
-
 /// Packs device and PASID word into one word that is compared at once.
 pub(crate) fn who(stream: StreamId, pasid: u32) -> u64 {
     u64::from(stream.0) << 32 | u64::from(pasid)
@@ -110,8 +111,8 @@ impl<const A: usize> Attachments<A> {
 
     pub fn add(&self, policy: &Policy) -> Option<AttachmentId> {
         let pasid = match policy.requests {
-            Requests::Plain => pasid_word(None),
-            Requests::Of(pasid) => pasid_word(Some(pasid)),
+            Requests::Plain => Pasid::word(None),
+            Requests::Of(pasid) => Pasid::word(Some(pasid)),
             Requests::Any => ANY,
         };
         let fill = |place: usize| {
@@ -139,41 +140,39 @@ impl<const A: usize> Attachments<A> {
     }
 
     /// Returns the live attachment that requests with this PASID, or with none, belong to.
-    #[inline]
-    pub fn find(&self, stream: StreamId, pasid: Option<Pasid>) -> Option<(AttachmentId, Target)> {
-        if let Some(found) = self.find_exact(who(stream, pasid_word(pasid))) {
-            return Some(found);
-        }
-        self.find_any(stream)
+    #[inline(always)]
+    pub fn find_id(&self, stream: StreamId, pasid: Option<Pasid>) -> Option<AttachmentId> {
+        let any = || self.directory.at(self.find_any(stream)?, who(stream, ANY));
+        self.directory.find(who(stream, Pasid::word(pasid))).or_else(any).map(AttachmentId)
     }
 
-    /// The attachment that is about all requests of a device; out of line, so that the other way stays short.
+    /// The place of the attachment that is about all requests of a device; out of line, so that the other way stays short.
     #[inline(never)]
-    fn find_any(&self, stream: StreamId) -> Option<(AttachmentId, Target)> {
-        self.find_exact(who(stream, ANY))
+    fn find_any(&self, stream: StreamId) -> Option<usize> {
+        self.directory.find(who(stream, ANY)).map(|id| id.place as usize)
+    }
+
+    /// Returns where they go; if their attachment leaves meanwhile, where all others of the device go.
+    pub fn find(&self, stream: StreamId, pasid: Option<Pasid>) -> Option<Target> {
+        let live = |who| self.target(AttachmentId(self.directory.find(who)?));
+        live(who(stream, Pasid::word(pasid))).or_else(|| live(who(stream, ANY)))
     }
 
     /// Returns where the requests of an attachment went that is leaving.
     pub fn find_leaving(&self, stream: StreamId, pasid: Option<Pasid>) -> Option<Target> {
-        let leaving = |who| self.target(self.directory.find_leaving(who)?);
-        leaving(who(stream, pasid_word(pasid))).or_else(|| leaving(who(stream, ANY)))
-    }
-
-    #[inline(always)]
-    fn find_exact(&self, who: u64) -> Option<(AttachmentId, Target)> {
-        let id = self.directory.find(who)?;
-        Some((AttachmentId(id), self.target(id)?))
+        let leaving = |who| self.target(AttachmentId(self.directory.find_leaving(who)?));
+        leaving(who(stream, Pasid::word(pasid))).or_else(|| leaving(who(stream, ANY)))
     }
 
     /// Reads where the requests of an attachment go; `None` if it changed meanwhile.
     #[inline(always)]
-    fn target(&self, id: Id) -> Option<Target> {
+    pub fn target(&self, AttachmentId(id): AttachmentId) -> Option<Target> {
         let entry = self.entries.get(id.place as usize)?;
-        let (device_name, queue) = (entry.device_name.load(Relaxed), entry.queue.load(Relaxed));
+        let queue = entry.queue.load(Relaxed);
         let target = Target {
-            device: DeviceId(Id { place: device_name as u32, word: entry.device_word.load(Relaxed) }),
+            device_word: entry.device_word.load(Relaxed),
+            device_name: entry.device_name.load(Relaxed),
             queue: QueueId { index: queue as u32, opened: (queue >> 32) as u32 },
-            name: (device_name >> 32) as u32,
             opaque: entry.opaque.load(Relaxed),
         };
         self.directory.is_still(id).then_some(target)

@@ -2,7 +2,6 @@
 
 use crate::{
     Tally,
-    attachments::pasid_word,
     counters::{BUCKETS, Counters, Histogram, count, count_alone},
     directory::{Directory, Id},
     faults::{FaultCount, FaultLimits},
@@ -166,7 +165,7 @@ pub(crate) struct Device {
 /// A page of a PASID as a word, of which 0 is none.
 fn page_word(pasid: Option<Pasid>, iova: Iova) -> u64 {
     // The PASID's word has 21 bits. Ten of them lie below the page, the others on the top of its address; bit 11 is left.
-    (iova.0 & !(PAGE_SIZE - 1) | 1 << 11) ^ u64::from(pasid_word(pasid)).rotate_right(11)
+    (iova.0 & !(PAGE_SIZE - 1) | 1 << 11) ^ u64::from(Pasid::word(pasid)).rotate_right(11)
 }
 
 impl Device {
@@ -248,18 +247,29 @@ impl Device {
     #[inline]
     pub fn charge(&self, now_us: u64, opens: bool) -> bool {
         count_alone(&self.counters.requests);
-        let outstanding = self.outstanding.load(Relaxed);
-        let limit = match self.restraint() {
-            Restraint::None | Restraint::Warned => self.requests.load(Relaxed),
-            Restraint::Throttled if opens => 1,
-            Restraint::Throttled => self.requests.load(Relaxed),
-            Restraint::RequestsOff | Restraint::Blocked => 0,
-        };
-        if outstanding >= limit || (self.interval.load(Relaxed) != 0 && !self.is_in_rate(now_us)) {
+        let mut limit = self.requests.load(Relaxed);
+        if self.restraint.load(Relaxed) > Restraint::Warned as u64 {
+            limit = self.restrained(limit, opens);
+        }
+        if self.outstanding.load(Relaxed) >= limit {
+            return false;
+        }
+        if self.interval.load(Relaxed) != 0 && !self.is_in_rate(now_us) {
             return false;
         }
         self.outstanding.fetch_add(1, Relaxed);
         true
+    }
+
+    /// Returns the requests that a device may have outstanding which is held to something.
+    #[cold]
+    fn restrained(&self, limit: u64, opens: bool) -> u64 {
+        match self.restraint() {
+            Restraint::None | Restraint::Warned => limit,
+            Restraint::Throttled if opens => limit.min(1),
+            Restraint::Throttled => limit,
+            Restraint::RequestsOff | Restraint::Blocked => 0,
+        }
     }
 
     /// Lets requests through at an even rate, and some of them ahead of it.

@@ -108,28 +108,29 @@ impl<const N: usize> Directory<N> {
     /// Returns what is live under `key`. Whoever reads what belongs to it asks [`is_still`](Self::is_still) afterwards.
     ///
     /// `add` puts most keys into the first of their buckets, so the second is computed and looked at only after that.
-    // Always inline: as a function of its own it hands an `Id` over in memory, which costs as much as the search.
+    // Always inline: as a function of its own it hands an `Id` over in memory, which costs as much as the search. For the same
+    // reason what is out of line returns a place, which is looked at again.
     #[inline(always)]
     pub fn find(&self, key: u64) -> Option<Id> {
-        self.find_in(Self::bucket(key, FACTORS[0]), key).or_else(|| self.find_second(key))
+        let mut bucket = Self::bucket(key, FACTORS[0]);
+        bucket.find_map(|place| self.at(place, key)).or_else(|| self.at(self.find_second(key)?, key))
     }
 
     #[inline(never)]
-    fn find_second(&self, key: u64) -> Option<Id> {
-        self.find_in(Self::bucket(key, FACTORS[1]), key)
+    fn find_second(&self, key: u64) -> Option<usize> {
+        Self::bucket(key, FACTORS[1]).find(|&place| self.at(place, key).is_some())
     }
 
+    /// Returns what is in a place if that is live, and has this key.
     #[inline(always)]
-    fn find_in(&self, mut bucket: Range<usize>, key: u64) -> Option<Id> {
-        bucket.find_map(|place| {
-            if self.keys[place].load(Relaxed) != key {
-                return None;
-            }
-            let word = self.words[place].load(Acquire);
-            // The key was perhaps another's when it was looked at first.
-            let is_live = word & STATE == LIVE && self.keys[place].load(Relaxed) == key;
-            is_live.then_some(Id { place: place as u32, word })
-        })
+    pub fn at(&self, place: usize, key: u64) -> Option<Id> {
+        if self.keys[place].load(Relaxed) != key {
+            return None;
+        }
+        let word = self.words[place].load(Acquire);
+        // The key was perhaps another's when it was looked at first.
+        let is_live = word & STATE == LIVE && self.keys[place].load(Relaxed) == key;
+        is_live.then_some(Id { place: place as u32, word })
     }
 
     /// Returns what is leaving under `key`, and was not removed yet.

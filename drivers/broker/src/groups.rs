@@ -1,7 +1,7 @@
 //! Finds a group by its name: device, PASID and the device's own number for it.
 
-use crate::attachments::{pasid_word, who};
-use iommu::{GroupTag, StreamId};
+use crate::attachments::who;
+use iommu::{GroupTag, Pasid, StreamId};
 
 /// What a device calls a group.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -13,14 +13,15 @@ struct Name {
 
 impl Name {
     fn new(stream: StreamId, tag: GroupTag) -> Self {
-        Self { who: who(stream, pasid_word(tag.pasid)), index: tag.index }
+        Self { who: who(stream, Pasid::word(tag.pasid)), index: tag.index }
     }
 
-    fn bucket(self, buckets: usize) -> usize {
+    /// Returns which bucket of 2^`bits` it belongs to.
+    fn bucket(self, bits: u32) -> u32 {
         // A PASID's word has 21 bits, so the index lies beside it, and its highest bits on the lowest of the stream.
         let mixed = self.who.wrapping_add(u64::from(self.index) << 21).wrapping_mul(0x9E37_79B9_7F4A_7C15);
-        // The upper half of a product is the well-mixed one. It is scaled, which is cheaper than a remainder.
-        (((mixed >> 32) * buckets as u64) >> 32) as usize
+        // Every bit had a hand in the highest ones of a product.
+        (mixed >> (u64::BITS - bits)) as u32
     }
 }
 
@@ -47,12 +48,15 @@ pub(crate) struct Key {
 #[derive(Debug)]
 pub(crate) struct Groups<const N: usize> {
     entries: [Entry; N],
-    /// The first entry of each bucket plus one.
+    /// The first entry of each bucket plus one. There are as many buckets as the largest power of two that is not above `N`.
     heads: [u32; N],
 }
 
 impl<const N: usize> Groups<N> {
+    const BUCKETS_LOG2: u32 = N.ilog2();
+
     pub const fn new() -> Self {
+        const { assert!(N >= 2, "a bucket is named by one bit at least") };
         let nameless = Entry { name: Name { who: 0, index: 0 }, next: 0, bucket: 0 };
         Self { entries: [nameless; N], heads: [0; N] }
     }
@@ -61,7 +65,7 @@ impl<const N: usize> Groups<N> {
     #[inline]
     pub fn key(stream: StreamId, tag: GroupTag) -> Key {
         let name = Name::new(stream, tag);
-        Key { name, bucket: name.bucket(N) as u32 }
+        Key { name, bucket: name.bucket(Self::BUCKETS_LOG2) }
     }
 
     #[inline]
@@ -80,7 +84,9 @@ impl<const N: usize> Groups<N> {
     /// Names the group in `place`, which had perhaps another name before.
     #[inline]
     pub fn insert(&mut self, place: u32, Key { name, bucket }: Key) {
-        self.remove(place);
+        if self.entries.get(place as usize).is_some_and(|entry| entry.bucket != 0) {
+            self.remove(place);
+        }
         let head = self.heads.get_mut(bucket as usize);
         let (Some(head), Some(entry)) = (head, self.entries.get_mut(place as usize)) else { return };
         *entry = Entry { name, next: *head, bucket: bucket + 1 };
@@ -119,14 +125,13 @@ impl<const N: usize> Groups<N> {
     /// Returns what the group in `place` is called, or was called last.
     pub fn name(&self, place: u32) -> Option<Key> {
         let name = self.entries.get(place as usize)?.name;
-        Some(Key { name, bucket: name.bucket(N) as u32 })
+        Some(Key { name, bucket: name.bucket(Self::BUCKETS_LOG2) })
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use iommu::Pasid;
 
     #[test]
     fn a_group_is_found_by_its_name_as_long_as_its_place_has_that_name() {

@@ -6,7 +6,7 @@ use crate::{
     counters::count,
     devices::Devices,
     directory::Id,
-    queue::{Group, Queue, Settlement, State, Won},
+    queue::{Queue, Settlement, State, Won},
 };
 use core::sync::atomic::{
     AtomicU64,
@@ -337,7 +337,7 @@ impl<const Q: usize, const S: usize, const D: usize, const A: usize> Ledger<Q, S
     /// One that is leaving, and is not forgotten yet, is still told what happened before.
     pub fn owner_of(&self, stream: StreamId, pasid: Option<Pasid>) -> Option<(usize, u32, u64)> {
         let target = self.target_of(stream, pasid)?;
-        Some((target.queue.index(), target.name, target.opaque))
+        Some((target.queue.index(), target.name(), target.opaque))
     }
 
     /// Counts an unrecoverable fault of an attachment, and returns whose it is; `None`, and nothing is counted, if it is of none.
@@ -345,34 +345,19 @@ impl<const Q: usize, const S: usize, const D: usize, const A: usize> Ledger<Q, S
     #[inline]
     pub fn faulted(&self, stream: StreamId, pasid: Option<Pasid>, now_us: u64) -> Option<Faulted> {
         let target = self.target_of(stream, pasid)?;
-        let restraint = self.devices.of(target.device).and_then(|device| device.faulted(now_us));
-        Some(Faulted { owner: (target.queue.index(), target.name, target.opaque), restraint })
+        let restraint = self.devices.of(target.device()).and_then(|device| device.faulted(now_us));
+        Some(Faulted { owner: (target.queue.index(), target.name(), target.opaque), restraint })
     }
 
     #[inline]
     fn target_of(&self, stream: StreamId, pasid: Option<Pasid>) -> Option<Target> {
         let attachments = &self.attachments;
-        let live = attachments.find(stream, pasid).map(|(_, target)| target);
-        let target = live.or_else(|| attachments.find_leaving(stream, pasid))?;
+        let target = attachments.find(stream, pasid).or_else(|| attachments.find_leaving(stream, pasid))?;
         self.queue(target.queue)?;
         Some(target)
     }
 
     // Groups.
-
-    /// Reads the group that waits in an announced slot into `group`; `false` if it was answered meanwhile.
-    ///
-    /// Only the core of the queue's owner calls it, once for each announcement. Looks at one slot.
-    #[inline]
-    pub(crate) fn deliver(&self, index: usize, slot: u16, now_us: u64, group: &mut Group) -> bool {
-        let Some(device) = self.queues.get(index).and_then(|queue| queue.deliver(slot, group)) else {
-            return false;
-        };
-        if let Some(device) = self.devices.at(device) {
-            device.delivery.count(now_us.saturating_sub(group.reported_us));
-        }
-        true
-    }
 
     /// Ends the group that `cookie` names as the owner of `queue` asked. Whoever gets the [`Answer`] sends it; no one else
     /// can.

@@ -8,8 +8,8 @@
 //! - [`Broker`]: what the interrupt handler owns by `&mut`: groups that are not yet whole, and deadlines.
 //! - [`Inbox`]: what the core of a queue's owner receives, through a ring that the handler never waits for.
 //!
-//! A group travels: [`Broker::admit`] puts its requests together and announces the whole group; [`Inbox::next`] reads it
-//! for its owner; [`Ledger::settle`] (the owner answered), [`Broker::expire`] (it did not) or [`Ledger::evict`] (what it
+//! A group travels: [`Broker::admit`] puts its requests together and announces the whole group; [`Inbox::take`] shows it
+//! to its owner; [`Ledger::settle`] (the owner answered), [`Broker::expire`] (it did not) or [`Ledger::evict`] (what it
 //! belongs to is gone) ends it.
 //!
 //! It never allocates, waits or takes a lock, and each method says what it looks at: nothing in the interrupt handler grows
@@ -25,7 +25,7 @@
 //! # fn send(_: PageResponse) -> Result<(), (PageResponse, Error)> { Ok(()) }
 //! # type Hv = Ledger<2, 32, 8, 16>;
 //! fn interrupt(broker: &mut Broker<'_, 2, 32, 8, 16, 96>, request: PageRequest, now_us: u64) {
-//!     match broker.admit(request, now_us) {
+//!     match broker.admit(&request, now_us) {
 //!         Verdict::Forward { queue } => { /* kick the core of the queue's owner */ }
 //!         Verdict::Refuse(response) => { let _ = send(response); }
 //!         Verdict::End(answer) => { let _ = answer.send(send); }
@@ -70,7 +70,7 @@ pub use deadlines::{Deadlines, Due, TICK_US};
 pub use devices::{DEADLINE_MAX_US, DeviceId, Escalation, Latencies, Limits, Restraint};
 pub use events::{EventReceiver, EventSender, Lost, events};
 pub use faults::{FaultCount, FaultLimits};
-pub use inbox::Inbox;
+pub use inbox::{Inbox, Taken};
 pub use ledger::{Error, Faulted, Ledger, Owner, QueueId, Settled, Whose};
-pub use queue::{Answer, Group, PAGES, Page, Refusal};
+pub use queue::{Answer, Group, PAGES, Page, Refusal, Shown};
 pub use service::{ASSEMBLY_LIMIT_US, Broker, Expiry, POISONED, RingError, Verdict};

@@ -2,7 +2,7 @@
 
 use crate::{
     Cookie, Missed,
-    attachments::{Target, pasid_of, pasid_word, who},
+    attachments::{Target, who},
     cookie::{GENERATION, SLOTS},
     counters::{Misses, count},
 };
@@ -15,7 +15,7 @@ use core::{
     },
 };
 use heapless::Vec;
-use iommu::{GroupTag, Iova, Outcome, PAGE_SIZE, PageRequest, PageResponse, Perms, StreamId};
+use iommu::{GroupTag, Iova, Outcome, PAGE_SIZE, PageRequest, PageResponse, Pasid, Perms, StreamId};
 
 /// Pages of one group, at most.
 pub const PAGES: usize = 16;
@@ -45,6 +45,8 @@ pub(crate) enum State {
 const ANNOUNCED: u64 = 1 << 7;
 const STATE: u64 = ANNOUNCED - 1;
 const ONE_GENERATION: u64 = 1 << 8;
+/// The low bits of a slot's word whose group waits, and is announced.
+const WAITING: u64 = ANNOUNCED | State::Waiting as u64;
 
 impl State {
     fn of(word: u64) -> Self {
@@ -74,21 +76,31 @@ fn generation(word: u64) -> u64 {
     word >> ONE_GENERATION.ilog2() & GENERATION
 }
 
+/// How a group was begun, as what is added to its slot's word when it is whole.
+#[derive(Clone, Copy, Debug)]
+#[repr(u64)]
+pub(crate) enum Begun {
+    /// By this very request: its slot was free until now. Generations count modulo 2^56, of which a cookie has 52.
+    Whole = ONE_GENERATION + State::Waiting as u64,
+    /// By an earlier one.
+    Before = State::Waiting as u64 - State::Assembling as u64,
+}
+
 /// A place for one group.
 ///
-/// The payload is written by the interrupt handler alone, while `word` says assembling, and read by whoever a change of
-/// `word` made its reader. All of it is atomic: a reader that came too late sees another group's words, never half a
+/// The payload is written by the interrupt handler alone, while `word` says free or assembling, and read by whoever a change
+/// of `word` made its reader. All of it is atomic: a reader that came too late sees another group's words, never half a
 /// word, and `word` tells it so.
 #[derive(Debug)]
 struct Slot {
     word: AtomicU64,
     /// The device and the PASID, as everywhere.
     who: AtomicU64,
-    /// Group index in 15:0, number of pages in 23:16, the owner's name for the device in 63:32.
-    group: AtomicU64,
+    /// The place of its device in 31:0, the owner's name for it in 63:32: as its attachment has them.
+    device_name: AtomicU64,
     opaque: AtomicU64,
-    /// The place of its device in 31:0, that of its attachment in 63:32.
-    device_attachment: AtomicU64,
+    /// Group index in 15:0, number of pages in 23:16, the place of its attachment in 63:32.
+    group: AtomicU64,
     reported_us: AtomicU64,
     /// An answer is held back until this long after the report, in microseconds.
     hold_us: AtomicU64,
@@ -109,13 +121,27 @@ impl Slot {
         Self {
             word: AtomicU64::new(0),
             who: AtomicU64::new(0),
-            group: AtomicU64::new(0),
+            device_name: AtomicU64::new(0),
             opaque: AtomicU64::new(0),
-            device_attachment: AtomicU64::new(0),
+            group: AtomicU64::new(0),
             reported_us: AtomicU64::new(0),
             hold_us: AtomicU64::new(0),
             pages: [const { AtomicU64::new(0) }; PAGES],
         }
+    }
+
+    /// Writes the payload of a group of one request so far. The slot is free, or was until just now.
+    #[inline]
+    fn fill(&self, target: &Target, attachment: u32, request: &PageRequest, page: Page, now_us: u64) {
+        // ORDER: whoever still reads the payload for the group before sees that its word changed if it sees any of this.
+        fence(Release);
+        let PageRequest { stream, tag, .. } = *request;
+        self.pages[0].store(page.0, Relaxed);
+        self.who.store(who(stream, Pasid::word(tag.pasid)), Relaxed);
+        self.device_name.store(target.device_name, Relaxed);
+        self.opaque.store(target.opaque, Relaxed);
+        self.group.store(u64::from(attachment) << 32 | u64::from(tag.index) | ONE_PAGE, Relaxed);
+        self.reported_us.store(now_us, Relaxed);
     }
 
     /// Adds to the word, in a state where nobody else changes it but for the owner's core, which may clear `ANNOUNCED`.
@@ -153,7 +179,7 @@ impl Slot {
 
     fn name(&self) -> (StreamId, GroupTag) {
         let (who, group) = (self.who.load(Relaxed), self.group.load(Relaxed));
-        (StreamId((who >> 32) as u32), GroupTag { pasid: pasid_of(who as u32), index: group as u16 })
+        (StreamId((who >> 32) as u32), GroupTag { pasid: Pasid::from_word(who as u32), index: group as u16 })
     }
 }
 
@@ -177,6 +203,12 @@ impl Page {
         let bytes = u32::from_le_bytes([read.into(), write.into(), execute.into(), privileged.into()]);
         let bits = bytes.wrapping_mul(1 << 24 | 1 << 17 | 1 << 10 | 1 << 3) >> 24;
         Self(iova.0 & !(PAGE_SIZE - 1) | u64::from(bits))
+    }
+
+    /// Returns whether anything is wanted there.
+    #[inline]
+    pub(crate) fn is_for_some_access(self) -> bool {
+        self.0 & (Self::READ | Self::WRITE | Self::EXECUTE) != 0
     }
 
     /// The page.
@@ -210,7 +242,70 @@ impl defmt::Format for Page {
     }
 }
 
-/// A whole group, as its owner is to see it.
+/// A whole group, as it lies in its slot.
+///
+/// It may be answered while it is read, and its slot used again: what was read is to be thrown away then.
+#[derive(Clone, Copy, Debug)]
+pub struct Shown<'l> {
+    slot: &'l Slot,
+    cookie: Cookie,
+    /// The slot's.
+    group: u64,
+    device_name: u64,
+    reported_us: u64,
+}
+
+impl Shown<'_> {
+    /// Returns what the owner answers with.
+    #[inline]
+    pub fn cookie(&self) -> Cookie {
+        self.cookie
+    }
+
+    /// Returns the owner's own name for the device.
+    #[inline]
+    pub fn name(&self) -> u32 {
+        (self.device_name >> 32) as u32
+    }
+
+    /// Returns the value that the attachment was made with.
+    #[inline]
+    pub fn opaque(&self) -> u64 {
+        self.slot.opaque.load(Relaxed)
+    }
+
+    /// Returns the PASID, and the device's number for the group.
+    #[inline]
+    pub fn tag(&self) -> GroupTag {
+        GroupTag { pasid: Pasid::from_word(self.slot.who.load(Relaxed) as u32), index: self.group as u16 }
+    }
+
+    /// Returns when the first of its requests was reported, in microseconds.
+    #[inline]
+    pub fn reported_us(&self) -> u64 {
+        self.reported_us
+    }
+
+    /// Returns how many pages it asks for, at most [`PAGES`].
+    #[inline]
+    pub fn pages(&self) -> usize {
+        pages_of(self.group)
+    }
+
+    /// Returns the page of its request number `index`.
+    #[inline]
+    pub fn page(&self, index: usize) -> Page {
+        Page(self.slot.pages[index % PAGES].load(Relaxed))
+    }
+
+    /// Returns the place of its device.
+    #[inline]
+    pub(crate) fn device(&self) -> u32 {
+        self.device_name as u32
+    }
+}
+
+/// A whole group, as its owner is to see it, for whoever keeps it.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Group {
     /// What the owner answers with.
@@ -227,16 +322,48 @@ pub struct Group {
     pub pages: Vec<Page, PAGES>,
 }
 
-impl Group {
-    /// No group.
-    pub(crate) const NONE: Self = Self {
-        cookie: Cookie(0),
-        name: 0,
-        opaque: 0,
-        tag: GroupTag { pasid: None, index: 0 },
-        reported_us: 0,
-        pages: Vec::new(),
-    };
+impl From<Shown<'_>> for Group {
+    fn from(group: Shown<'_>) -> Self {
+        Self {
+            cookie: group.cookie(),
+            name: group.name(),
+            opaque: group.opaque(),
+            tag: group.tag(),
+            reported_us: group.reported_us(),
+            pages: (0..group.pages()).map(|index| group.page(index)).collect(),
+        }
+    }
+}
+
+/// A group that is its owner's, in a slot whose word said so.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Delivered<'l> {
+    slot: &'l Slot,
+    at: u16,
+    word: u64,
+    /// Its queue's.
+    first: u64,
+}
+
+impl<'l> Delivered<'l> {
+    /// Shows it, to be read.
+    #[inline]
+    pub fn show(&self) -> Shown<'l> {
+        let &Self { slot, at, word, first } = self;
+        let cookie = Cookie::new(at, generation(word).wrapping_add(first) & GENERATION);
+        let [group, device_name, reported_us] =
+            [&slot.group, &slot.device_name, &slot.reported_us].map(|word| word.load(Relaxed));
+        Shown { slot, cookie, group, device_name, reported_us }
+    }
+
+    /// Returns whether what was read is the group; else it was answered meanwhile, and that may be a mixture.
+    #[inline]
+    pub fn is_still(&self) -> bool {
+        // ORDER: the payload was read before the word is read again. If someone answered meanwhile, the slot may
+        // hold another group already.
+        fence(Acquire);
+        self.slot.word.load(Relaxed) == self.word
+    }
 }
 
 /// Why an answer was refused. Whatever it is, nothing changed.
@@ -326,6 +453,8 @@ pub(crate) struct Queue<const S: usize> {
     /// Bit w clear: word w of `free` is 0, or someone is about to set the bit. Set, the word may be 0 all the same: the slot
     /// was taken before whoever freed it set the bit.
     summary: AtomicU64,
+    /// The word where the interrupt handler found a free slot last: it looks there first.
+    last: AtomicU64,
     /// What is added to a slot's generation to make a cookie, so that no two queues make the same one.
     first: AtomicU64,
     misses: Misses,
@@ -339,6 +468,7 @@ impl<const S: usize> Queue<S> {
             slots: [const { Slot::new() }; S],
             free: [const { AtomicU64::new(0) }; WORDS],
             summary: AtomicU64::new(0),
+            last: AtomicU64::new(0),
             first: AtomicU64::new(0),
             misses: Misses::new(),
         }
@@ -381,7 +511,23 @@ impl<const S: usize> Queue<S> {
     }
 
     /// Takes out a free slot. The interrupt handler alone calls it.
-    fn take(&self) -> Option<u16> {
+    #[inline]
+    fn take(&self) -> Option<usize> {
+        let mut word = self.last.load(Relaxed) as usize % WORDS;
+        let mut free = self.free[word].load(Acquire);
+        if free == 0 {
+            (word, free) = self.find_free()?;
+        }
+        let bit = free.trailing_zeros() as usize;
+        // What it was is not asked of the change itself: that would be a loop around a compare-and-swap.
+        self.free[word].fetch_and(!(1 << bit), AcqRel);
+        Some(word * WORD + bit)
+    }
+
+    /// Returns some word that has free slots, and which.
+    #[cold]
+    #[inline(never)]
+    fn find_free(&self) -> Option<(usize, u64)> {
         // At most one round for each word that was said to have a free slot after that was taken.
         for _ in 0..=WORDS {
             let summary = self.summary.load(Acquire);
@@ -391,13 +537,8 @@ impl<const S: usize> Queue<S> {
             let word = summary.trailing_zeros() as usize;
             let free = self.free[word].load(Acquire);
             if free != 0 {
-                let bit = free.trailing_zeros() as usize;
-                // What it was is not asked of the change itself: that would be a loop around a compare-and-swap.
-                self.free[word].fetch_and(!(1 << bit), AcqRel);
-                if self.free[word].load(Acquire) == 0 {
-                    self.exhaust(word);
-                }
-                return Some((word * WORD + bit) as u16);
+                self.last.store(word as u64, Relaxed);
+                return Some((word, free));
             }
             self.exhaust(word);
         }
@@ -405,7 +546,6 @@ impl<const S: usize> Queue<S> {
     }
 
     /// Takes note that a word of free slots was seen empty.
-    #[inline(never)]
     fn exhaust(&self, word: usize) {
         self.summary.fetch_and(!(1 << word), AcqRel);
         // ORDER: whoever freed one meanwhile set the bit before it was cleared, and is seen here, or sets it after.
@@ -414,22 +554,25 @@ impl<const S: usize> Queue<S> {
         }
     }
 
-    /// Takes a free slot for a new group, and notes its first request. The interrupt handler alone calls it.
-    pub fn begin(&self, target: &Target, attachment: u32, request: &PageRequest, now_us: u64) -> Option<u16> {
+    /// Takes a free slot for a group that begins with this request, which asks for `page`. [`complete`](Self::complete) declares
+    /// it whole; if that is at once, its word says until then that the slot is free. The interrupt handler alone calls it.
+    #[inline]
+    pub fn begin(
+        &self,
+        target: &Target,
+        attachment: u32,
+        request: &PageRequest,
+        page: Page,
+        now_us: u64,
+    ) -> Option<u16> {
         let at = self.take()?;
-        let slot = self.slots.get(usize::from(at))?;
-        // It is free, which is 0. Generations count modulo 2^56, of which a cookie has 52.
-        slot.step(slot.word.load(Relaxed), ONE_GENERATION + State::Assembling as u64, Relaxed);
-        // ORDER: whoever still reads the payload for the group before sees the new word if it sees any new payload.
-        fence(Release);
-        let PageRequest { stream, tag, iova, perms, .. } = *request;
-        slot.pages[0].store(Page::new(iova, perms).0, Relaxed);
-        slot.who.store(who(stream, pasid_word(tag.pasid)), Relaxed);
-        slot.group.store(u64::from(target.name) << 32 | u64::from(tag.index) | ONE_PAGE, Relaxed);
-        slot.opaque.store(target.opaque, Relaxed);
-        slot.device_attachment.store(u64::from(target.device.0.place) | u64::from(attachment) << 32, Relaxed);
-        slot.reported_us.store(now_us, Relaxed);
-        Some(at)
+        let slot = self.slots.get(at)?;
+        if !request.last {
+            let by = ONE_GENERATION + State::Assembling as u64;
+            slot.step(slot.word.load(Relaxed), by, Relaxed);
+        }
+        slot.fill(target, attachment, request, page, now_us);
+        Some(at as u16)
     }
 
     /// Adds a page to a group that is being put together; `false` if it has as many as it can.
@@ -444,20 +587,21 @@ impl<const S: usize> Queue<S> {
 
     /// Declares a group whole, with an answer held back so long. Returns whether its owner's core has to be told of the
     /// slot; else it will look anyway.
-    pub fn complete(&self, slot: u16, hold_us: u64) -> bool {
+    #[inline]
+    pub fn complete(&self, slot: u16, from: Begun, hold_us: u64) -> bool {
         let Some(slot) = self.slots.get(usize::from(slot)) else { return false };
         slot.hold_us.store(hold_us, Relaxed);
+        let by = from as u64;
         let mut word = slot.word.load(Relaxed);
         if word & ANNOUNCED != 0 {
-            let waiting = State::Waiting.after(word);
             // ORDER: as below. If it changed, the owner's core has just looked, and too early.
-            match slot.word.compare_exchange(word, waiting, Release, Relaxed) {
+            match slot.word.compare_exchange(word, word.wrapping_add(by), Release, Relaxed) {
                 Ok(_) => return false,
                 Err(changed) => word = changed,
             }
         }
         // ORDER: whoever sees the group waiting sees its payload. Nobody else changes the word now.
-        slot.word.store(State::Waiting.after(word) | ANNOUNCED, Release);
+        slot.word.store(word.wrapping_add(by | ANNOUNCED), Release);
         true
     }
 
@@ -487,38 +631,21 @@ impl<const S: usize> Queue<S> {
         slot.is_some_and(|slot| State::of(slot.word.load(Acquire)).is_outstanding())
     }
 
-    /// Reads the group that waits in a `slot` that was announced into `group`, and returns the place of its device; `None` if
-    /// it was answered meanwhile, and then `group` may be a mixture.
+    /// Makes the group that waits in slot `at`, which was announced, its owner's; `None` if it was answered meanwhile.
     ///
     /// Only the owner's core calls it, once for each announcement.
     #[inline]
-    pub fn deliver(&self, slot: u16, group: &mut Group) -> Option<u32> {
-        let at = slot;
+    pub fn deliver(&self, at: u16) -> Option<Delivered<'_>> {
         let slot = self.slots.get(usize::from(at))?;
+        let first = self.first.load(Relaxed);
         let word = slot.word.load(Acquire);
-        let mut delivered = State::Delivered.after(word) & !ANNOUNCED;
-        let is_waiting = State::of(word) == State::Waiting;
-        if !is_waiting || slot.word.compare_exchange(word, delivered, AcqRel, Relaxed).is_err() {
-            delivered = slot.look_again()?;
+        if word & (ANNOUNCED | STATE) == WAITING {
+            let delivered = word - (WAITING - State::Delivered as u64);
+            if slot.word.compare_exchange(word, delivered, AcqRel, Relaxed).is_ok() {
+                return Some(Delivered { slot, at, word: delivered, first });
+            }
         }
-        let who = slot.who.load(Relaxed);
-        let header = slot.group.load(Relaxed);
-        let device = slot.device_attachment.load(Relaxed) as u32;
-        group.cookie =
-            Cookie::new(at, generation(delivered).wrapping_add(self.first.load(Relaxed)) & GENERATION);
-        group.name = (header >> 32) as u32;
-        group.opaque = slot.opaque.load(Relaxed);
-        group.tag = GroupTag { pasid: pasid_of(who as u32), index: header as u16 };
-        group.reported_us = slot.reported_us.load(Relaxed);
-        group.pages.clear();
-        for page in &slot.pages[..pages_of(header).min(PAGES)] {
-            // There is room: a slot has no more pages than a group.
-            let _ = group.pages.push(Page(page.load(Relaxed)));
-        }
-        // ORDER: the payload was read before the word is read again. If someone answered meanwhile, the slot may
-        // hold another group already, and what was read is a mixture.
-        fence(Acquire);
-        (slot.word.load(Relaxed) == delivered).then_some(device)
+        Some(Delivered { slot, at, word: slot.look_again()?, first })
     }
 
     /// Ends the group that `cookie` names as its owner asked, or holds the answer back.
@@ -574,7 +701,7 @@ impl<const S: usize> Queue<S> {
             let age_us = now_us.wrapping_sub(slot.reported_us.load(Relaxed));
             let is_held = outcome == Outcome::Success && age_us < slot.hold_us.load(Relaxed);
             let next = if is_held { State::HeldSuccess } else { State::Answering };
-            let device = slot.device_attachment.load(Relaxed) as u32;
+            let device = slot.device_name.load(Relaxed) as u32;
             match slot.word.compare_exchange(word, next.after(word), AcqRel, Acquire) {
                 Ok(_) if is_held => return Ok(Settlement::Held(device)),
                 Ok(_) => return Ok(Settlement::Won(self.won(at, slot, outcome))),
@@ -598,8 +725,9 @@ impl<const S: usize> Queue<S> {
             if !state.is_outstanding() {
                 return None;
             }
-            let device_attachment = slot.device_attachment.load(Relaxed);
-            let outcome = pick(state, device_attachment as u32, (device_attachment >> 32) as u32)?;
+            let (device, attachment) =
+                (slot.device_name.load(Relaxed) as u32, slot.group.load(Relaxed) >> 32);
+            let outcome = pick(state, device, attachment as u32)?;
             let answering = State::Answering.after(word);
             match slot.word.compare_exchange(word, answering, AcqRel, Acquire) {
                 Ok(_) => return Some((self.won(at, slot, outcome), state)),
@@ -608,18 +736,19 @@ impl<const S: usize> Queue<S> {
         }
     }
 
-    /// Decides that the whole group in `slot` will be answered as invalid, later; `false` if it is being answered.
-    pub fn poison(&self, slot: u16) -> bool {
-        let Some(slot) = self.slots.get(usize::from(slot)) else { return false };
+    /// Decides that the whole group in `slot` will be answered as invalid, later, and returns the place of its device; `None`
+    /// if it is being answered. The interrupt handler alone calls it.
+    pub fn poison(&self, slot: u16) -> Option<u32> {
+        let slot = self.slots.get(usize::from(slot))?;
         let mut word = slot.word.load(Acquire);
         while State::of(word).is_outstanding() {
             let held = State::HeldInvalid.after(word);
             match slot.word.compare_exchange(word, held, AcqRel, Acquire) {
-                Ok(_) => return true,
+                Ok(_) => return Some(slot.device_name.load(Relaxed) as u32),
                 Err(changed) => word = changed,
             }
         }
-        false
+        None
     }
 
     /// The caller's change of the word made the slot its own: nobody writes the payload until it is released.
@@ -630,7 +759,7 @@ impl<const S: usize> Queue<S> {
         let response = PageResponse { stream, tag, outcome };
         Won {
             answer: Answer { queue: self, slot: at, response },
-            device: slot.device_attachment.load(Relaxed) as u32,
+            device: slot.device_name.load(Relaxed) as u32,
             reported_us: slot.reported_us.load(Relaxed),
         }
     }

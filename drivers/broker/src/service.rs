@@ -6,7 +6,7 @@ use crate::{
     devices::Device,
     directory::Id,
     groups::{Groups, Key},
-    queue::{Queue, State, Won},
+    queue::{Begun, Page, Queue, State, Won},
 };
 use core::sync::atomic::Ordering::Relaxed;
 use heapless::{Vec, spsc::Producer};
@@ -94,13 +94,11 @@ enum Stage {
 /// after them.
 #[derive(Clone, Copy, Debug)]
 struct Place {
-    stage: Stage,
-    /// The place of its device.
-    device: u32,
-    /// At most [`DEADLINE_MAX_US`](crate::DEADLINE_MAX_US).
-    deadline_us: u32,
     /// When the first request was reported; of a whole group, when the last one was.
     since_us: u64,
+    /// At most [`DEADLINE_MAX_US`](crate::DEADLINE_MAX_US).
+    deadline_us: u32,
+    stage: Stage,
 }
 
 /// What a group belongs to, by full names, so that it never belongs to what took their place.
@@ -109,6 +107,18 @@ struct Belongs {
     device: DeviceId,
     queue: QueueId,
     attachment: AttachmentId,
+}
+
+/// A group of which the last request has come.
+struct Whole<'q, const S: usize> {
+    queue: &'q Queue<S>,
+    /// The number of its queue, and its slot there.
+    index: u32,
+    slot: u16,
+    begun: Begun,
+    deadline_us: u32,
+    /// When its first request was reported.
+    since_us: u64,
 }
 
 /// What is known besides of a group that is half-seen, poisoned or discarded. A group of one request never is.
@@ -150,7 +160,7 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
         Self {
             ledger,
             rings: [const { None }; Q],
-            places: [Place { stage: Stage::Idle, device: 0, deadline_us: 0, since_us: 0 }; N],
+            places: [Place { since_us: 0, deadline_us: 0, stage: Stage::Idle }; N],
             listed: [Listed { to: nothing, at: 0 }; N],
             groups: Groups::new(),
             deadlines: Deadlines::new(),
@@ -188,41 +198,65 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
     ///
     /// The work is bounded: a search for the group among those that share its bucket, one for the attachment in 32 places,
     /// and a handful of loads and stores, however many devices, attachments and groups there are.
-    pub fn admit(&mut self, request: PageRequest, now_us: u64) -> Verdict<'l, S> {
+    pub fn admit(&mut self, request: &PageRequest, now_us: u64) -> Verdict<'l, S> {
         let key = Groups::<N>::key(request.stream, request.tag);
-        if let Some(place) = self.groups.find(key)
-            && let Some(verdict) = self.admit_known(place, &request, now_us)
-        {
-            return verdict;
+        if let Some(place) = self.groups.find(key) {
+            if !self.is_answered(place)
+                && let Some(verdict) = self.admit_known(place, request, now_us)
+            {
+                return verdict;
+            }
+            // Its number is free for a new one.
+            self.groups.remove(place);
         }
-        self.admit_first(&request, key, now_us)
+        let Some(attachment) = self.ledger.attachments.find_id(request.stream, request.tag.pasid) else {
+            return self.refuse_stray(request);
+        };
+        if request.last {
+            self.admit_first::<true>(attachment, request, now_us)
+        } else {
+            self.admit_first_part(attachment, request, now_us)
+        }
     }
 
-    /// A request of a group that has a place; `None` if that group was answered, so that its number is free for a new one.
+    /// Returns whether the group in `place` has its answer, as most have when their number is used again.
+    #[inline]
+    fn is_answered(&self, place: u32) -> bool {
+        match self.places[place as usize].stage {
+            Stage::HalfSeen | Stage::Poisoned | Stage::Discarded => false,
+            Stage::Holding | Stage::Waiting => {
+                let (queue, slot) = Self::slot_of(place);
+                self.ledger.any_queue(queue as usize).is_some_and(|queue| !queue.is_outstanding(slot))
+            }
+            Stage::Idle => true,
+        }
+    }
+
+    /// A request of a group that has a place; `None` if that group is answered.
     #[inline(never)]
     fn admit_known(&mut self, place: u32, request: &PageRequest, now_us: u64) -> Option<Verdict<'l, S>> {
-        let verdict = match self.places[place as usize].stage {
+        match self.places[place as usize].stage {
             Stage::HalfSeen => Some(self.admit_part(place, request, now_us)),
             Stage::Poisoned | Stage::Discarded => Some(self.admit_poisoned(place, request)),
             Stage::Holding | Stage::Waiting => self.admit_duplicate(place, request, now_us),
             Stage::Idle => None,
-        };
-        if verdict.is_none() {
-            self.groups.remove(place);
         }
-        verdict
     }
 
-    /// The first request of a group.
-    #[inline]
-    fn admit_first(&mut self, request: &PageRequest, key: Key, now_us: u64) -> Verdict<'l, S> {
+    /// The first request of a group, which is `WHOLE` by that or not: compiled twice, so that neither pays for the other.
+    #[inline(always)]
+    fn admit_first<const WHOLE: bool>(
+        &mut self,
+        attachment: AttachmentId,
+        request: &PageRequest,
+        now_us: u64,
+    ) -> Verdict<'l, S> {
         let ledger = self.ledger;
-        let Some((attachment, target)) = ledger.attachments.find(request.stream, request.tag.pasid) else {
-            return self.refuse_stray(request);
-        };
+        // If it leaves just now, it might have left before as well.
+        let Some(target) = ledger.attachments.target(attachment) else { return self.refuse_stray(request) };
         // Made where it is needed, which is out of the way of most groups.
-        let to = || Belongs { device: target.device, queue: target.queue, attachment };
-        let Some(device) = ledger.devices.live(target.device) else {
+        let to = || Belongs { device: target.device(), queue: target.queue, attachment };
+        let Some(device) = ledger.devices.live(target.device()) else {
             return self.refuse_leaving(to(), request, now_us);
         };
         count_alone(&device.counters.opened);
@@ -230,29 +264,38 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
         if !device.charge(now_us, true) {
             return self.refuse(device, to(), request, now_us);
         }
+        let page = Page::new(request.iova, request.perms);
         // A request for no access is malformed: nobody could repair what it asks for.
-        let may_begin = deadline_us > 0
-            && request.perms.is_for_some_access()
-            && (request.last || device.may_have_half_seen());
-        let begun = if may_begin { ledger.open_queue(target.queue) } else { None }
-            .and_then(|queue| Some((queue, queue.begin(&target, attachment.0.place, request, now_us)?)));
+        let may_begin =
+            deadline_us > 0 && page.is_for_some_access() && (WHOLE || device.may_have_half_seen());
+        let begun = if may_begin { ledger.open_queue(target.queue) } else { None }.and_then(|queue| {
+            Some((queue, queue.begin(&target, attachment.0.place, request, page, now_us)?))
+        });
         let Some((queue, slot)) = begun else {
             device.discharge(1);
             return self.refuse(device, to(), request, now_us);
         };
-        let index = Self::place_of(target.queue, slot);
-        self.groups.insert(index, key);
-        if let Some(place) = self.places.get_mut(index as usize) {
-            let device = target.device.0.place;
-            // Half-seen until it is forwarded, which is at once if this is its last request.
-            *place =
-                Place { stage: Stage::HalfSeen, device, deadline_us: deadline_us as u32, since_us: now_us };
+        let QueueId { index, .. } = target.queue;
+        let (place, deadline_us) = (Self::place_of(target.queue, slot), deadline_us as u32);
+        self.groups.insert(place, Groups::<N>::key(request.stream, request.tag));
+        if WHOLE {
+            let whole = Whole { queue, index, slot, begun: Begun::Whole, deadline_us, since_us: now_us };
+            return self.forward(&whole, device, request, now_us);
         }
-        if request.last {
-            return self.forward(queue, target.queue.index, slot, device, request, now_us);
-        }
-        self.list(index, to(), device, now_us);
+        self.places[place as usize] = Place { since_us: now_us, deadline_us, stage: Stage::HalfSeen };
+        self.list(place, to(), device, now_us);
         Verdict::Nothing
+    }
+
+    /// The first request of a group of several.
+    #[inline(never)]
+    fn admit_first_part(
+        &mut self,
+        attachment: AttachmentId,
+        request: &PageRequest,
+        now_us: u64,
+    ) -> Verdict<'l, S> {
+        self.admit_first::<false>(attachment, request, now_us)
     }
 
     /// A request for which nobody is attached.
@@ -299,7 +342,10 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
                 return Verdict::Nothing;
             }
             self.unlist(place, device);
-            return self.forward(queue, queue_index, slot, device, request, now_us);
+            let Place { since_us, deadline_us, .. } = self.places[place as usize];
+            let begun = Begun::Before;
+            let whole = Whole { queue, index: queue_index, slot, begun, deadline_us, since_us };
+            return self.forward(&whole, device, request, now_us);
         }
         // Malformed, too many pages, over budget, or its attachment is leaving.
         if is_charged {
@@ -319,8 +365,8 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
 
     /// A request of a group that was poisoned, or discarded, earlier.
     fn admit_poisoned(&mut self, place: u32, request: &PageRequest) -> Verdict<'l, S> {
-        let Place { stage, device, .. } = self.places[place as usize];
-        let device = self.ledger.devices.at(device);
+        let Place { stage, .. } = self.places[place as usize];
+        let device = self.device_of(place);
         if let Some(device) = device {
             count_alone(&device.counters.requests);
         }
@@ -345,14 +391,9 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
     /// gets one answer: when the last request of the second group comes, or at the deadline of the first.
     fn admit_duplicate(&mut self, place: u32, request: &PageRequest, now_us: u64) -> Option<Verdict<'l, S>> {
         let (queue, slot) = Self::slot_of(place);
-        let (queue, device) = (
-            self.ledger.any_queue(queue as usize)?,
-            self.ledger.devices.at(self.places[place as usize].device)?,
-        );
+        let queue = self.ledger.any_queue(queue as usize)?;
         // A group that someone is answering right now is answered: the device may have the answer already.
-        if !queue.poison(slot) {
-            return None;
-        }
+        let device = self.ledger.devices.at(queue.poison(slot)?)?;
         self.places[place as usize].stage = Stage::Waiting;
         count_alone(&device.counters.requests);
         if device.counters.duplicates.fetch_add(1, Relaxed) == 0 {
@@ -372,34 +413,30 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
         won.answer
     }
 
-    /// The group in `slot` of a queue is whole: its owner is to know, and has a deadline.
+    /// A group is whole: its owner is to know, and has a deadline.
     // Always inline: what it needs is at hand where it is called.
     #[inline(always)]
     fn forward(
         &mut self,
-        queue: &Queue<S>,
-        index: u32,
-        slot: u16,
+        whole: &Whole<'_, S>,
         device: &Device,
         request: &PageRequest,
         now_us: u64,
     ) -> Verdict<'l, S> {
+        let &Whole { queue, index, slot, begun, deadline_us, since_us } = whole;
+        let (mut stage, mut first_us, mut held_us) = (Stage::Waiting, u64::from(deadline_us), 0);
         let hold_us = device.asked(request.tag.pasid, request.iova);
-        let number = index * Self::EACH as u32 + u32::from(slot);
-        let mut held_us = 0;
-        if let Some(place) = self.places.get_mut(number as usize) {
-            let mut first_us = place.deadline_us.into();
-            place.stage = Stage::Waiting;
-            if hold_us > 0 {
-                place.stage = Stage::Holding;
-                // How long the device took for its group is not the guest's doing.
-                held_us = passed_us(place.since_us, now_us) + hold_us;
-                first_us = hold_us;
-            }
-            place.since_us = now_us;
-            self.deadlines.arm(number, now_us, first_us);
+        if hold_us > 0 {
+            // How long the device took for its group is not the guest's doing.
+            held_us = passed_us(since_us, now_us) + hold_us;
+            (stage, first_us) = (Stage::Holding, hold_us);
         }
-        if queue.complete(slot, held_us)
+        let place = index * Self::EACH as u32 + u32::from(slot);
+        if let Some(place) = self.places.get_mut(place as usize) {
+            *place = Place { since_us: now_us, deadline_us, stage };
+        }
+        self.deadlines.arm(place, now_us, first_us);
+        if queue.complete(slot, begun, held_us)
             && let Some(Some(ring)) = self.rings.get_mut(index as usize)
         {
             // There is room: it holds every slot, and each is announced once at a time.
@@ -434,18 +471,17 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
         let place = (first + place) as u32;
         self.forget_poisoned(place);
         self.groups.insert(place, key);
-        self.places[place as usize] =
-            Place { stage, device: to.device.0.place, deadline_us: 0, since_us: now_us };
+        self.places[place as usize] = Place { since_us: now_us, deadline_us: 0, stage };
         self.list(place, to, device, now_us);
     }
 
     /// Takes note that the last request of a poisoned group will not come, or will not be known for what it is.
     fn forget_poisoned(&mut self, place: u32) {
-        let Place { stage, device, .. } = self.places[place as usize];
+        let Place { stage, .. } = self.places[place as usize];
         if !matches!(stage, Stage::Poisoned | Stage::Discarded) {
             return;
         }
-        if let Some(device) = self.ledger.devices.at(device) {
+        if let Some(device) = self.device_of(place) {
             if stage == Stage::Poisoned {
                 count(&device.counters.discarded);
             }
@@ -467,11 +503,16 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
     fn discard(&mut self, place: u32) -> Option<(&'l Device, Key)> {
         let (queue, _) = Self::slot_of(place);
         let queue = self.ledger.any_queue(queue as usize)?;
-        let device = self.ledger.devices.at(self.places[place as usize].device)?;
+        let device = self.device_of(place)?;
         let key = self.groups.name(place)?;
         self.forget_half_seen(place, queue, device);
         count(&device.counters.discarded);
         Some((device, key))
+    }
+
+    /// Returns the device of a group that is on the list of those that wait for a last request.
+    fn device_of(&self, place: u32) -> Option<&'l Device> {
+        self.ledger.devices.at(self.listed[place as usize].to.device.0.place)
     }
 
     /// Puts a place on the list of those that wait for a last request, and limits how long.
@@ -506,7 +547,7 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
         // What is added on the way comes after what is still to be looked at.
         for at in (0..self.half_seen.len()).rev() {
             let Some(&place) = self.half_seen.get(at) else { continue };
-            let Place { stage, device, .. } = self.places[place as usize];
+            let Place { stage, .. } = self.places[place as usize];
             let to = self.listed[place as usize].to;
             if stage == Stage::HalfSeen {
                 if let Some((device, key)) = self.discard(place) {
@@ -514,7 +555,7 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
                 }
             } else if stage == Stage::Poisoned {
                 // Its last request may be lost as well, and its number in use again.
-                if let Some(device) = self.ledger.devices.at(device) {
+                if let Some(device) = self.device_of(place) {
                     count(&device.counters.discarded);
                 }
                 self.places[place as usize].stage = Stage::Discarded;
@@ -563,7 +604,8 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
     ///
     /// Looks at one entry, however many there are.
     pub fn expire(&mut self, now_us: u64) -> Expiry<'l, S> {
-        let place = match self.deadlines.pop(now_us) {
+        self.deadlines.tell(now_us);
+        let place = match self.deadlines.pop() {
             Due::Entry(place) => place,
             Due::Later => return Expiry::Nothing,
             Due::Nothing => return Expiry::Done,
@@ -589,7 +631,7 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
     fn expire_whole(&mut self, place: u32, entry: Place, now_us: u64) -> Option<Expiry<'l, S>> {
         let (queue, slot) = Self::slot_of(place);
         let ledger = self.ledger;
-        let (queue, device) = (ledger.any_queue(queue as usize)?, ledger.devices.at(entry.device)?);
+        let queue = ledger.any_queue(queue as usize)?;
         let left_us = u64::from(entry.deadline_us).saturating_sub(passed_us(entry.since_us, now_us));
         let is_holding = entry.stage == Stage::Holding && left_us > 0;
         let pick = |state: State, _: u32, _: u32| match state {
@@ -610,6 +652,7 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize, const N
         };
         self.places[place as usize].stage = Stage::Idle;
         self.groups.remove(place);
+        let device = ledger.devices.at(won.device)?;
         Some(match state {
             State::HeldSuccess => {
                 ledger.book_held(queue, &won, now_us);

@@ -134,6 +134,17 @@ impl Host {
         self.events_lost
     }
 
+    /// Begins a batch of requests, in the room that the guest has made until now. A channel that has ended has none.
+    #[inline]
+    pub fn requests(&mut self) -> Result<Batch<'_>, Broken> {
+        let room = match self.ended {
+            true => 0,
+            false => self.requests.room(&self.frames).inspect_err(|_| self.ended = true)?,
+        };
+        let at = self.requests.produced;
+        Ok(Batch { host: self, at, offered: at, end: at.wrapping_add(room) })
+    }
+
     /// Makes a whole group visible at once, or nothing of it.
     pub fn push_group(&mut self, records: impl ExactSizeIterator<Item = Record>) -> Result<Pushed, Broken> {
         if self.ended {
@@ -143,17 +154,13 @@ impl Host {
         if count as u64 > RECORDS {
             return Ok(Pushed::TooLarge);
         }
-        let room = self.requests.room(&self.frames).inspect_err(|_| self.ended = true)?;
-        if room < count as u64 {
+        let mut batch = self.requests()?;
+        if !batch.has_room(count) {
             return Ok(Pushed::Full);
         }
-        let mut produced = self.requests.produced;
         // An iterator may be wrong about its length; there is room for what it said.
-        for record in records.take(count) {
-            Ring::<REQUESTS, REQUESTS_WORD>::write(&mut self.frames, produced, &record);
-            produced = produced.wrapping_add(1);
-        }
-        self.requests.show(&mut self.frames, produced);
+        records.take(count).for_each(|record| batch.write(&record));
+        batch.accept();
         Ok(Pushed::Yes)
     }
 
@@ -197,5 +204,77 @@ impl Host {
     pub fn count_lost_requests(&mut self, requests: u64) {
         self.requests_lost = self.requests_lost.wrapping_add(requests);
         self.frames[HEADER].store(REQUESTS_LOST_WORD, self.requests_lost);
+    }
+}
+
+/// Groups of requests that become visible together, when the batch is dropped: the guest's index is read once for all of them,
+/// and theirs written once.
+#[derive(Debug)]
+pub struct Batch<'h> {
+    host: &'h mut Host,
+    /// Where what is accepted ends, and what was offered after it.
+    at: u64,
+    offered: u64,
+    /// Where the room ends.
+    end: u64,
+}
+
+impl Batch<'_> {
+    /// Writes a group of `count` records behind what was accepted; `false`, and nothing is written, if there is no room. Nobody
+    /// sees it unless it is [accepted](Self::accept), and whatever is offered next takes its place.
+    #[inline]
+    pub fn offer(&mut self, count: usize, record: impl Fn(usize) -> Record) -> bool {
+        self.offered = self.at;
+        if !self.has_room(count) {
+            return false;
+        }
+        // Most groups are of one page.
+        if count == 1 {
+            self.write(&record(0));
+        } else {
+            self.offered = Self::write_all(self.host, self.at, count, record);
+        }
+        true
+    }
+
+    /// Makes what was offered last a part of the batch.
+    #[inline]
+    pub fn accept(&mut self) {
+        self.at = self.offered;
+    }
+
+    /// Returns whether nothing was accepted.
+    pub fn is_empty(&self) -> bool {
+        self.at == self.host.requests.produced
+    }
+
+    #[inline]
+    fn has_room(&self, count: usize) -> bool {
+        count as u64 <= self.end.wrapping_sub(self.at)
+    }
+
+    /// Writes several records from index `at` on; returns where they end. Out of line, so that the way of one stays short.
+    #[inline(never)]
+    fn write_all(host: &mut Host, at: u64, count: usize, record: impl Fn(usize) -> Record) -> u64 {
+        (0..count).fold(at, |at, index| {
+            Ring::<REQUESTS, REQUESTS_WORD>::write(&mut host.frames, at, &record(index));
+            at.wrapping_add(1)
+        })
+    }
+
+    #[inline]
+    fn write(&mut self, record: &Record) {
+        Ring::<REQUESTS, REQUESTS_WORD>::write(&mut self.host.frames, self.offered, record);
+        self.offered = self.offered.wrapping_add(1);
+    }
+}
+
+impl Drop for Batch<'_> {
+    #[inline]
+    fn drop(&mut self) {
+        if !self.is_empty() {
+            let Host { requests, frames, .. } = &mut *self.host;
+            requests.show(frames, self.at);
+        }
     }
 }

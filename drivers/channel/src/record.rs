@@ -177,15 +177,31 @@ impl Record {
         ("lost", Self::LOST, "events lost before this one, at least"),
     ];
 
+    /// What word 4 says of each set of permissions; they are its bits in the order read, write, execute, privileged. Looked up,
+    /// since to work it out takes ten steps.
+    const ACCESS: [u32; 16] = {
+        let mut access = [0; 16];
+        let mut set = 0;
+        while set < 16 {
+            let wanted = if set & 4 != 0 { Wanted::Fetch as u32 } else { set & 3 };
+            let privileged = set >> 3;
+            access[set as usize] =
+                wanted << (Self::WANTED.lowest() % 64) | privileged << (Self::PRIVILEGED.lowest() % 64);
+            set += 1;
+        }
+        access
+    };
+
     fn common(number: u64, device: u32, pasid: Option<Pasid>, opaque: u64, iova: Iova, perms: Perms) -> Self {
-        Self::default()
+        let Perms { read, write, execute, privileged } = perms;
+        let bits = [read, write, execute, privileged].map(usize::from);
+        let set = bits[0] | bits[1] << 1 | bits[2] << 2 | bits[3] << 3;
+        Self([0, 0, 0, 0, Self::ACCESS[set % 16].into(), 0, 0, 0])
             .with(Self::NUMBER, number)
             .with_address(Self::ADDRESS, iova.0)
             .with(Self::OPAQUE, opaque)
             .with(Self::DEVICE, device.into())
             .with(Self::PASID, pasid.map_or(NO_PASID, |pasid| pasid.value().into()))
-            .with(Self::WANTED, Wanted::from(perms) as u64)
-            .with(Self::PRIVILEGED, perms.privileged.into())
     }
 
     /// The record of one page of a request.

@@ -50,6 +50,18 @@ impl Pasid {
         Self(NonZeroU32::MIN.saturating_add(word as u32 & Self::MAX))
     }
 
+    /// Returns a PASID, or that there is none, as a word: one more than it is, or 0. Since it is kept like that, this is a copy.
+    #[inline]
+    pub fn word(pasid: Option<Self>) -> u32 {
+        pasid.map_or(0, |pasid| pasid.0.get())
+    }
+
+    /// Returns what [`word`](Self::word) made `word` from; the largest PASID if it cannot have.
+    #[inline]
+    pub fn from_word(word: u32) -> Option<Self> {
+        NonZeroU32::new(word.min(Self::MAX + 1)).map(Self)
+    }
+
     /// Returns the number itself.
     #[inline]
     pub const fn value(self) -> u32 {

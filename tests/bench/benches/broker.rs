@@ -3,12 +3,13 @@
 use bench::Row;
 use broker::{
     Answer, Broker, Cookie, Inbox, Ledger, Limits, Owner, POISONED, Policy, QueueId, Requests, Settled,
-    Verdict,
+    Shown, Taken, Verdict,
 };
 use channel::{
     Record,
-    host::{Host, Pushed},
-    record::Request,
+    host::{Batch, Host},
+    record::{RECORD_WORDS, Request},
+    ring::{HEADER, REQUESTS, REQUESTS_WORD},
 };
 use heapless::spsc;
 use iommu::{GroupTag, Iova, Outcome, PageRequest, PageResponse, Pasid, Perms, StreamId};
@@ -60,7 +61,7 @@ impl World {
         let inbox = Inbox::new(&BOOKS, 0, consumer);
         let memory = Memory::new(4 * 512 * 8);
         let host = Some(Host::new([0; 4].map(|_| memory.take(512, 512))));
-        let (requests, cookies) = (Vec::new(), Vec::with_capacity(GROUPS));
+        let (requests, cookies) = Default::default();
         let mut world = Self { broker, inbox, queue, host, requests, cookies };
         world.attach(0, devices);
         world.wait(waiting, devices);
@@ -90,40 +91,53 @@ impl World {
         for requests in all.chunks(GROUPS) {
             self.requests = requests.to_vec();
             self.deliver();
+            self.read();
             assert_eq!(self.cookies.len(), requests.len(), "every group was delivered");
-            self.renew();
         }
         self.requests = measured;
     }
 
-    /// A report by hardware becomes a record that the guest sees.
+    /// Reports by hardware, of one pass, become records that the guest sees.
     // One function, so that each of the broker's is called in one place, as in a hypervisor: there the compiler joins them.
     #[inline(never)]
     fn deliver(&mut self) {
-        let Some(host) = &mut self.host else { return };
         for request in &self.requests {
-            let Verdict::Forward { .. } = self.broker.admit(*request, 1000) else { return };
-            let Some(group) = self.inbox.peek(1010) else { return };
-            self.cookies.push(group.cookie.0);
-            let pages = group.pages.len() as u32;
-            let record = |(index, page): (usize, &broker::Page)| {
+            let Verdict::Forward { .. } = self.broker.admit(request, 1000) else { return };
+        }
+        let Some(Ok(mut batch)) = self.host.as_mut().map(Host::requests) else { return };
+        let offer = |batch: &mut Batch<'_>, group: Shown<'_>| {
+            let pages = group.pages();
+            let record = move |index: usize| {
+                let (tag, page) = (group.tag(), group.page(index));
                 Record::request(&Request {
-                    cookie: group.cookie.0,
-                    device: group.name,
-                    pasid: group.tag.pasid,
-                    opaque: group.opaque,
-                    group: group.tag.index,
+                    cookie: group.cookie().0,
+                    device: group.name(),
+                    pasid: tag.pasid,
+                    opaque: group.opaque(),
+                    group: tag.index,
                     iova: page.iova(),
                     perms: page.perms(),
-                    pages,
+                    pages: pages as u32,
                     index: index as u32,
                 })
             };
-            let Ok(Pushed::Yes) = host.push_group(group.pages.iter().enumerate().map(record)) else {
-                return;
-            };
-            self.inbox.done();
+            batch.offer(pages, record).then_some(())
+        };
+        loop {
+            match self.inbox.take(1010, |group| offer(&mut batch, group)) {
+                Taken::Yes(()) => batch.accept(),
+                Taken::Gone => {}
+                Taken::Left | Taken::Empty => return,
+            }
         }
+    }
+
+    /// The guest reads the cookies of its records, and has an empty channel again.
+    fn read(&mut self) {
+        let Some(frames) = self.host.take().map(Host::into_frames) else { return };
+        let shown = frames[HEADER].load(REQUESTS_WORD) as usize;
+        self.cookies = (0..shown).map(|at| frames[REQUESTS].load(at * RECORD_WORDS)).collect();
+        self.host = Some(Host::new(frames));
     }
 
     /// The guest's answer becomes the response for hardware.
@@ -145,20 +159,14 @@ impl World {
 
     fn delivered(mut self) -> Self {
         self.deliver();
+        self.read();
         assert_eq!(self.cookies.len(), GROUPS, "every group was delivered");
         self
     }
 
     fn answered(mut self) -> Self {
         assert_eq!(self.answer(), GROUPS, "every group was answered");
-        self.renew();
         self
-    }
-
-    /// An empty channel.
-    fn renew(&mut self) {
-        self.cookies.clear();
-        self.host = self.host.take().map(|host| Host::new(host.into_frames()));
     }
 
     /// The nanoseconds of each way of a group, there and back: medians of 301 rounds.
@@ -168,12 +176,12 @@ impl World {
             let start = Instant::now();
             self.deliver();
             times[0].push(start.elapsed().as_nanos());
+            self.read();
             assert_eq!(self.cookies.len(), GROUPS, "every group was delivered");
             let start = Instant::now();
             let answered = self.answer();
             times[1].push(start.elapsed().as_nanos());
             assert_eq!(answered, GROUPS, "every group was answered");
-            self.renew();
         }
         times.map(|mut times| {
             times.sort_unstable();

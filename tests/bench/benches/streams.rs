@@ -23,6 +23,9 @@ use std::{
 /// Operations that are counted together.
 const TIMES: usize = 16;
 
+/// Registers, and what they say again and again.
+type Said = (Range<usize>, [u64; 2]);
+
 /// The way to a unit, until it is cut: then registers say what they said last, and nothing else happens.
 struct Line<U: 'static> {
     unit: &'static U,
@@ -30,7 +33,7 @@ struct Line<U: 'static> {
     /// The register that was read last.
     read: Rc<Cell<usize>>,
     /// What registers say then, from each of these offsets on.
-    said: Rc<RefCell<Vec<(Range<usize>, [u64; 2])>>>,
+    said: Rc<RefCell<Vec<Said>>>,
 }
 
 impl<U> Clone for Line<U> {

@@ -138,7 +138,7 @@ impl<const Q: usize, const S: usize, const N: usize> Rig<Q, S, N> {
 
     /// Lets the interrupt handler take in a request, and sends what it has to say.
     pub fn admit(&mut self, request: PageRequest, now_us: u64) -> Did {
-        match self.broker.admit(request, now_us) {
+        match self.broker.admit(&request, now_us) {
             Verdict::Forward { queue } => Did::Forwarded(queue),
             Verdict::Refuse(response) => Did::Answered(response),
             Verdict::End(answer) => Did::Answered(send(answer)),

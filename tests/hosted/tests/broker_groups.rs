@@ -349,7 +349,7 @@ fn a_device_may_use_a_number_again_as_soon_as_its_answer_is_sent() {
     // The device asks again before whoever sent the answer comes to free the slot.
     let mut again = None;
     let sent = answer.send(|response| {
-        again = Some(matches!(world.broker.admit(last(DISK, 1, 2), 1), Verdict::Forward { queue: 0 }));
+        again = Some(matches!(world.broker.admit(&last(DISK, 1, 2), 1), Verdict::Forward { queue: 0 }));
         drop(response);
         Ok::<(), (PageResponse, ())>(())
     });

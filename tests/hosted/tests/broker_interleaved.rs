@@ -42,9 +42,9 @@ pub use counters::{Missed, Tally};
 pub use deadlines::{Deadlines, Due};
 pub use devices::{DEADLINE_MAX_US, DeviceId, Escalation, Latencies, Limits, Restraint};
 pub use faults::{FaultCount, FaultLimits};
-pub use inbox::Inbox;
+pub use inbox::{Inbox, Taken};
 pub use ledger::{Error, Faulted, Ledger, Owner, QueueId, Settled, Whose};
-pub use queue::{Answer, Group, Page, Refusal};
+pub use queue::{Answer, Group, Page, Refusal, Shown};
 pub use service::{Broker, Expiry, POISONED, Verdict};
 
 use heapless::spsc;
@@ -208,7 +208,7 @@ impl<const S: usize, const N: usize> World<S, N> {
         for page in 1..=GROUP {
             let iova = Iova((run << 16 | number as u64) << 12);
             let request = PageRequest { stream: DISK, tag, iova, perms: Perms::READ, last: page == GROUP };
-            let verdict = self.broker.borrow_mut().admit(request, self.now_us.get());
+            let verdict = self.broker.borrow_mut().admit(&request, self.now_us.get());
             match verdict {
                 Verdict::Refuse(response) => self.count(&response),
                 Verdict::End(answer) => self.send(answer),

@@ -2,10 +2,10 @@
 
 use broker::{
     Broker, Cookie, Error, Inbox, Ledger, Limits, Missed, Owner, POISONED, Policy, Refusal, Requests,
-    Restraint, RingError, Tally, Verdict, Whose,
+    Restraint, RingError, Shown, Taken, Tally, Verdict, Whose,
 };
 use heapless::spsc;
-use hosted::rig::{Did, Rig, last, part, response};
+use hosted::rig::{Did, Rig, last, part, response, send};
 use iommu::{GroupTag, Iova, Outcome, PageRequest, Pasid, Perms, StreamId};
 
 const DISK: StreamId = StreamId(0x20);
@@ -243,7 +243,7 @@ fn what_waits_in_a_queue_is_announced_to_a_ring_that_is_connected_later_or_anew(
 
     for (round, ring) in (0..).zip(&mut rings) {
         for index in 0..2 {
-            let _ = broker.admit(last(DISK, round * 2 + index, 1), 0);
+            let _ = broker.admit(&last(DISK, round * 2 + index, 1), 0);
             admitted += 1;
         }
         let (producer, consumer) = ring.split();
@@ -255,6 +255,50 @@ fn what_waits_in_a_queue_is_announced_to_a_ring_that_is_connected_later_or_anew(
         }
     }
     assert_eq!(admitted, ledger.outstanding(queue));
+}
+
+#[test]
+fn a_group_that_is_left_is_shown_again_unless_it_is_answered_meanwhile() {
+    let mut world = World::new();
+    let disk = world.attached(DISK, &LIMITS, 0);
+    assert_eq!(world.admit(last(DISK, 1, 1), 0), Did::Forwarded(0));
+    assert_eq!(world.admit(last(DISK, 2, 2), 0), Did::Forwarded(0));
+    let leave = |group: Shown<'_>| {
+        assert_eq!(group.tag().index, 1);
+        None::<()>
+    };
+
+    assert_eq!(world.inboxes[0].take(0, leave), Taken::Left);
+    assert_eq!(world.inboxes[0].take(0, leave), Taken::Left, "the same one");
+    let take = |group: Shown<'_>| Some((group.tag().index, group.cookie()));
+    let Taken::Yes((1, first)) = world.inboxes[0].take(0, take) else { panic!("the same one") };
+    assert!(world.settle(0, first, Outcome::Success, 0).is_ok());
+    assert_eq!(world.inboxes[0].take(0, |_| None::<()>), Taken::Left);
+    assert_eq!(world.evict(0, Whose::All, 0), [response(DISK, 2, Outcome::Invalid)]);
+    assert_eq!(world.inboxes[0].take(0, take), Taken::Gone, "it is answered");
+    assert_eq!((world.inboxes[0].take(0, take), world.inboxes[0].unseen()), (Taken::Empty, 1));
+    world.assert_balance(disk, 0);
+}
+
+#[test]
+fn a_group_that_is_answered_while_it_is_read_is_not_taken() {
+    let mut world = World::new();
+    let disk = world.attached(DISK, &LIMITS, 0);
+    let ([queue, _], ledger) = (world.queues, world.ledger);
+    for (index, answer) in [(1, true), (2, false)] {
+        assert_eq!(world.admit(last(DISK, index, 1), 0), Did::Forwarded(0));
+        let read = |group: Shown<'_>| {
+            let answered = answer.then(|| ledger.evict(queue, Whose::All, 0)).flatten();
+            assert_eq!(answered.map(send).is_some(), answer);
+            Some(group.tag().index)
+        };
+
+        let taken = world.inboxes[0].take(0, read);
+
+        assert_eq!(taken, if answer { Taken::Gone } else { Taken::Yes(2) });
+    }
+    assert_eq!(ledger.latencies(disk).map(|times| times.delivery.iter().sum()), Some(1_u64));
+    world.assert_balance(disk, 1);
 }
 
 // Which requests go where.
@@ -454,7 +498,7 @@ fn a_ring_that_is_connected_late_or_anew_announces_what_waits() {
         let tag = GroupTag { pasid: None, index };
         let request =
             PageRequest { stream: StreamId(1), tag, iova: Iova(0x1000), perms: Perms::READ, last: true };
-        assert_eq!(broker.admit(request, 0), Verdict::Forward { queue: 0 });
+        assert_eq!(broker.admit(&request, 0), Verdict::Forward { queue: 0 });
     };
 
     admit(&mut broker, 1);

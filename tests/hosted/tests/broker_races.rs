@@ -168,7 +168,7 @@ impl World {
                 let tag = GroupTag { pasid: Pasid::new(number as u32), index: number as u16 };
                 let (iova, perms) = (Iova((number as u64) << 12), Perms::READ_WRITE);
                 let request = PageRequest { stream: DISK, tag, iova, perms, last: part == parts };
-                match broker.admit(request, self.now_us.load(SeqCst)) {
+                match broker.admit(&request, self.now_us.load(SeqCst)) {
                     Verdict::Forward { queue: 0 } => assert!(request.last),
                     Verdict::Refuse(response) => self.take(response),
                     Verdict::Nothing => assert!(!request.last, "group {number} was not outstanding"),

@@ -649,7 +649,7 @@ impl Real<'_, '_> {
                 let tag = GroupTag { pasid: None, index };
                 let (iova, perms) = (Iova(0), Perms::READ);
                 let request = PageRequest { stream: gone, tag, iova, perms, last: true };
-                assert_eq!(self.broker.admit(request, self.now_us), Verdict::Forward { queue });
+                assert_eq!(self.broker.admit(&request, self.now_us), Verdict::Forward { queue });
             }
             while let Some(group) = self.inboxes[queue].next(self.now_us) {
                 let settled =
@@ -700,7 +700,7 @@ impl Real<'_, '_> {
                     perms: Perms::READ_WRITE,
                     last,
                 };
-                match self.broker.admit(request, self.now_us) {
+                match self.broker.admit(&request, self.now_us) {
                     Verdict::Refuse(response) => note(&mut seen, &response),
                     Verdict::End(answer) => send(&mut seen, answer),
                     Verdict::Nothing => assert!(!last, "a last request is never left"),

@@ -585,3 +585,63 @@ fn records_that_say_nothing_known_are_passed_over_one_at_a_time() {
     assert_eq!(guest.next_request(), None, "kind 9");
     assert_eq!(guest.next_request(), Some(page(2, 1, 0)));
 }
+
+#[test]
+fn the_groups_of_a_batch_become_visible_together_and_only_those_that_were_accepted() {
+    let (mut host, window) = open();
+    let mut guest = guest(&window);
+    let mut batch = host.requests().expect("the guest keeps to the rules");
+    let record = |cookie, pages| move |index| Record::request(&page(cookie, pages, index as u32));
+
+    assert!(batch.is_empty());
+    assert!(batch.offer(1, record(1, 1)));
+    batch.accept();
+    // Answered while it was read: its place is the next one's.
+    assert!(batch.offer(3, record(2, 3)));
+    assert!(batch.offer(2, record(3, 2)));
+    batch.accept();
+    batch.accept();
+    assert!(batch.offer(1, record(4, 1)));
+    assert!(!batch.is_empty());
+    assert_eq!(guest.next_request(), None, "the batch is not over");
+    drop(batch);
+
+    assert_eq!(guest::Frames::load(&window, HEADER, REQUESTS_WORD), 3);
+    let shown: Vec<_> = core::iter::from_fn(|| guest.next_request()).collect();
+    assert_eq!(shown, [page(1, 1, 0), page(3, 2, 0), page(3, 2, 1)]);
+}
+
+#[test]
+fn a_batch_has_the_room_that_the_guest_had_made_when_it_began() {
+    let (mut host, window) = open();
+    let mut guest = guest(&window);
+    let record = |index| Record::request(&page(7, 2, index as u32));
+    for rest in [RECORDS as usize, 1, 2] {
+        let mut batch = host.requests().expect("the guest keeps to the rules");
+        for _ in 0..rest {
+            assert!(!batch.offer(rest + 1, record), "more than there is room for");
+            assert!(batch.offer(1, record));
+            batch.accept();
+        }
+        assert!(!batch.offer(1, record), "it is full");
+        // Nothing is visible in the first round.
+        assert_eq!(guest.next_request().is_some(), rest < 64);
+        assert!(!batch.offer(1, record), "what is read meanwhile counts for the next one");
+        drop(batch);
+        assert!(guest.next_request().is_some());
+    }
+}
+
+#[test]
+fn a_batch_of_a_channel_that_has_ended_has_no_room_and_shows_nothing() {
+    let (mut host, window) = open();
+    guest::Frames::store(&window, CONSUMER, REQUESTS_WORD, 1);
+
+    assert_eq!(host.requests().map(|_| ()), Err(Broken { produced: 0, consumed: 1 }));
+    guest::Frames::store(&window, CONSUMER, REQUESTS_WORD, 0);
+    let mut batch = host.requests().expect("it was told once");
+    assert!(!batch.offer(1, |_| Record::request(&page(1, 1, 0))));
+    batch.accept();
+    drop(batch);
+    assert_eq!(guest::Frames::load(&window, HEADER, REQUESTS_WORD), 0);
+}

@@ -7,12 +7,12 @@
 
 use broker::{
     Answer, AttachmentId, Broker, Cookie, DeviceId, Escalation, Expiry, Group, Inbox, Ledger, Limits, Owner,
-    POISONED, Policy, QueueId, Settled, TICK_US, Tally, Verdict, Whose,
+    POISONED, Policy, QueueId, Settled, Shown, TICK_US, Taken, Tally, Verdict, Whose,
 };
 use channel::{
     Record,
     guest::Guest,
-    host::{self, Pushed},
+    host::{self, Batch, Pushed},
     record::{self, Request},
     ring::FRAMES,
 };
@@ -109,7 +109,7 @@ impl Host {
     fn service(&mut self) {
         for event in self.machine.pass() {
             match event {
-                Event::PageRequest(request) => match self.broker.admit(request, self.now_us) {
+                Event::PageRequest(request) => match self.broker.admit(&request, self.now_us) {
                     Verdict::Refuse(response) => {
                         assert_eq!(self.machine.vtd.commands.respond(response), Ok(()));
                     }
@@ -474,7 +474,7 @@ impl<C: Commands> Cores<C> {
             events.acknowledge();
             while let Some(event) = events.next_event() {
                 match event {
-                    Event::PageRequest(request) => match broker.admit(request, now_us) {
+                    Event::PageRequest(request) => match broker.admit(&request, now_us) {
                         Verdict::Refuse(response) => {
                             let sent = self.commands.lock().expect("no core has failed").respond(response);
                             assert_eq!(sent, Ok(()));
@@ -504,13 +504,19 @@ impl<C: Commands> Cores<C> {
     fn forward(&self, inbox: &mut Inbox<'static, 1, SLOTS, 8, 8>, channel: &mut host::Host) {
         let _ends = Ends(&self.done);
         while !self.done.load(SeqCst) {
-            while let Some(group) = inbox.peek(self.now_us.load(SeqCst)) {
-                match channel.push_group(records(group)) {
-                    Ok(Pushed::Yes) => inbox.done(),
-                    Ok(Pushed::Full) => break,
-                    other => panic!("{other:?}"),
+            let mut batch = channel.requests().expect("the guest keeps to the rules");
+            let offer = |batch: &mut Batch<'_>, group: Shown<'_>| {
+                let records: Vec<_> = records(&Group::from(group)).collect();
+                batch.offer(records.len(), |index| records[index]).then_some(())
+            };
+            loop {
+                match inbox.take(self.now_us.load(SeqCst), |group| offer(&mut batch, group)) {
+                    Taken::Yes(()) => batch.accept(),
+                    Taken::Gone => {}
+                    Taken::Left | Taken::Empty => break,
                 }
             }
+            drop(batch);
             thread::yield_now();
         }
     }

@@ -28,6 +28,9 @@ pub const BASE: PhysAddr = PhysAddr(0x8_0000_0000);
 /// which was used before it was cleared and published makes a fault.
 pub const UNWRITTEN: u64 = 0xBAD0_BAD0_BAD0_BAD1;
 
+/// What no test stores: it counts as never published.
+const NEVER: u64 = 0x0DD0_0DD0_0DD0_0DD0;
+
 /// The CPU's views of all memories, kept for the rest of the process.
 ///
 /// A `DmaBuf` has no lifetime, so nobody knows when the last one is gone.
@@ -103,8 +106,9 @@ pub struct Memory {
 struct Views {
     cpu: &'static [AtomicU64],
     device: Vec<AtomicU64>,
-    /// What the CPU's words were when they were last published or observed; `None` is never.
-    clean: Mutex<Vec<Option<u64>>>,
+    /// What the CPU's words were when they were last published or observed, each with [`NEVER`] taken off it: a memory that is
+    /// hardly used takes no room for it.
+    clean: Mutex<Vec<u64>>,
     /// Words handed out so far, from the start.
     taken: AtomicUsize,
 }
@@ -119,7 +123,7 @@ impl Memory {
         let cpu: &'static [AtomicU64] = unsafe { &*cpu };
         KEPT.lock().unwrap_or_else(PoisonError::into_inner).push(cpu);
         let device = (0..words).map(|_| AtomicU64::new(UNWRITTEN)).collect();
-        let clean = Mutex::new(vec![None; words]);
+        let clean = Mutex::new(vec![0; words]);
         Self { views: Arc::new(Views { cpu, device, clean, taken: AtomicUsize::new(0) }) }
     }
 
@@ -165,7 +169,7 @@ impl Memory {
         let mut clean = self.clean();
         for at in indices {
             let word = self.views.cpu[at].load(SeqCst);
-            clean[at] = Some(word);
+            clean[at] = word ^ NEVER;
             self.views.device[at].store(word, SeqCst);
         }
         Ok(())
@@ -175,7 +179,7 @@ impl Memory {
     pub(crate) fn write_back(&self, address: PhysAddr) -> Result<u64, OutsideMemory> {
         let at = self.index(address)?;
         let word = self.views.cpu.get(at).ok_or(OutsideMemory(address))?.load(SeqCst);
-        self.clean()[at] = Some(word);
+        self.clean()[at] = word ^ NEVER;
         Ok(word)
     }
 
@@ -187,12 +191,12 @@ impl Memory {
         let mut unpublished = None;
         for at in indices {
             let own = self.views.cpu[at].load(SeqCst);
-            if clean[at] == Some(own) {
+            if clean[at] == own ^ NEVER && own != NEVER {
                 let word = self.views.device[at].load(SeqCst);
-                clean[at] = Some(word);
+                clean[at] = word ^ NEVER;
                 self.views.cpu[at].store(word, SeqCst);
             } else {
-                clean[at] = Some(own);
+                clean[at] = own ^ NEVER;
                 self.views.device[at].store(own, SeqCst);
                 unpublished = unpublished.or(Some(Unobserved::Unpublished(Self::address(at))));
             }
@@ -200,7 +204,7 @@ impl Memory {
         unpublished.map_or(Ok(()), Err)
     }
 
-    fn clean(&self) -> MutexGuard<'_, Vec<Option<u64>>> {
+    fn clean(&self) -> MutexGuard<'_, Vec<u64>> {
         self.views.clean.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

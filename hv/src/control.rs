@@ -3,7 +3,7 @@
 
 use crate::{
     guest::Guest,
-    hypervisor::{Condition, DEVICES_PER_GUEST, Device, GUESTS, Hypervisor, SERVICE_CORE},
+    hypervisor::{Condition, DEVICES_PER_GUEST, Device, GUESTS, Hypervisor, SERVICE_CORE, caretaker_of},
     memory::{self, Share},
     service,
     tables::{DeviceTables, Unmapped},
@@ -11,11 +11,11 @@ use crate::{
 };
 use arch::{cpu, interrupts, unit};
 use broker::{AttachmentId, DeviceId, Limits, Policy, QueueId, Restraint, Whose};
-use core::sync::atomic::Ordering::Relaxed;
+use core::{ops::Range, sync::atomic::Ordering::Relaxed};
 use heapless::Vec;
 use iommu::{
     Attachment, Completion, Features, FirstStage, Gpa, Grant, Invalidation, Iova, Leaving, PAGE_SIZE, Pasid,
-    Perms, Stages, StreamId, Tables as _, Translation,
+    Perms, PhysAddr, Stages, StreamId, Tables as _, Translation,
 };
 
 /// Page requests that one device may have outstanding. All devices together stay below what the unit's queue holds.
@@ -30,6 +30,9 @@ const _: () = assert!(
     ALLOCATION as usize * DEVICES_PER_GUEST < crate::hypervisor::SLOTS,
     "a guest's queue holds the groups of its devices, and some that are just being answered"
 );
+
+/// How long another core may take to silence a device, in microseconds: it waits for the unit three times.
+const SILENCING_LIMIT_US: u64 = 3 * crate::hypervisor::BACKSTOP_US;
 
 /// Why a device could not be given, attached or mapped for.
 #[derive(Clone, Copy, Debug, defmt::Format)]
@@ -109,6 +112,17 @@ impl Guest {
         if self.hv.boot.firmware_uses(&self.hv.config, stream) {
             return Err(Error::Firmwares { stream });
         }
+        take_in_hand(self.hv, number)?;
+        let taken = self.take(number, device);
+        if taken.is_err() && self.devices.iter().all(|given| given.number != number) {
+            self.hv.let_go(number, None);
+        }
+        taken
+    }
+
+    /// Gives the guest a device that is in hand.
+    fn take(&mut self, number: usize, device: &Device) -> Result<(), Error> {
+        let stream = device.function.id;
         if !self.hv.is_clean(number) {
             return Err(Error::NotReset { stream });
         }
@@ -253,8 +267,9 @@ impl Guest {
 
     /// Checks that a guest leaves the page alone to which its devices write their messages.
     fn spares_doorbell(&self, iova: Iova, bytes: u64) -> Result<(), Error> {
-        let end = iova.0.saturating_add(bytes);
-        let hits = self.hv.doorbell.as_ref().is_some_and(|page| iova.0 < page.end.0 && page.start.0 < end);
+        let meets =
+            |page: &Range<PhysAddr>| iova.0 < page.end.0 && page.start.0 < iova.0.saturating_add(bytes);
+        let hits = self.hv.doorbell.as_ref().is_some_and(meets);
         if hits { Err(Error::Doorbell) } else { Ok(()) }
     }
 
@@ -300,14 +315,17 @@ impl Guest {
             // Nothing may be invalidated there while it is reset, and by now nothing has to.
             self.hv.mark(number, if blocked.is_ok() { reset(self.hv, device) } else { Condition::Broken });
             self.hv.give(number, None);
+            self.hv.flooding.take(number);
             match blocked {
                 Ok(leaving) if released => self.hv.tables.with(|tables| tables.finish(leaving)),
-                Ok(_) => {}
+                // It stays blocked for good.
+                Ok(_) => silence(self.hv, stream),
                 Err(error) => {
                     defmt::error!("{} could not be blocked: {}", stream, error);
                     released = false;
                 }
             }
+            self.hv.let_go(number, None);
         }
         released
     }
@@ -319,6 +337,7 @@ impl Guest {
 
     /// Does to the guest's devices what the broker holds them to: the part that is neither refusing nor waiting.
     pub fn restrain_devices(&mut self) {
+        silence_strays(self.hv, self.index);
         for given in &mut self.devices {
             let restraint = self.hv.ledger.restraint(given.id);
             if restraint == given.restraint {
@@ -338,8 +357,7 @@ impl Guest {
                 defmt::warn!("{} may ask for no more pages", device.function.id);
             }
             if restraint == Restraint::Blocked {
-                device.function.disable_bus_master(&self.hv.config);
-                match block(self.hv, device.function.id) {
+                match block_for_good(self.hv, device) {
                     Ok(leaving) => given.blocked = Some(leaving),
                     // It is blocked, but the unit did not confirm it.
                     Err(error) => {
@@ -516,15 +534,14 @@ impl Space {
         unmapped: Unmapped,
     ) -> Result<(), Error> {
         let Attachment { stream, pasid, domain, .. } = self.attachment;
-        // `Pages` leaves what the unit remembers of the tables above.
-        let invalidation = match unmapped.tables_went() {
-            true => Invalidation::Attachment(self.attachment),
-            false => Invalidation::covering(self.attachment, iova, bytes),
-        };
-        // On an error the tables that went are never used again.
-        hv.invalidate(&[invalidation]).map_err(Error::Unit)?;
         if unmapped.tables_went() {
+            // `Pages` leaves what the unit remembers of the tables above. On an error the tables are never used again.
+            hv.invalidate(&[Invalidation::Attachment(self.attachment)]).map_err(Error::Unit)?;
             share.with(hv.pool, |frames| unmapped.give_back(frames));
+        } else {
+            // Only whole pages are removed.
+            let pages = Invalidation::Pages { attachment: self.attachment, iova, pages: bytes / PAGE_SIZE };
+            hv.invalidate(&[pages]).map_err(Error::Unit)?;
         }
         defmt::debug!(
             "unmap stream={=u32:#x} pasid={=u32:#x} domain={=u16:#x} iova={=u64:#x} pages={=u64}",
@@ -656,6 +673,80 @@ pub fn block(hv: &Hypervisor, stream: StreamId) -> Result<Leaving, Error> {
     hv.invalidate(&invalidations).map_err(Error::Unit)?;
     defmt::debug!("block stream={=u32:#x}", stream.0);
     Ok(leaving)
+}
+
+/// Blocks a device that cannot be relied on, and has no more recorded of what it tries, until it is given back.
+pub fn block_for_good(hv: &Hypervisor, device: &Device) -> Result<Leaving, Error> {
+    device.function.disable_bus_master(&hv.config);
+    block(hv, device.function.id).inspect(|_| silence(hv, device.function.id))
+}
+
+/// Has what a blocked device still tries refused without a record, so that it costs nobody anything; returns when the unit
+/// knows. It ends when the block is finished.
+fn silence(hv: &Hypervisor, stream: StreamId) {
+    let silenced = hv.tables.with(|tables| tables.silence(stream));
+    match silenced.and_then(|invalidations| hv.invalidate(&invalidations)) {
+        Ok(()) => defmt::info!("{} is blocked, and no more is told of what it tries", stream),
+        Err(error) => defmt::error!("{} could not be silenced: {}", stream, error),
+    }
+}
+
+/// Returns whether there are devices for [`silence_strays`] to silence.
+pub fn has_strays(hv: &Hypervisor, index: usize) -> bool {
+    !hv.flooding.is_empty() && strays(hv, index).next().is_some()
+}
+
+/// Silences devices that no guest owns and that have too many faults: those whose caretaker is the home of guest `index`.
+pub fn silence_strays(hv: &Hypervisor, index: usize) {
+    if !hv.flooding.is_empty() {
+        strays(hv, index).for_each(|number| silence_stray(hv, number));
+    }
+}
+
+fn strays(hv: &Hypervisor, index: usize) -> impl Iterator<Item = usize> {
+    let is_its = move |number: &usize| caretaker_of(*number) == index && hv.flooding.has(*number);
+    let is_nobodys = |number: &usize| {
+        hv.devices.get(*number).is_some_and(|device| hv.owner_of(device.function.id).is_none())
+    };
+    (0..hv.devices.len()).filter(is_its).filter(is_nobodys)
+}
+
+/// Silences a device that no guest owns: it gets tables of its own, for what is blocked by having none has no place where that
+/// could be said.
+#[cold]
+fn silence_stray(hv: &Hypervisor, number: usize) {
+    hv.flooding.take(number);
+    let Some(device) = hv.devices.get(number) else { return };
+    let silenced = match hv.take_in_hand(number) {
+        // Somebody has just taken it: then it is theirs.
+        None => return,
+        Some(Some(leaving)) => Some(leaving),
+        Some(None) => {
+            let assigned = assign(hv, device.function.id, Features::default());
+            assigned.and_then(|()| block_for_good(hv, device)).ok()
+        }
+    };
+    hv.let_go(number, silenced);
+}
+
+/// Takes a device in hand that no guest owns. If it is silenced it is reset, and the silence is over.
+pub fn take_in_hand(hv: &Hypervisor, number: usize) -> Result<(), Error> {
+    let device = hv.devices.get(number).ok_or(Error::Registers)?;
+    let start_us = cpu::now_us();
+    let silenced = loop {
+        match hv.take_in_hand(number) {
+            Some(silenced) => break silenced,
+            // Another core is about to silence it, which has an end.
+            None if cpu::now_us().saturating_sub(start_us) < SILENCING_LIMIT_US => cpu::relax(),
+            None => return Err(Error::Attached),
+        }
+    };
+    if let Some(leaving) = silenced {
+        hv.mark(number, reset(hv, device));
+        hv.tables.with(|tables| tables.finish(leaving));
+    }
+    hv.flooding.take(number);
+    Ok(())
 }
 
 /// Detaches: mark as leaving; block in hardware, invalidate, wait; let the service core pass; answer what is outstanding;

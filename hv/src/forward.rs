@@ -1,14 +1,15 @@
 //! From the rings of the service core to the guest's channel, on the guest's home core.
 
 use crate::{
+    control::Given,
     guest::Guest,
-    hypervisor::{Inbox, Notice},
+    hypervisor::{Hypervisor, Inbox, Notice},
 };
-use arch::cpu;
-use broker::{Shown, Taken};
+use arch::{cpu, interrupts};
+use broker::{Restraint, Shown, Taken};
 use channel::{
     Record,
-    host::{Batch, Broken, Pushed},
+    host::{Batch, Broken, Host, Pushed},
     record::{Event, Reason, Request},
 };
 use core::sync::atomic::Ordering::Relaxed;
@@ -46,6 +47,9 @@ impl Guest {
                 if channel.push_event(&event(&notice))? != Pushed::Ended {
                     news = true;
                 }
+            }
+            if !self.hv.flooding.is_empty() {
+                news |= tell_flooding(self.hv, &self.devices, channel)?;
             }
             let refused: u64 = self.devices.iter().map(|given| self.hv.ledger.unshown(given.id)).sum();
             let unshown = refused + inbox.groups.unseen() - self.unseen_before;
@@ -87,6 +91,42 @@ fn offer(batch: &mut Batch<'_>, group: Shown<'_>) -> Option<u64> {
         })
     };
     batch.offer(pages, record).then(|| group.reported_us())
+}
+
+/// How long after it found no room an event that must not be lost is offered again, in microseconds.
+const RETRY_US: u64 = 1_000;
+
+/// Tells a guest which of its devices have more faults than they may, and which are blocked for it; returns whether there was
+/// something to tell. What finds no room in the channel is told later.
+#[cold]
+fn tell_flooding(hv: &Hypervisor, devices: &[Given], channel: &mut Host) -> Result<bool, Broken> {
+    let mut told = false;
+    for (given, device) in devices.iter().zip(1..) {
+        // Taken before the restraint is read: a harder one that comes meanwhile is told after this.
+        if !hv.flooding.take(given.number) {
+            continue;
+        }
+        let is_blocked = hv.ledger.restraint(given.id) == Restraint::Blocked;
+        let event = Event {
+            number: 0,
+            lost: 0,
+            device,
+            pasid: None,
+            opaque: 0,
+            iova: Iova(0),
+            perms: Perms::default(),
+            reason: if is_blocked { Reason::Blocked } else { Reason::TooMany },
+        };
+        match channel.offer_event(&event)? {
+            Pushed::Full => {
+                hv.flooding.put(given.number);
+                // A guest may make room without coming out.
+                interrupts::arm_timer(RETRY_US);
+            }
+            _ => told = true,
+        }
+    }
+    Ok(told)
 }
 
 /// Tells a guest of a fault in its own terms. Number and losses are the channel's to fill in.

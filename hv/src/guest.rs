@@ -1,7 +1,7 @@
 //! A guest: its memory, its virtual CPU, the devices that it owns; and the core that is its home.
 
 use crate::{
-    control::{Given, Owned, Space},
+    control::{self, Given, Owned, Space},
     hypervisor::{self, DEVICES_PER_GUEST, Ending, GUESTS, Home, Hypervisor, Inbox, Order, SERVICE_CORE},
     memory::{self, GuestRam, Share},
 };
@@ -102,10 +102,11 @@ pub fn home() -> ! {
     cpu::unmask_forever();
     let home = &hv.homes[index];
     loop {
+        control::silence_strays(hv, index);
         let order = {
             let _masked = cpu::mask();
             let order = home.order.with(Option::take);
-            if order.is_none() {
+            if order.is_none() && !control::has_strays(hv, index) {
                 cpu::wait_for_interrupt();
             }
             order

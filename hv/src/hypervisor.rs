@@ -7,7 +7,10 @@ use arch::{
     machine::{Boot, Ecam},
     unit::{self, Commands, Remapping, Tables},
 };
-use broker::{BUCKETS, EventReceiver, EventSender, Lost, Missed, POISONED, QueueId, Tally};
+use broker::{
+    BUCKETS, EventReceiver, EventSender, FaultCount, FaultLimits, Lost, Missed, POISONED, QueueId, Restraint,
+    Tally,
+};
 use channel::call::REPORTS;
 use core::{
     ops::Range,
@@ -18,8 +21,8 @@ use core::{
 };
 use heapless::{Vec, spsc};
 use iommu::{
-    Capabilities, Commands as _, Completion, Error, Failure, FaultRecord, Invalidation, PageResponse,
-    PhysAddr, StreamId, Ticket,
+    Capabilities, Commands as _, Completion, Error, Failure, FaultRecord, Invalidation, Leaving,
+    PageResponse, PhysAddr, StreamId, Ticket,
 };
 use pcie::Function;
 use spin::Once;
@@ -69,7 +72,7 @@ const UNSENT: usize = SLOTS * QUEUES + 64;
 /// Each core waits for the one that it submitted before it submits another, so at most one of each other core is ahead of it
 /// in the unit's queue. The unit or its driver has an end for what is at the head within [`unit::HEAD_LIMIT_US`], and what is
 /// behind comes to the head then: after as many of those as there are cores everything has an end. This is one more.
-const BACKSTOP_US: u64 = (1 + GUESTS as u64 + 1) * unit::HEAD_LIMIT_US;
+pub const BACKSTOP_US: u64 = (1 + GUESTS as u64 + 1) * unit::HEAD_LIMIT_US;
 /// How long the service core may take for a pass that is waited for, in microseconds.
 const DRAIN_LIMIT_US: u64 = 100_000;
 
@@ -78,6 +81,14 @@ const DRAIN_LIMIT_US: u64 = 100_000;
 /// What is measured is measured on one core, which is all there is.
 pub const fn home_of(index: usize) -> usize {
     if cfg!(feature = "measure") || index == PAGER { SERVICE_CORE } else { SERVICE_CORE + 1 + index }
+}
+
+/// Faults of a device that no guest owns, which is blocked already. There is nobody to warn.
+pub const STRAY_FAULTS: FaultLimits = FaultLimits { warn: 0, ..FaultLimits::USUAL };
+
+/// Returns the home, by its guest, that deals with device `number` while no guest owns it.
+pub const fn caretaker_of(number: usize) -> usize {
+    number % GUESTS
 }
 
 /// A device that can be given away, or driven by the demonstration.
@@ -274,6 +285,12 @@ pub struct Hypervisor {
     given: [AtomicU64; DEVICES],
     /// Devices whose first stage a guest owns.
     bound: DeviceSet,
+    /// Devices that have more faults than they may, and that their homes have not dealt with yet.
+    pub flooding: DeviceSet,
+    /// The faults of devices that no guest owns.
+    strays: [FaultCount; DEVICES],
+    /// Who has each device in hand.
+    hands: [Locked<Hand>; DEVICES],
     /// Devices that did not answer when they were to forget something.
     silent: DeviceSet,
     /// Devices that are blocked, all of them. One that is silent as well is not asked again.
@@ -284,8 +301,19 @@ pub struct Hypervisor {
     pub image: &'static [u8],
 }
 
+/// Who has a device in hand.
+#[derive(Debug)]
+pub enum Hand {
+    /// Nobody: it is blocked, and what it tries is reported.
+    Nobody,
+    /// A guest that it was given to, or a core that is about to silence it.
+    Somebody,
+    /// Nobody: it is blocked, and silenced, until the block is finished.
+    Silenced(Leaving),
+}
+
 /// Some of the devices, by their places: bit n set, device n.
-struct DeviceSet(AtomicU64);
+pub struct DeviceSet(AtomicU64);
 
 impl DeviceSet {
     const fn new() -> Self {
@@ -301,11 +329,22 @@ impl DeviceSet {
         }
     }
 
-    fn has(&self, number: usize) -> bool {
+    /// Puts a device in, after what was noted of it elsewhere.
+    pub fn put(&self, number: usize) {
+        // ORDER: whoever takes the device out sees what is known of it.
+        self.0.fetch_or(1 << number, Release);
+    }
+
+    /// Takes a device out; returns whether it was in.
+    pub fn take(&self, number: usize) -> bool {
+        self.0.fetch_and(!(1 << number), Acquire) & 1 << number != 0
+    }
+
+    pub fn has(&self, number: usize) -> bool {
         self.0.load(Relaxed) & 1 << number != 0
     }
 
-    fn is_empty(&self) -> bool {
+    pub fn is_empty(&self) -> bool {
         self.0.load(Relaxed) == 0
     }
 }
@@ -377,6 +416,8 @@ impl Hypervisor {
         }
         let stage = Stage::of(&capabilities, boot.command_line());
         let doorbell = remapping.as_ref().and_then(Remapping::doorbell);
+        let strays = [const { FaultCount::new() }; DEVICES];
+        strays.iter().for_each(|faults| faults.set(&STRAY_FAULTS));
         HYPERVISOR.call_once(|| Self {
             boot,
             pool: &POOL,
@@ -405,6 +446,9 @@ impl Hypervisor {
             devices,
             given: [const { AtomicU64::new(0) }; DEVICES],
             bound: DeviceSet::new(),
+            flooding: DeviceSet::new(),
+            strays,
+            hands: [const { Locked::new(Hand::Nobody) }; DEVICES],
             silent: DeviceSet::new(),
             blocked: DeviceSet::new(),
             conditions: [const { AtomicU8::new(Condition::Clean as u8) }; DEVICES],
@@ -495,6 +539,43 @@ impl Hypervisor {
         Some((guest as usize, (word >> 32) as u32))
     }
 
+    /// Counts a fault of a device that no guest owns; returns what it is to be held to if that was one too many. Those of
+    /// functions that are not in `devices` are counted in `unowned` alone. Looks at all devices.
+    pub fn stray_fault(&self, stream: StreamId, now_us: u64) -> Option<Restraint> {
+        self.strays.get(self.place_of(stream)?)?.add(now_us)
+    }
+
+    /// Has the home of a device deal with it, as it has more faults than it may; returns which home that is.
+    pub fn note_flooding(&self, stream: StreamId) -> Option<usize> {
+        let number = self.place_of(stream)?;
+        self.flooding.put(number);
+        Some(self.owner_of(stream).map_or(caretaker_of(number), |(guest, _)| guest))
+    }
+
+    /// Returns whether device `number` is silenced, and nobody's.
+    pub fn is_silenced(&self, number: usize) -> bool {
+        self.hands.get(number).is_some_and(|hand| hand.with(|hand| matches!(hand, Hand::Silenced(_))))
+    }
+
+    /// Takes a device in hand that nobody has; returns what its silence is to be finished with, if it is silenced. `None` if
+    /// somebody has it.
+    pub fn take_in_hand(&self, number: usize) -> Option<Option<Leaving>> {
+        self.hands.get(number)?.with(|hand| match core::mem::replace(hand, Hand::Somebody) {
+            Hand::Nobody => Some(None),
+            Hand::Silenced(leaving) => Some(Some(leaving)),
+            Hand::Somebody => None,
+        })
+    }
+
+    /// Lets go of a device that was in hand. What it did before is forgiven, unless it was silenced for it.
+    pub fn let_go(&self, number: usize, silenced: Option<Leaving>) {
+        let (Some(hand), Some(faults)) = (self.hands.get(number), self.strays.get(number)) else { return };
+        if silenced.is_none() {
+            faults.forgive();
+        }
+        hand.with(|hand| *hand = silenced.map_or(Hand::Nobody, Hand::Silenced));
+    }
+
     /// Returns whether guest `index` owns a device.
     pub fn owns_a_device(&self, index: usize) -> bool {
         self.given.iter().any(|given| given.load(Relaxed) as u32 as usize == index + 1)
@@ -574,7 +655,17 @@ impl Hypervisor {
     ///
     /// A device that is blocked because it did not answer is not asked again: the unit lets nothing of it through, whatever it
     /// remembers, and it is reset before anybody else gets it.
+    #[inline]
     pub fn invalidate(&self, invalidations: &[Invalidation]) -> Result<(), Error> {
+        if self.silent.is_empty() {
+            // Mostly there is no such device.
+            return self.submit_and_wait(invalidations);
+        }
+        self.invalidate_asking_some(invalidations)
+    }
+
+    #[inline(never)]
+    fn invalidate_asking_some(&self, invalidations: &[Invalidation]) -> Result<(), Error> {
         const PART: usize = 8;
         let is_unasked = |it: &Invalidation| it.asks().is_some_and(|stream| self.is_unasked(stream));
         if !invalidations.iter().any(is_unasked) {
@@ -588,31 +679,44 @@ impl Hypervisor {
     }
 
     fn submit_and_wait(&self, invalidations: &[Invalidation]) -> Result<(), Error> {
-        let submit = || {
-            self.commands.with(|commands| {
-                let ticket = commands.submit(invalidations)?;
-                Ok((ticket, commands.poll(ticket)))
-            })
-        };
-        let mut submitted = submit();
-        // A unit may be that quick. The clock is for those that are not.
-        if matches!(submitted, Ok((_, Completion::Done))) {
-            return Ok(());
-        }
-        let start = cpu::now_us();
-        while let Err(Error::QueueFull { .. } | Error::Busy { .. }) = submitted {
-            if cpu::now_us().saturating_sub(start) >= BACKSTOP_US {
-                break;
+        let mut since_us = None;
+        loop {
+            // `None` is done: a unit may be that quick. The clock is for those that are not.
+            let undone = self.commands.with(|commands| {
+                match commands.submit(invalidations).map(|ticket| (ticket, commands.poll(ticket))) {
+                    Ok((_, Completion::Done)) => None,
+                    undone => Some(undone),
+                }
+            });
+            let Some(undone) = undone else { return Ok(()) };
+            if let Some(result) = self.wait_on(undone, &mut since_us) {
+                return result;
             }
-            cpu::relax();
-            submitted = submit();
         }
-        let (ticket, completion) = submitted?;
-        match completion {
-            Completion::Done => Ok(()),
-            Completion::Failed => Err(self.has_failed(ticket)),
-            Completion::Pending => self.wait(ticket),
-        }
+    }
+
+    /// Waits until what was submitted has completed. `None` if there was no room for it: then it is to be submitted again, for
+    /// some time from `since_us` on.
+    #[inline(never)]
+    fn wait_on(
+        &self,
+        submitted: Result<(Ticket, Completion), Error>,
+        since_us: &mut Option<u64>,
+    ) -> Option<Result<(), Error>> {
+        Some(match submitted {
+            Ok((_, Completion::Done)) => Ok(()),
+            Ok((ticket, Completion::Failed)) => Err(self.has_failed(ticket)),
+            Ok((ticket, Completion::Pending)) => self.wait(ticket),
+            Err(error @ (Error::QueueFull { .. } | Error::Busy { .. })) => {
+                let now_us = cpu::now_us();
+                if now_us.saturating_sub(*since_us.get_or_insert(now_us)) < BACKSTOP_US {
+                    cpu::relax();
+                    return None;
+                }
+                Err(error)
+            }
+            Err(error) => Err(error),
+        })
     }
 
     /// Has the service core find out why: not everything that fails interrupts.

@@ -8,7 +8,7 @@ use arch::{bus::Mmio, cpu::Locked};
 use core::{
     cell::Cell,
     ops::Range,
-    ptr::NonNull,
+    ptr::{self, NonNull},
     sync::atomic::{
         AtomicU64,
         Ordering::{Acquire, Release, SeqCst},
@@ -26,6 +26,10 @@ pub const FRAME_WORDS: usize = PAGE_SIZE as usize / 8;
 pub struct Pool {
     start: u64,
     frames: usize,
+    /// The same in bytes.
+    bytes: u64,
+    /// Where the first frame is mapped. The others follow, as the frames do.
+    mapped: usize,
     /// Bit n set: frame n has an owner.
     taken: [u64; FRAMES / 64],
     in_use: usize,
@@ -38,15 +42,31 @@ pub struct Pool {
 impl Pool {
     /// A pool without frames.
     pub const fn empty() -> Self {
-        Self { start: 0, frames: 0, taken: [0; FRAMES / 64], in_use: 0, hint: 0, publisher: None }
+        Self {
+            start: 0,
+            frames: 0,
+            bytes: 0,
+            mapped: 0,
+            taken: [0; FRAMES / 64],
+            in_use: 0,
+            hint: 0,
+            publisher: None,
+        }
     }
 
     /// Takes over the largest of `regions`, usable RAM that nobody owns. Called once.
     pub fn adopt(&mut self, regions: impl Iterator<Item = Range<PhysAddr>>, publisher: Mmio) {
         let bytes = |region: &Range<PhysAddr>| region.end.0.saturating_sub(region.start.0);
-        if let Some(region) = regions.max_by_key(bytes) {
+        let Some(region) = regions.max_by_key(bytes) else { return };
+        let frames = (bytes(&region) / PAGE_SIZE).min(FRAMES as u64);
+        // What lies between two addresses that `direct` reaches is mapped as they are.
+        let last = frames.checked_sub(1).map(|last| PhysAddr(region.start.0 + last * PAGE_SIZE));
+        let ends = (arch::bus::direct(region.start), last.and_then(arch::bus::direct));
+        if let (Some(first), Some(_)) = ends {
             self.start = region.start.0;
-            self.frames = (bytes(&region) / PAGE_SIZE).min(FRAMES as u64) as usize;
+            self.frames = frames as usize;
+            self.bytes = frames * PAGE_SIZE;
+            self.mapped = first.as_ptr().expose_provenance();
             self.publisher = Some(publisher);
         }
     }
@@ -116,10 +136,12 @@ impl Pool {
 pub struct Table(&'static [AtomicU64; FRAME_WORDS]);
 
 impl pgtable::Table for Table {
+    #[inline(always)]
     fn load(self, index: usize) -> u64 {
         self.0[index].load(Acquire)
     }
 
+    #[inline(always)]
     fn store(self, index: usize, value: u64) {
         self.0[index].store(value, Release);
     }
@@ -132,16 +154,15 @@ impl pgtable::Table for Table {
 impl pgtable::Words for Pool {
     type Table = Table;
 
+    #[inline(always)]
     fn table(&self, frame: PhysAddr) -> Table {
         // What lies before the first frame is far after it when it wraps.
-        let inside = frame.0.wrapping_sub(self.start) / PAGE_SIZE < self.frames as u64;
-        assert!(inside, "tables lie in frames of the pool");
-        let base = arch::bus::direct(PhysAddr(frame.0 & !(PAGE_SIZE - 1)));
-        // PANICS: never: what the pool holds is mapped.
-        let base = base.unwrap_or(NonNull::dangling()).cast();
-        // SAFETY: the frame is RAM that stays mapped, and aligned. It was taken as a table, and while it is one everybody
-        // reaches it by atomic accesses alone.
-        Table(unsafe { base.as_ref() })
+        let offset = frame.0.wrapping_sub(self.start);
+        assert!(offset < self.bytes, "tables lie in frames of the pool");
+        let at = ptr::with_exposed_provenance(self.mapped + (offset & !(PAGE_SIZE - 1)) as usize);
+        // SAFETY: the frame is RAM that `adopt` found mapped, and aligned. It was taken as a table, and while it is one
+        // everybody reaches it by atomic accesses alone.
+        Table(unsafe { &*at })
     }
 }
 
@@ -211,6 +232,7 @@ pub struct Shared<'s> {
 impl pgtable::Words for Shared<'_> {
     type Table = Table;
 
+    #[inline(always)]
     fn table(&self, frame: PhysAddr) -> Table {
         self.pool.table(frame)
     }
@@ -229,6 +251,7 @@ impl pgtable::Frames for Shared<'_> {
         self.left.set(self.left.get() + 1);
     }
 
+    #[inline(always)]
     fn publish(&self, range: Range<PhysAddr>) {
         self.pool.publish(range);
     }

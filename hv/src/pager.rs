@@ -14,7 +14,7 @@ use arch::{cpu, unit};
 use broker::{DeviceId, Limits, Owner, Page, Policy, QueueId, Restraint, Settled, Taken, Tally, Whose};
 use core::ops::Range;
 use heapless::Vec;
-use iommu::{Features, Gpa, Iova, Outcome, PAGE_SIZE, Pasid, Perms};
+use iommu::{Features, Gpa, Iova, Leaving, Outcome, PAGE_SIZE, Pasid, Perms, StreamId};
 
 /// Pages that a pager gives away, at most.
 const PAGES: usize = 16;
@@ -34,6 +34,8 @@ pub struct Pager<'h> {
     owned: Option<Owned>,
     /// The empty space of accesses without PASID, where the others have one.
     blank: Option<Space>,
+    /// What its tables left behind when it was blocked for good.
+    blocked: Option<Leaving>,
     share: Share,
     /// Where the device may ask for pages.
     window: Range<Iova>,
@@ -58,25 +60,9 @@ impl<'h> Pager<'h> {
         if hv.boot.firmware_uses(&hv.config, stream) {
             return Err(Error::Firmwares { stream });
         }
-        if !hv.is_clean(number) {
-            return Err(Error::NotReset { stream });
-        }
-        let groups = hv.pager.with(Option::take).ok_or(Error::Attached)?;
-        // First what everything else refers to: the queue exists before any attachment.
-        let opened = hv.ledger.open_at(PAGER, Owner::Pager).and_then(|queue| {
-            let id = hv.ledger.add_device(stream, &Limits::with_requests(ALLOCATION));
-            id.map(|id| (queue, id)).inspect_err(|_| {
-                hv.ledger.shut(queue);
-                let _ = hv.ledger.close(queue);
-            })
-        });
-        let (queue, id) = match opened {
-            Ok(opened) => opened,
-            Err(error) => {
-                hv.pager.with(|place| *place = Some(groups));
-                return Err(Error::Broker(error));
-            }
-        };
+        control::take_in_hand(hv, number)?;
+        let opened = Self::open(hv, number, stream);
+        let (groups, queue, id) = opened.inspect_err(|_| hv.let_go(number, None))?;
         // The device's name is its number, counted as guests count.
         hv.give(number, Some((PAGER, number as u32 + 1)));
         let mut pager = Self {
@@ -88,6 +74,7 @@ impl<'h> Pager<'h> {
             id,
             owned: None,
             blank: None,
+            blocked: None,
             share: Share::new(TABLE_FRAMES),
             window,
             pages: Vec::new(),
@@ -97,6 +84,28 @@ impl<'h> Pager<'h> {
             Err(error) => {
                 let _ = pager.end();
                 Err(error)
+            }
+        }
+    }
+
+    /// What everything else refers to: the queue exists before any attachment.
+    fn open(hv: &Hypervisor, number: usize, stream: StreamId) -> Result<(Groups, QueueId, DeviceId), Error> {
+        if !hv.is_clean(number) {
+            return Err(Error::NotReset { stream });
+        }
+        let groups = hv.pager.with(Option::take).ok_or(Error::Attached)?;
+        let opened = hv.ledger.open_at(PAGER, Owner::Pager).and_then(|queue| {
+            let id = hv.ledger.add_device(stream, &Limits::with_requests(ALLOCATION));
+            id.map(|id| (queue, id)).inspect_err(|_| {
+                hv.ledger.shut(queue);
+                let _ = hv.ledger.close(queue);
+            })
+        });
+        match opened {
+            Ok((queue, id)) => Ok((groups, queue, id)),
+            Err(error) => {
+                hv.pager.with(|place| *place = Some(groups));
+                Err(Error::Broker(error))
             }
         }
     }
@@ -128,8 +137,11 @@ impl<'h> Pager<'h> {
         Ok(())
     }
 
-    /// Returns whether the device asks for something.
+    /// Returns whether there is something for [`serve`](Self::serve) to do: the device asks for something, or has too many faults.
     pub fn is_asked(&mut self) -> bool {
+        if self.hv.flooding.has(self.number) {
+            return true;
+        }
         loop {
             match self.groups.take(cpu::now_us(), |_| None::<()>) {
                 Taken::Yes(()) | Taken::Left => return true,
@@ -159,7 +171,12 @@ impl<'h> Pager<'h> {
                 Err(refusal) => defmt::debug!("the pager came too late: {}", refusal),
             }
         }
-        self.hv.ledger.restraint(self.id)
+        self.hv.flooding.take(self.number);
+        let restraint = self.hv.ledger.restraint(self.id);
+        if restraint == Restraint::Blocked && self.blocked.is_none() {
+            self.blocked = control::block_for_good(self.hv, self.device).ok();
+        }
+        restraint
     }
 
     /// Gives the device `page`; `false` if it may not have that.
@@ -194,10 +211,11 @@ impl<'h> Pager<'h> {
     ///
     /// On an error the frames are never used again, since the device may still reach them, and there is no pager any more.
     pub fn end(self) -> Result<Tally, Error> {
-        let Self { hv, groups, queue, device, number, id, owned, blank, share, pages, .. } = self;
+        let Self { hv, groups, queue, device, number, id, owned, blank, blocked, share, pages, .. } = self;
         let stream = device.function.id;
         device.function.disable_bus_master(&hv.config);
-        let leaving = control::block(hv, stream).inspect_err(|_| hv.mark(number, Condition::Broken))?;
+        let leaving = blocked.map_or_else(|| control::block(hv, stream), Ok);
+        let leaving = leaving.inspect_err(|_| hv.mark(number, Condition::Broken))?;
         if let Some(owned) = owned {
             control::detach(hv, &share, queue, owned)?;
         }
@@ -209,7 +227,9 @@ impl<'h> Pager<'h> {
         hv.ledger.remove_device(id);
         hv.mark(number, control::reset(hv, device));
         hv.give(number, None);
+        hv.flooding.take(number);
         hv.tables.with(|tables| iommu::Tables::finish(tables, leaving));
+        hv.let_go(number, None);
         hv.ledger.shut(queue);
         hv.drain().map_err(Error::Unit)?;
         while let Some(answer) = hv.ledger.evict(queue, Whose::All, cpu::now_us()) {

@@ -47,6 +47,7 @@ mod task {
     pub const REFUSED_INTERRUPT: u64 = 16;
     pub const LOSSES: u64 = 17;
     pub const UNMAPS: u64 = 18;
+    pub const STORM: u64 = 19;
 }
 
 /// How long a scene waits for a guest, in microseconds of the machine's time.
@@ -96,6 +97,7 @@ static FURTHER: &[SceneOf] = &[
     ("restart", true, restart::restart),
     ("nested", true, nested::nested),
     ("storm", true, pressure::storm),
+    ("escalation", true, pressure::escalation),
     ("overflow", true, pressure::overflow),
     ("staleness", true, pressure::staleness),
     ("batch", true, pressure::batch),

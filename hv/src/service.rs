@@ -6,6 +6,9 @@
 //! prints is bounded by [`LOG_LINES`]. What is left makes it interrupt itself, since the unit will not interrupt for it
 //! again.
 //!
+//! A device that has more faults than it may is warned of, and then blocked and silenced by a home core (`control.rs`), so that
+//! faults do not come for ever either.
+//!
 //! A group whose guest is silent is therefore answered at its deadline, plus interrupt latency, plus the passes before.
 
 use crate::hypervisor::{self, Broker, GUESTS, Hypervisor, Notice, Notices, QUEUES, SERVICE_CORE, home_of};
@@ -14,10 +17,10 @@ use arch::{
     interrupts::{self, Source},
     unit,
 };
-use broker::{Expiry, Verdict};
+use broker::{Expiry, Faulted, Restraint, Verdict};
 use core::sync::atomic::Ordering::{AcqRel, Relaxed, SeqCst};
 use heapless::Deque;
-use iommu::{Commands as _, Event, Events as _, FailureCause, FaultRecord, PageRequest, Stages};
+use iommu::{Commands as _, Event, Events as _, FailureCause, FaultRecord, PageRequest, Stages, StreamId};
 
 /// Page requests that one pass takes, at most: as many as the unit's queue may hold.
 const PASS: usize = 128;
@@ -54,6 +57,8 @@ struct Service {
     timer_us: u64,
     /// Another pass is due, for everything.
     behind: bool,
+    /// Whose the last fault of this pass was, unless a loss was told since.
+    faulted: Option<StreamId>,
 }
 
 /// Why the unit is not served.
@@ -88,6 +93,7 @@ pub fn start(hv: &'static Hypervisor, mut events: unit::Events) -> Result<(), Fa
             kicks: [false; QUEUES],
             timer_us: u64::MAX,
             behind: true,
+            faulted: None,
         })
     });
     // The first pass takes what was reported before anybody listened.
@@ -214,6 +220,7 @@ impl Service {
     /// Takes up to [`FAULTS`] faults; returns whether there are no more.
     fn take_faults(&mut self, broker: &mut Broker) -> bool {
         self.now_us = cpu::now_us();
+        self.faulted = None;
         for _ in 0..FAULTS {
             match self.events.next_fault() {
                 Some(event) => self.take(broker, event),
@@ -241,6 +248,11 @@ impl Service {
                     defmt::warn!("an unknown number of faults was lost");
                 }
                 self.lose_faults();
+                // There was no room because of those that were there. Whose the last of them was answers for one more, so that
+                // nobody answers for more of others' than of its own.
+                if let Some(stream) = self.faulted.take() {
+                    self.count_fault(stream);
+                }
             }
             Event::Malformed { words: [low, high], group } => {
                 defmt::warn!("the unit reports {=u64:#x} {=u64:#x}, which is nothing known", low, high);
@@ -250,6 +262,7 @@ impl Service {
             }
             Event::CommandsFailed { status } => {
                 defmt::error!("the unit reports a command error, status {=u32:#x}", status);
+                self.hv.commands.with(|commands| commands.told(status));
                 self.recover();
             }
             _ => defmt::warn!("the unit reports something that the hypervisor does not know"),
@@ -311,15 +324,17 @@ impl Service {
                 None => defmt::info!("fault: {}", fault),
             }
         }
-        if self.hv.is_bound(fault.stream) && self.events.refused_by(&fault) == Stages::Second {
-            // Behind the guest's own tables: what they lead to is the hypervisor's, and is not told.
-            self.hv.second_stage.with(|(count, last)| {
-                *count += 1;
-                *last = Some(fault);
-            });
+        self.faulted = Some(fault.stream);
+        let attached = self.hv.ledger.faulted(fault.stream, fault.pasid, self.now_us);
+        match attached {
+            Some(Faulted { restraint: None, .. }) => {}
+            Some(Faulted { restraint: Some(restraint), .. }) => self.too_many_faults(fault.stream, restraint),
+            None => self.count_fault(fault.stream),
+        }
+        if self.hv.is_bound(fault.stream) && self.is_behind_guest(&fault) {
             return;
         }
-        let attached = self.hv.ledger.owner_of(fault.stream, fault.pasid);
+        let attached = attached.map(|attached| attached.owner);
         let owner = attached.or_else(|| self.hv.owner_of(fault.stream).map(|(guest, name)| (guest, name, 0)));
         let notices = owner.and_then(|(index, ..)| self.notices.get_mut(index));
         let (Some((index, device, opaque)), Some(notices)) = (owner, notices) else {
@@ -331,6 +346,39 @@ impl Service {
         };
         notices.send(Notice { fault, device, opaque });
         self.kick(index);
+    }
+
+    /// Returns whether a fault was behind a guest's own tables: what they lead to is the hypervisor's, and is not told.
+    ///
+    /// Where it may have been either stage, it was a permission, and the second gives all of them or none: it was the guest's.
+    #[inline(never)]
+    fn is_behind_guest(&mut self, fault: &FaultRecord) -> bool {
+        let is_behind = self.events.refused_by(fault) == Stages::Second;
+        if is_behind {
+            self.hv.second_stage.with(|(count, last)| {
+                *count += 1;
+                *last = Some(*fault);
+            });
+        }
+        is_behind
+    }
+
+    /// Counts a fault of a device that belongs to no attachment, or that some were lost behind one of the device's.
+    #[inline(never)]
+    fn count_fault(&mut self, stream: StreamId) {
+        let counted = self.hv.ledger.device_faulted(stream, self.now_us);
+        if let Some(restraint) = counted.unwrap_or_else(|_| self.hv.stray_fault(stream, self.now_us)) {
+            self.too_many_faults(stream, restraint);
+        }
+    }
+
+    /// Has a home core deal with a device that has more faults than it may.
+    #[cold]
+    fn too_many_faults(&mut self, stream: StreamId, restraint: Restraint) {
+        defmt::warn!("{} has too many faults, and is {} from now on", stream, restraint);
+        if let Some(home) = self.hv.note_flooding(stream) {
+            self.kick(home);
+        }
     }
 
     /// Tells every guest that owns a device: what the unit lost may have been about that.

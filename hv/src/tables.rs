@@ -2,8 +2,8 @@
 
 use crate::{memory, wanted};
 use arch::unit;
-use iommu::{Capabilities, FirstStage, Grant, Perms, Translation};
-use pgtable::{Attributes, Error, Frames, Gather, Limits, Memory, Tree};
+use iommu::{Capabilities, FirstStage, Grant, PAGE_SIZE, Perms, Translation};
+use pgtable::{Attributes, Error, Format, Frames, Gather, Limits, Memory, Retired, Tree};
 
 /// A stage of translation.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, defmt::Format)]
@@ -89,19 +89,12 @@ impl DeviceTables {
     }
 
     /// Unmaps `bytes` from `iova`.
+    #[inline(always)]
     pub fn unmap(&self, frames: &mut impl Frames, iova: u64, bytes: u64) -> Result<Unmapped, Error> {
-        match self {
-            Self::First(tree) => {
-                let mut gather = Gather::new();
-                tree.unmap(frames, iova, bytes, &mut gather)?;
-                Ok(Unmapped::First(gather))
-            }
-            Self::Second(tree) => {
-                let mut gather = Gather::new();
-                tree.unmap(frames, iova, bytes, &mut gather)?;
-                Ok(Unmapped::Second(gather))
-            }
-        }
+        Ok(match self {
+            Self::First(tree) => Unmapped::First(out_of(tree, frames, iova, bytes)?),
+            Self::Second(tree) => Unmapped::Second(out_of(tree, frames, iova, bytes)?),
+        })
     }
 
     /// Gives all frames back. Nobody walks the tables any more.
@@ -113,29 +106,45 @@ impl DeviceTables {
     }
 }
 
-/// What an unmap took out of the tables, and the unit may still know.
+/// Takes `bytes` from `iova` out of a tree. Its caller invalidates them, so only the tables that went are kept.
+#[inline(always)]
+fn out_of<F: Format>(
+    tree: &Tree<F>,
+    frames: &mut impl Frames,
+    iova: u64,
+    bytes: u64,
+) -> Result<Retired<F>, Error> {
+    if bytes == PAGE_SIZE && tree.unmap_page(frames, iova).is_some() {
+        return Ok(Retired::NONE);
+    }
+    let mut gather = Gather::new();
+    tree.unmap(frames, iova, bytes, &mut gather)?;
+    Ok(gather.into_retired())
+}
+
+/// The tables that an unmap took out of use, and the unit may still walk. What it unmapped its caller knows.
 #[must_use = "the frames of tables that went come back when the unit has forgotten them"]
 pub enum Unmapped {
     /// Out of the first stage.
-    First(Gather<unit::FirstStage>),
+    First(Retired<unit::FirstStage>),
     /// Out of the second.
-    Second(Gather<unit::SecondStage>),
+    Second(Retired<unit::SecondStage>),
 }
 
 impl Unmapped {
     /// Returns whether tables went with the mappings.
     pub fn tables_went(&self) -> bool {
         match self {
-            Self::First(gather) => gather.tables_went(),
-            Self::Second(gather) => gather.tables_went(),
+            Self::First(retired) => !retired.is_empty(),
+            Self::Second(retired) => !retired.is_empty(),
         }
     }
 
     /// Gives the frames of the tables that went back: the unit has forgotten them.
     pub fn give_back(self, frames: &mut impl Frames) {
         match self {
-            Self::First(gather) => gather.give_back(frames),
-            Self::Second(gather) => gather.give_back(frames),
+            Self::First(retired) => retired.give_back(frames),
+            Self::Second(retired) => retired.give_back(frames),
         }
     }
 }

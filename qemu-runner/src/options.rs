@@ -32,7 +32,8 @@ Options:
   --scene NAME       show this scene only; may be given several times
                      (deny allow event repair silence forgery restraint
                      claims departure isolation pager interrupts;
-                     of pressure: recovery storm overflow staleness batch;
+                     of pressure: recovery storm escalation overflow staleness
+                     batch;
                      of second-stage and legacy: trust; of restart: restart;
                      of nested: nested)
   --keep             keep each boot's files (serial.bin, log.txt, trace.txt, stderr.txt) and say where

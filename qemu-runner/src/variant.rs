@@ -226,6 +226,7 @@ pub(crate) static VARIANTS: &[Variant] = &[
         scenes: &[
             Scene::requests("recovery").witnessed("Page group response without PASID"),
             Scene::requests("storm").witnessed("new fault is not recorded, set PFO field"),
+            Scene::requests("escalation").witnessed("vtd_fault_disabled"),
             Scene::requests("overflow"),
             Scene::requests("staleness"),
             Scene::requests("batch"),
@@ -241,6 +242,8 @@ pub(crate) static VARIANTS: &[Variant] = &[
             Scene::doubled("recovery").witnessed("smmuv3_write_gerror toggled=0x1"),
             // GERROR.EVENTQ_ABT_ERR.
             Scene::requests("storm").witnessed("smmuv3_write_gerror toggled=0x4"),
+            // Config = abort: no event.
+            Scene::doubled("escalation").witnessed("smmuv3_translate_abort"),
             Scene::doubled("overflow"),
             Scene::doubled("staleness"),
             Scene::doubled("batch"),

@@ -34,8 +34,8 @@ const VARIANTS: &[(&str, &str, &[&str])] = &[
     ("x86_64", "second-stage", &["deny", "allow", "event", "isolation", "trust", "interrupts"]),
     ("x86_64", "legacy", &["deny", "allow", "event", "isolation", "trust"]),
     ("aarch64", "second-stage", &["deny", "allow", "event", "repair", "isolation", "trust", "interrupts"]),
-    ("x86_64", "pressure", &["recovery", "storm", "overflow", "staleness", "batch"]),
-    ("aarch64", "pressure", &["recovery", "storm", "overflow", "staleness", "batch"]),
+    ("x86_64", "pressure", &["recovery", "storm", "escalation", "overflow", "staleness", "batch"]),
+    ("aarch64", "pressure", &["recovery", "storm", "escalation", "overflow", "staleness", "batch"]),
     ("aarch64", "nested", &["allow", "repair", "nested"]),
     ("x86_64", "restart", &["restart", "repair"]),
     ("aarch64", "restart", &["restart", "repair"]),
@@ -59,6 +59,7 @@ const TEST_DOUBLES: &[(Option<&str>, &str)] = &[
     (None, "pager"),
     (Some("second-stage"), "repair"),
     (Some("pressure"), "recovery"),
+    (Some("pressure"), "escalation"),
     (Some("pressure"), "overflow"),
     (Some("pressure"), "staleness"),
     (Some("pressure"), "batch"),
@@ -215,6 +216,31 @@ fn what_was_counted_under_pressure_adds_up() {
                 let room = if machine == "x86_64" { 1 } else { 128 };
                 assert_eq!(count("recorded"), room, "{scene:?}");
                 assert_eq!(count("guests_told_of_loss"), 2, "{scene:?}");
+            }
+            (_, "escalation", None) => {
+                // 256 faults block a device. What the unit had recorded by then, and until a core has blocked it, comes behind.
+                for recorded in ["recorded", "recorded_of_nobodys"] {
+                    assert!((256..512).contains(&count(recorded)), "{scene:?}");
+                }
+                // Every fault was told, or told as lost; and a loss of the unit's is told to everybody, and counted as one.
+                assert!(count("told_as_lost") > 0, "there was room all the time: {scene:?}");
+                let told = count("told") + count("told_as_lost");
+                assert!(
+                    (count("recorded")..=count("recorded") + count("told_as_lost")).contains(&told),
+                    "{scene:?}"
+                );
+                assert_eq!(
+                    (count("warnings"), count("blocked"), count("told_once_blocked")),
+                    (1, 1, 0),
+                    "{scene:?}"
+                );
+                assert_eq!(count("recorded_of_nobodys_once_silenced"), 0, "{scene:?}");
+                assert!(count("longest_to_answer_of_the_neighbour_less_than_us") <= 1 << 17, "{scene:?}");
+                assert!(
+                    count("groups_of_the_neighbour") > 0 && count("groups_of_the_next_owner") > 0,
+                    "{scene:?}"
+                );
+                assert!(count("faults_told_to_its_next_owner") >= 3, "{scene:?}");
             }
             (machine, "overflow", None) => {
                 assert!(count("notices_of_loss") > 0, "{scene:?}");

@@ -32,6 +32,7 @@ pub fn direct(phys: PhysAddr) -> Option<NonNull<u64>> {
 pub struct Mmio {
     base: usize,
     bytes: usize,
+    line_bytes: u64,
 }
 
 impl Mmio {
@@ -49,7 +50,7 @@ impl Mmio {
             base.0.is_multiple_of(8) && end.is_some_and(|end| end <= MAPPED_END),
             "registers out of reach"
         );
-        Self { base: base.0 as usize, bytes }
+        Self { base: base.0 as usize, bytes, line_bytes: line_bytes() }
     }
 
     /// Returns how many bytes of registers there are.
@@ -58,12 +59,20 @@ impl Mmio {
     }
 
     /// Returns the pointer to the register of type `T` at `offset`; `None` if there can be none.
+    #[inline]
     fn register<T>(&self, offset: usize) -> Option<*mut T> {
-        static TOLD: AtomicBool = AtomicBool::new(false);
         let end = offset.checked_add(size_of::<T>());
         if end.is_some_and(|end| end <= self.bytes) && offset.is_multiple_of(size_of::<T>()) {
             return Some(ptr::with_exposed_provenance_mut(self.base + offset));
         }
+        self.tell_missing(offset);
+        None
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn tell_missing(&self, offset: usize) {
+        static TOLD: AtomicBool = AtomicBool::new(false);
         if !TOLD.swap(true, Ordering::Relaxed) {
             defmt::warn!(
                 "no register at {=usize:#x} of the unit at {=usize:#x}, which has {=usize:#x} bytes; told once",
@@ -72,7 +81,6 @@ impl Mmio {
                 self.bytes
             );
         }
-        None
     }
 }
 
@@ -109,15 +117,17 @@ impl Bus for Mmio {
     /// driver knows (`IDR0.COHACC` of SMMUv3).
     ///
     /// PANICS: when `range` is not all mapped (below 512 GiB).
+    #[inline]
     fn publish(&self, range: Range<PhysAddr>) {
-        clean(range);
+        clean_lines(range, self.line_bytes);
     }
 
     /// Drops the cache lines of `range`, since a unit that does not look into the caches has stored behind them.
     ///
     /// PANICS: when `range` is not all mapped (below 512 GiB).
+    #[inline]
     fn observe(&self, range: Range<PhysAddr>) {
-        clean(range);
+        clean_lines(range, self.line_bytes);
     }
 
     fn now_us(&self) -> u64 {
@@ -131,14 +141,19 @@ fn load_first() {
     barrier::dmb(barrier::OSHLD);
 }
 
+/// Returns the bytes of the shortest cache line.
+fn line_bytes() -> u64 {
+    // `DminLine`: log2 of its words of 4 bytes.
+    4_u64 << (CTR_EL0.get() >> 16 & 0xF)
+}
+
 /// Writes the cache lines of `range` back to memory and drops them: what was stored here is seen by whoever does not look
 /// into the caches, and what it stored is seen here. Every later access comes after it.
 ///
 /// PANICS: when `range` is not all mapped (below 512 GiB).
-fn clean(range: Range<PhysAddr>) {
+#[inline]
+fn clean_lines(range: Range<PhysAddr>, line_bytes: u64) {
     assert!(range.end.0 <= MAPPED_END, "memory out of reach");
-    // `DminLine`: log2 of the words of 4 bytes in the shortest line.
-    let line_bytes = 4_u64 << (CTR_EL0.get() >> 16 & 0xF);
     let mut line = range.start.0 & !(line_bytes - 1);
     while line < range.end.0 {
         // SAFETY: the line is mapped. Its value does not change for this core: lines that a device stores to are not dirty,

@@ -34,9 +34,10 @@ pub const WHOLE_PAGES_ALONE: bool = false;
 
 /// How long something may be at the head of the unit's queue before the unit has an end for it, in microseconds.
 ///
-/// The driver sets no limit: the unit itself reports a device that does not answer (`CERROR_ATC_INV_SYNC`), within a time
-/// that is the implementer's. PCI Express, "Address Translation Services", gives a device one minute and a half at most.
-pub const HEAD_LIMIT_US: u64 = 90_000_000;
+/// The unit itself reports a device that does not answer (`CERROR_ATC_INV_SYNC`), within a time that is the implementer's: PCI
+/// Express, "Address Translation Services", gives a device one minute and a half at most. Where the unit does not go on then,
+/// the driver gives it up.
+pub const HEAD_LIMIT_US: u64 = 90_000_000 + smmuv3::RETRY_LIMIT_US;
 
 /// Tells the unit what invalidations of a device TLB need: an SMMU asks for nothing but the stream.
 pub fn describe_device_tlb(_: &mut Commands, _: StreamId, _: &DeviceTlb) -> Result<(), iommu::Error> {
@@ -184,8 +185,11 @@ pub const REFUSALS: Option<(u16, u16)> = None;
 const LAST_STREAMS: [StreamId; 2] = [StreamId(0xFFFF), StreamId(0xFF)];
 /// Tables of the second level of the stream table, where it has two: devices are on bus 0.
 const SECOND_LEVEL_TABLES: usize = 1;
-/// Frames for context descriptors: of devices with PASIDs, or of a guest's first stage.
-const CONTEXT_FRAMES: usize = 8;
+/// Devices with PASIDs, or with a guest's first stage, that each have all the context descriptors that they may: those of two
+/// guests, and the one of the hypervisor's pager.
+const CONTEXT_DEVICES: usize = 5;
+/// Frames for context descriptors: tables, and what leads to them.
+const CONTEXT_FRAMES: usize = CONTEXT_DEVICES * (smmuv3::DEVICE_TABLES + 1);
 /// Frames of the command queue: 256 entries.
 const COMMAND_FRAMES: usize = 1;
 /// Frames of the event queue: 128 entries.
@@ -230,6 +234,7 @@ pub fn find(boot: &Boot) -> Result<Found, Error> {
     // SAFETY: the tree says that a unit's registers are here, and its driver is the only one to use them.
     let bus = unsafe { Mmio::new(registers.start, (registers.end.0 - registers.start.0) as usize) };
     let unit = smmuv3::Found::probe(bus).map_err(Error::Unit)?;
+    defmt::info!("SMMUv3: {}", unit.part());
     Ok(Found { unit, bus, registers })
 }
 

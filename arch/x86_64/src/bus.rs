@@ -31,6 +31,7 @@ pub fn direct(phys: PhysAddr) -> Option<NonNull<u64>> {
 pub struct Mmio {
     base: usize,
     bytes: usize,
+    flush: Flush,
 }
 
 impl Mmio {
@@ -48,7 +49,7 @@ impl Mmio {
             base.0.is_multiple_of(8) && end.is_some_and(|end| end <= MAPPED_END),
             "registers out of reach"
         );
-        Self { base: base.0 as usize, bytes }
+        Self { base: base.0 as usize, bytes, flush: Flush::of_this_machine() }
     }
 
     /// Returns how many bytes of registers there are.
@@ -57,12 +58,20 @@ impl Mmio {
     }
 
     /// Returns the pointer to the register of type `T` at `offset`; `None` if there can be none.
+    #[inline]
     fn register<T>(&self, offset: usize) -> Option<*mut T> {
-        static TOLD: AtomicBool = AtomicBool::new(false);
         let end = offset.checked_add(size_of::<T>());
         if end.is_some_and(|end| end <= self.bytes) && offset.is_multiple_of(size_of::<T>()) {
             return Some(ptr::with_exposed_provenance_mut(self.base + offset));
         }
+        self.tell_missing(offset);
+        None
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn tell_missing(&self, offset: usize) {
+        static TOLD: AtomicBool = AtomicBool::new(false);
         if !TOLD.swap(true, Ordering::Relaxed) {
             defmt::warn!(
                 "no register at {=usize:#x} of the unit at {=usize:#x}, which has {=usize:#x} bytes; told once",
@@ -71,7 +80,6 @@ impl Mmio {
                 self.bytes
             );
         }
-        None
     }
 }
 
@@ -106,9 +114,10 @@ impl Bus for Mmio {
     /// its driver knows (`ECAP.C` of VT-d).
     ///
     /// PANICS: when `range` is not all mapped (below 4 GiB).
+    #[inline]
     fn publish(&self, range: Range<PhysAddr>) {
         assert!(range.end.0 <= MAPPED_END, "memory out of reach");
-        let Flush { line_bytes, optimised } = Flush::of_this_machine();
+        let Flush { line_bytes, optimised } = self.flush;
         // ORDER: a flush waits for older stores to its own line. With CLFLUSHOPT nothing else waits for it, and with AMD's
         // CLFLUSH neither; MFENCE holds back what comes later until the lines are in memory.
         let mut line = range.start.0 & !(line_bytes - 1);
@@ -144,7 +153,7 @@ impl Bus for Mmio {
 }
 
 /// How cache lines are flushed.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 struct Flush {
     /// Bytes of a line as CLFLUSH sees it.
     line_bytes: u64,

@@ -79,6 +79,9 @@ counters! {
         unrepaired,
         /// Answers that were held back, because the guest had claimed repairs that were none.
         held,
+        /// Accesses that were refused for good, and not asked for before (unrecoverable faults), as far as they were reported;
+        /// each time that the unit lost some behind one of the device's is one more.
+        faults,
     }
 }
 

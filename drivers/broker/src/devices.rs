@@ -4,6 +4,7 @@ use crate::{
     Tally,
     counters::{BUCKETS, Counters, Histogram, count, count_alone},
     directory::{Directory, Id},
+    faults::{FaultCount, FaultLimits},
 };
 use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use iommu::{Iova, PAGE_SIZE, Pasid, StreamId};
@@ -29,6 +30,8 @@ pub struct Limits {
     pub half_seen: u32,
     /// What happens if answers expire again and again.
     pub escalation: Escalation,
+    /// What happens if its accesses are refused again and again.
+    pub faults: FaultLimits,
 }
 
 impl Limits {
@@ -41,6 +44,7 @@ impl Limits {
             burst: requests,
             half_seen: requests,
             escalation: Escalation { warn: 1, throttle: 4, requests_off: 16, block: 0 },
+            faults: FaultLimits::USUAL,
         }
     }
 }
@@ -80,13 +84,13 @@ impl Escalation {
 pub enum Restraint {
     /// Nothing.
     None = 0,
-    /// Its owner is told. An answer in time lifts it.
+    /// Its owner is told. An answer in time lifts it, but of too many faults it is told once, until a reset.
     Warned = 1,
     /// It may have one group at a time. An answer in time lifts it.
     Throttled = 2,
     /// Its requests are refused at once; the hypervisor switches them off at the device. A reset lifts it.
     RequestsOff = 3,
-    /// The same, and the hypervisor blocks the device. A reset lifts it.
+    /// The same, and the hypervisor blocks the device and silences its faults. A reset lifts it.
     Blocked = 4,
 }
 
@@ -154,6 +158,8 @@ pub(crate) struct Device {
     repaired: [AtomicU64; REPAIRED],
     /// How often claims of repairs were none, less how often they were some; the handler's.
     doubt: AtomicU64,
+    /// Its unrecoverable faults; the handler's.
+    faults: FaultCount,
 }
 
 /// A page of a PASID as a word, of which 0 is none.
@@ -182,6 +188,7 @@ impl Device {
             expiries: AtomicU64::new(0),
             repaired: [const { AtomicU64::new(0) }; REPAIRED],
             doubt: AtomicU64::new(0),
+            faults: FaultCount::new(),
         }
     }
 
@@ -203,6 +210,7 @@ impl Device {
         let Escalation { warn, throttle, requests_off, block } = limits.escalation;
         self.warn_throttle.store(u64::from(warn) | u64::from(throttle) << 32, Relaxed);
         self.off_block.store(u64::from(requests_off) | u64::from(block) << 32, Relaxed);
+        self.faults.set(&limits.faults);
         self.forgive();
     }
 
@@ -212,6 +220,7 @@ impl Device {
         self.restraint.store(0, Relaxed);
         self.expiries.store(0, Relaxed);
         self.doubt.store(0, Relaxed);
+        self.faults.forgive();
         for page in &self.repaired {
             page.store(0, Relaxed);
         }
@@ -223,6 +232,15 @@ impl Device {
 
     pub fn restrain(&self, restraint: Restraint) {
         self.restraint.fetch_max(restraint as u64, Relaxed);
+    }
+
+    /// Takes note of an access that was refused; returns the restraint if it is one too many. The handler calls it.
+    #[inline]
+    pub fn faulted(&self, now_us: u64) -> Option<Restraint> {
+        count_alone(&self.counters.faults);
+        let restraint = self.faults.add(now_us)?;
+        self.restrain(restraint);
+        Some(restraint)
     }
 
     /// Takes note of one request; returns whether the device may have it. The handler calls it.

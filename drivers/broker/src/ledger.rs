@@ -2,7 +2,7 @@
 
 use crate::{
     Answer, AttachmentId, Cookie, DeviceId, Latencies, Limits, Missed, Policy, Refusal, Restraint, Tally,
-    attachments::Attachments,
+    attachments::{Attachments, Target},
     counters::count,
     devices::Devices,
     directory::Id,
@@ -86,6 +86,16 @@ pub enum Settled<'l, const S: usize> {
     /// It is held back, and sent when [`Broker::expire`](crate::Broker::expire) says so: its owner claimed repairs that
     /// were none.
     Held,
+}
+
+/// Whose a fault is, and what it comes to.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
+pub struct Faulted {
+    /// As [`Ledger::owner_of`] has it.
+    pub owner: (usize, u32, u64),
+    /// What the device is held to from now on, if the fault was one too many.
+    pub restraint: Option<Restraint>,
 }
 
 /// `Q` queues of `S` slots each, the devices in `D` places, their attachments in `A` places.
@@ -253,6 +263,12 @@ impl<const Q: usize, const S: usize, const D: usize, const A: usize> Ledger<Q, S
         }
     }
 
+    /// Counts an unrecoverable fault of a device as a whole, or that some were lost behind one of its; returns what the device is
+    /// held to, if that was one too many. Only the interrupt handler calls it.
+    pub fn device_faulted(&self, stream: StreamId, now_us: u64) -> Result<Option<Restraint>, Error> {
+        Ok(self.devices.find(stream).ok_or(Error::Gone)?.faulted(now_us))
+    }
+
     /// Returns what happened to the requests of a device; `None` if it was removed.
     pub fn tally(&self, device: DeviceId) -> Option<Tally> {
         self.devices.tally(device)
@@ -320,10 +336,25 @@ impl<const Q: usize, const S: usize, const D: usize, const A: usize> Ledger<Q, S
     /// Returns the queue, the owner's name for the device and the opaque value of the attachment that a fault belongs to.
     /// One that is leaving, and is not forgotten yet, is still told what happened before.
     pub fn owner_of(&self, stream: StreamId, pasid: Option<Pasid>) -> Option<(usize, u32, u64)> {
+        let target = self.target_of(stream, pasid)?;
+        Some((target.queue.index(), target.name(), target.opaque))
+    }
+
+    /// Counts an unrecoverable fault of an attachment, and returns whose it is; `None`, and nothing is counted, if it is of none.
+    /// Only the interrupt handler calls it. Looks at one device.
+    #[inline]
+    pub fn faulted(&self, stream: StreamId, pasid: Option<Pasid>, now_us: u64) -> Option<Faulted> {
+        let target = self.target_of(stream, pasid)?;
+        let restraint = self.devices.of(target.device()).and_then(|device| device.faulted(now_us));
+        Some(Faulted { owner: (target.queue.index(), target.name(), target.opaque), restraint })
+    }
+
+    #[inline]
+    fn target_of(&self, stream: StreamId, pasid: Option<Pasid>) -> Option<Target> {
         let attachments = &self.attachments;
         let target = attachments.find(stream, pasid).or_else(|| attachments.find_leaving(stream, pasid))?;
         self.queue(target.queue)?;
-        Some((target.queue.index(), target.name(), target.opaque))
+        Some(target)
     }
 
     // Groups.

@@ -40,6 +40,7 @@
 //! | deadlines for each device | yes | 0 refuses at once; up to [`DEADLINE_MAX_US`] |
 //! | budget and rate for each device | yes | outstanding requests; requests each second |
 //! | escalation | yes | [`Restraint`]: told, throttled, requests off, blocked; the last two are the hypervisor's to carry out |
+//! | unrecoverable faults | counted for each device | more than its [`FaultLimits`] in a period: told, then blocked |
 //! | success without repair | yes | the device's answers are held back, for longer each time |
 //! | stale, repeated, forged, foreign cookies | refused | and counted by kind |
 //! | response failure by a guest | virtual | hardware hears that the pages are invalid |
@@ -55,6 +56,7 @@ mod deadlines;
 mod devices;
 mod directory;
 mod events;
+mod faults;
 mod groups;
 mod inbox;
 mod ledger;
@@ -67,7 +69,8 @@ pub use counters::{BUCKETS, Missed, Tally};
 pub use deadlines::{Deadlines, Due, TICK_US};
 pub use devices::{DEADLINE_MAX_US, DeviceId, Escalation, Latencies, Limits, Restraint};
 pub use events::{EventReceiver, EventSender, Lost, events};
+pub use faults::{FaultCount, FaultLimits};
 pub use inbox::{Inbox, Taken};
-pub use ledger::{Error, Ledger, Owner, QueueId, Settled, Whose};
+pub use ledger::{Error, Faulted, Ledger, Owner, QueueId, Settled, Whose};
 pub use queue::{Answer, Group, PAGES, Page, Refusal, Shown};
 pub use service::{ASSEMBLY_LIMIT_US, Broker, Expiry, POISONED, RingError, Verdict};

@@ -155,6 +155,11 @@ enum portcullis_reason {
     PORTCULLIS_REASON_NOT_PERMITTED = 3,
     /* An address outside what can be mapped. */
     PORTCULLIS_REASON_ADDRESS_SIZE = 4,
+    /* Of the device as a whole, and told once: it has more of these than it may. If it goes on, it is blocked. */
+    PORTCULLIS_REASON_TOO_MANY = 5,
+    /* Of the device as a whole, and told once: it had too many of these, so that it is blocked and no more are told. It may be
+     * used again once it was given back and reset. */
+    PORTCULLIS_REASON_BLOCKED = 6,
 };
 
 enum portcullis_invalidate {

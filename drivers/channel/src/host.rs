@@ -166,11 +166,21 @@ impl Host {
 
     /// Makes an event visible; if there is no room it is counted as lost. The number is the channel's to give.
     pub fn push_event(&mut self, event: &record::Event) -> Result<Pushed, Broken> {
+        let pushed = self.offer_event(event)?;
+        if pushed == Pushed::Full {
+            self.count_lost_events(1);
+        }
+        Ok(pushed)
+    }
+
+    /// Makes an event visible; if there is no room it is the caller's to offer again.
+    // Always inline: as a function of its own it takes the event from memory, which costs a fault 60 instructions.
+    #[inline(always)]
+    pub fn offer_event(&mut self, event: &record::Event) -> Result<Pushed, Broken> {
         if self.ended {
             return Ok(Pushed::Ended);
         }
         if self.events.room(&self.frames).inspect_err(|_| self.ended = true)? == 0 {
-            self.count_lost_events(1);
             return Ok(Pushed::Full);
         }
         let (at, lost) = (self.events.produced, self.events_lost);

@@ -122,6 +122,11 @@ numbered! {
         NotPermitted = 3,
         /// An address outside what can be mapped.
         AddressSize = 4,
+        /// Of the device as a whole, and told once: it has more of these than it may. If it goes on, it is blocked.
+        TooMany = 5,
+        /// Of the device as a whole, and told once: it had too many of these, so that it is blocked and no more are told. It may be
+        /// used again once it was given back and reset.
+        Blocked = 6,
     }
 }
 

@@ -32,6 +32,9 @@ pub trait Bus {
         self.publish(range);
     }
     /// Makes the unit's earlier stores to `range` visible to the CPU's later loads.
+    ///
+    /// What the CPU stored there was [published](Self::publish) before the unit could store: this may write cache lines back
+    /// before it drops them, and what was left in them would go over what the unit stored.
     fn observe(&self, range: Range<PhysAddr>);
     /// Microseconds since an arbitrary start; never decreases.
     fn now_us(&self) -> u64;

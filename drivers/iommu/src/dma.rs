@@ -46,6 +46,7 @@ impl DmaBuf {
     /// Returns the device addresses of `count` words from word `at`.
     ///
     /// PANICS: when they are not all inside the buffer.
+    #[inline(always)]
     pub fn range(&self, at: usize, count: usize) -> Range<PhysAddr> {
         assert!(at <= self.words && count <= self.words - at, "range outside the buffer");
         let start = self.phys.0 + at as u64 * 8;
@@ -55,6 +56,7 @@ impl DmaBuf {
     /// Loads word `at`.
     ///
     /// PANICS: when `at` is outside the buffer.
+    #[inline]
     pub fn load(&self, at: usize) -> u64 {
         self.word(at).read()
     }
@@ -62,8 +64,9 @@ impl DmaBuf {
     /// Loads the words from `at`, each in one load, in their order.
     ///
     /// PANICS: when they are not all inside the buffer.
+    #[inline]
     pub fn load_all<const N: usize>(&self, at: usize) -> [u64; N] {
-        let fits = at.checked_add(N).is_some_and(|end| end <= self.words);
+        let fits = self.words.checked_sub(N).is_some_and(|last| at <= last);
         assert!(fits, "words outside the buffer");
         core::array::from_fn(|i| {
             // SAFETY: `at + N` words are inside the memory that `new` was promised.
@@ -76,6 +79,7 @@ impl DmaBuf {
     /// Stores `value` in word `at`, in one store.
     ///
     /// PANICS: when `at` is outside the buffer.
+    #[inline]
     pub fn store(&mut self, at: usize, value: u64) {
         self.word(at).write(value);
     }
@@ -83,15 +87,35 @@ impl DmaBuf {
     /// Stores `values` in the words from `at`, each in one store, in their order.
     ///
     /// PANICS: when they are not all inside the buffer.
+    #[inline]
     pub fn store_all<const N: usize>(&mut self, at: usize, values: [u64; N]) {
-        let fits = at.checked_add(N).is_some_and(|end| end <= self.words);
-        assert!(fits, "words outside the buffer");
-        for (i, value) in values.into_iter().enumerate() {
-            // SAFETY: `at + N` words are inside the memory that `new` was promised.
-            let word = unsafe { self.cpu.add(at + i) };
-            // SAFETY: `new` was promised that the address is valid and aligned for volatile access of one word.
-            unsafe { VolatilePtr::new(word) }.write(value);
+        self.store_rows(at, core::iter::once(values));
+    }
+
+    /// Stores `rows` in the words from `at`, one behind the other, each word in one store, in their order. Returns their device
+    /// addresses.
+    ///
+    /// PANICS: when they are not all inside the buffer.
+    #[inline(always)]
+    pub fn store_rows<const N: usize>(
+        &mut self,
+        at: usize,
+        rows: impl ExactSizeIterator<Item = [u64; N]>,
+    ) -> Range<PhysAddr> {
+        let count = rows.len();
+        let range = self.range(at, count * N);
+        // SAFETY: `at` is inside the memory that `new` was promised, or at its end, as `range` has checked.
+        let first = unsafe { self.cpu.add(at) };
+        // No iterator has more than it says.
+        for (row, values) in rows.take(count).enumerate() {
+            for (i, value) in values.into_iter().enumerate() {
+                // SAFETY: `count * N` words from `first` are inside that memory, as `range` has checked.
+                let word = unsafe { first.add(row * N + i) };
+                // SAFETY: `new` was promised that the address is valid and aligned for volatile access of one word.
+                unsafe { VolatilePtr::new(word) }.write(value);
+            }
         }
+        range
     }
 
     /// Stores zero in every word.

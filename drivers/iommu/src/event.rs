@@ -34,8 +34,8 @@ pub enum Event {
     /// The unit stopped executing commands, or dropped one; `status` is the manual's status register.
     ///
     /// It stays so, is reported once in each pass, and on VT-d faults no longer interrupt, until
-    /// [`Commands::recover`](crate::unit::Commands::recover) found nothing more to do. Then another pass is due: what
-    /// happened meanwhile did not interrupt.
+    /// [`Commands::told`](crate::unit::Commands::told) had it and [`Commands::recover`](crate::unit::Commands::recover) found
+    /// nothing more to do. Then another pass is due: what happened meanwhile did not interrupt.
     CommandsFailed {
         /// `FSTS` of VT-d, `GERROR` of SMMUv3.
         status: u32,

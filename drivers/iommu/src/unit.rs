@@ -26,14 +26,12 @@ pub trait Events {
     fn next_event(&mut self) -> Option<Event> {
         self.next_request().or_else(|| self.next_fault())
     }
-    /// Returns which tables refused the access of a fault that this unit told; [`Stages::None`] where it does not say, or
-    /// it was none.
+    /// Returns which tables refused the access of a fault that this unit told: [`Stages::None`] if none did,
+    /// [`Stages::Nested`] where it was one of both and the unit does not say which.
     ///
-    /// Of a nested attachment the second stage is the hypervisor's: its guest does not learn what was refused there.
-    fn refused_by(&self, fault: &FaultRecord) -> Stages {
-        let _ = fault;
-        Stages::None
-    }
+    /// Of a nested attachment the second stage is the hypervisor's: its guest does not learn what was refused there. What a
+    /// unit reports without saying of which stage (a page request) is the guest's to answer, and names its own addresses.
+    fn refused_by(&self, fault: &FaultRecord) -> Stages;
 }
 
 /// The command side of a unit. Its caller holds a lock; nothing here waits.
@@ -53,6 +51,13 @@ pub trait Commands {
     /// polled has failed: each call deals with one error, in a bounded number of register accesses. What was queued behind
     /// the error is executed.
     fn recover(&mut self) -> Option<Failure>;
+    /// Takes note that [`Event::CommandsFailed`] told `status`: what was lost by errors in it was told before it.
+    ///
+    /// To be called with each, before [`recover`](Self::recover). Errors that lose reports stay until then, so that none is over
+    /// before it was told; the unit queues nothing meanwhile.
+    fn told(&mut self, status: u32) {
+        let _ = status;
+    }
 }
 
 /// The table side of a unit: which device is translated how. A device that was never assigned is blocked.

@@ -54,9 +54,42 @@ pub struct Gather<F: Format> {
     /// The ranges before it.
     closed: [Changed; RANGES - 1],
     used: usize,
-    /// The first of the tables that went away; word 0 of each leads to the next.
-    tables: u64,
+    retired: Retired<F>,
+}
+
+/// Tables that a change took out of use: hardware may still walk them.
+///
+/// [Give them back](Self::give_back) when the invalidation that covers the change has completed, or drop this if it never
+/// does.
+#[derive(Debug)]
+#[must_use = "the frames of the tables wait for the invalidation"]
+pub struct Retired<F: Format> {
+    /// The first; word 0 of each leads to the next.
+    first: u64,
     format: PhantomData<F>,
+}
+
+impl<F: Format> Retired<F> {
+    /// None: of what is unmapped by pages, the tables stay.
+    pub const NONE: Self = Self { first: 0, format: PhantomData };
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.first == 0
+    }
+
+    /// Gives them to `frames`.
+    ///
+    /// The ticket of the invalidation that covers the change has completed, and nobody who walks the tree in software has been
+    /// at it since before the change.
+    pub fn give_back(self, frames: &mut impl Frames) {
+        let mut link = self.first;
+        while link & LINK != 0 {
+            let frame = PhysAddr(link & !LINK);
+            link = frames.table(frame).load(0);
+            frames.give_back(frame, 1 << F::LAYOUT.page_bits);
+        }
+    }
 }
 
 impl<F: Format> Default for Gather<F> {
@@ -70,13 +103,7 @@ impl<F: Format> Gather<F> {
 
     /// Nothing changed.
     pub const fn new() -> Self {
-        Self {
-            open: Self::NOTHING,
-            closed: [Self::NOTHING; RANGES - 1],
-            used: 0,
-            tables: 0,
-            format: PhantomData,
-        }
+        Self { open: Self::NOTHING, closed: [Self::NOTHING; RANGES - 1], used: 0, retired: Retired::NONE }
     }
 
     /// Returns what changed.
@@ -87,27 +114,26 @@ impl<F: Format> Gather<F> {
 
     /// Whether tables went away.
     pub fn tables_went(&self) -> bool {
-        self.tables != 0
+        !self.retired.is_empty()
     }
 
-    /// Gives the tables that went away back to `frames`.
-    ///
-    /// The ticket of the invalidation that covers the ranges has completed, and nobody who walks the tree in software has
-    /// been at it since before the change.
+    /// Returns the tables that went away, for a caller that knows by itself what to invalidate.
+    pub fn into_retired(self) -> Retired<F> {
+        self.retired
+    }
+
+    /// Gives the tables that went away back to `frames`; see [`Retired::give_back`].
     pub fn give_back(self, frames: &mut impl Frames) {
-        let mut link = self.tables;
-        while link & LINK != 0 {
-            let frame = PhysAddr(link & !LINK);
-            link = frames.table(frame).load(0);
-            frames.give_back(frame, 1 << F::LAYOUT.page_bits);
-        }
+        self.retired.give_back(frames);
     }
 
     /// Notes a change of all leaves from `start` to before `end`, the smallest of which has 2^`leaf_bits` bytes.
     #[inline(always)]
     pub(crate) fn add(&mut self, start: u64, end: u64, leaf_bits: u32) {
         // One range that grows upwards is what most callers make.
-        if self.open.end == start && self.open.leaf_bits == leaf_bits {
+        if self.open.end == 0 {
+            self.open = Changed { start, end, leaf_bits, tables: false };
+        } else if self.open.end == start && self.open.leaf_bits == leaf_bits {
             self.open.end = end;
         } else {
             self.add_apart(start, end, leaf_bits);
@@ -118,9 +144,7 @@ impl<F: Format> Gather<F> {
     fn add_apart(&mut self, start: u64, end: u64, leaf_bits: u32) {
         let Self { open, closed, used, .. } = self;
         let before = open.leaf_bits == leaf_bits && open.start == end;
-        if open.end == 0 {
-            *open = Changed { start, end, leaf_bits, tables: false };
-        } else if let Some(place) = closed.get_mut(*used).filter(|_| !before) {
+        if let Some(place) = closed.get_mut(*used).filter(|_| !before) {
             *place = *open;
             *used += 1;
             *open = Changed { start, end, leaf_bits, tables: false };
@@ -139,8 +163,8 @@ impl<F: Format> Gather<F> {
     /// Takes in the table `frame`, which nothing points at any more.
     pub(crate) fn keep(&mut self, frames: &mut impl Frames, frame: PhysAddr) {
         // Hardware may still walk it. A link is not present in any format, and what it replaces is going.
-        frames.table(frame).store(0, self.tables);
+        frames.table(frame).store(0, self.retired.first);
         frames.publish(frame..PhysAddr(frame.0 + 8));
-        self.tables = frame.0 | LINK;
+        self.retired.first = frame.0 | LINK;
     }
 }

@@ -66,7 +66,7 @@ pub use format::{
     Attributes, Dirty, Format, Layout, Limits, LongMode, Memory, Stage1, Stage2, SvmNested, VtdFirstStage,
     VtdSecondStage, Writes,
 };
-pub use gather::{Changed, Gather, RANGES};
+pub use gather::{Changed, Gather, RANGES, Retired};
 pub use tree::{Leaf, Tree};
 
 use core::{

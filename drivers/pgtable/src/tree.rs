@@ -211,10 +211,24 @@ impl<F: Format> Tree<F> {
         attributes: impl Into<Attributes>,
     ) -> Result<(), Error> {
         let attributes = attributes.into();
+        if grant.bytes() == 1 << Self::PAGE_BITS
+            && self.map_one::<1, _>(frames, address, grant, attributes).is_some()
+        {
+            return Ok(());
+        }
+        self.map_large(frames, address, grant, attributes)
+    }
+
+    /// Maps what is no page by itself, or anything that is unusual.
+    #[inline]
+    fn map_large(
+        &self,
+        frames: &mut impl Frames,
+        address: u64,
+        grant: &Grant,
+        attributes: Attributes,
+    ) -> Result<(), Error> {
         let one = match grant.bytes() {
-            bytes if bytes == 1 << Self::L.shift(1) => {
-                self.map_one::<1, _>(frames, address, grant, attributes)
-            }
             bytes if bytes == 1 << Self::L.shift(2) => {
                 self.map_one::<2, _>(frames, address, grant, attributes)
             }
@@ -241,15 +255,29 @@ impl<F: Format> Tree<F> {
         bytes: u64,
         gather: &mut Gather<F>,
     ) -> Result<(), Error> {
-        let one = match bytes {
-            bytes if bytes == 1 << Self::L.shift(1) => self.unmap_one::<1, _>(frames, address, gather),
-            bytes if bytes == 1 << Self::L.shift(2) => self.unmap_one::<2, _>(frames, address, gather),
-            _ => None,
+        let (one, leaf_bits) = match bytes {
+            bytes if bytes == 1 << Self::L.shift(1) => {
+                (self.unmap_one::<1, _>(frames, address), Self::L.shift(1))
+            }
+            bytes if bytes == 1 << Self::L.shift(2) => {
+                (self.unmap_one::<2, _>(frames, address), Self::L.shift(2))
+            }
+            _ => (None, 0),
         };
         match one {
-            Some(()) => Ok(()),
+            Some(()) => {
+                gather.add(address, address + bytes, leaf_bits);
+                Ok(())
+            }
             None => self.unmap_many(frames, address, bytes, gather),
         }
+    }
+
+    /// Unmaps the page at `address`, if a leaf of that size is all that maps it; the caller knows what to invalidate. Else `None`:
+    /// then nothing was done, and [`unmap`](Self::unmap) says why.
+    #[inline(always)]
+    pub fn unmap_page(&self, frames: &mut impl Frames, address: u64) -> Option<()> {
+        self.unmap_one::<1, _>(frames, address)
     }
 
     /// Gives the leaves of a range, all of which is mapped, other permissions. Their memory type has to be the one they have.
@@ -392,15 +420,9 @@ impl<F: Format> Tree<F> {
         Some(Leaf { phys, entry, level, format: PhantomData })
     }
 
-    /// Follows `address` down to its table of `LEVEL`, and does `then` there. `None` if there is no such table, or the address
-    /// is none of the tree's.
+    /// Follows `address` down to its table of `LEVEL`. `None` if there is no such table, or the address is none of the tree's.
     #[inline(always)]
-    fn at<const LEVEL: u32, W: Words>(
-        &self,
-        words: &W,
-        address: u64,
-        then: impl FnOnce(Place<W::Table>) -> Option<()>,
-    ) -> Option<()> {
+    fn at<const LEVEL: u32, W: Words>(&self, words: &W, address: u64) -> Option<Place<W::Table>> {
         if address >> Self::L.shift(Self::L.levels) >= Self::TOP_ENTRIES as u64 {
             return None;
         }
@@ -422,11 +444,11 @@ impl<F: Format> Tree<F> {
         down_from!(4);
         down_from!(3);
         down_from!(2);
-        then(place)
+        Some(place)
     }
 
     /// Maps one leaf of `LEVEL`, if nothing is in its way and no table is missing. Else `None`: then nothing was done.
-    #[inline]
+    #[inline(always)]
     fn map_one<const LEVEL: u32, S: Frames>(
         &self,
         frames: &S,
@@ -441,40 +463,31 @@ impl<F: Format> Tree<F> {
         if address & low != 0 || phys & self.beyond != 0 || !fits {
             return None;
         }
-        self.at::<LEVEL, S>(frames, address, |place| {
-            let index = Self::index(address, LEVEL);
-            if place.table.load(index) & Self::L.present != 0 {
-                return None;
-            }
-            place.table.store(index, Self::L.pack(phys) | bits);
-            publish(frames, place.frame, index, 1);
-            Some(())
-        })
+        let place = self.at::<LEVEL, S>(frames, address)?;
+        let index = Self::index(address, LEVEL);
+        if place.table.load(index) & Self::L.present != 0 {
+            return None;
+        }
+        place.table.store(index, Self::L.pack(phys) | bits);
+        publish(frames, place.frame, index, 1);
+        Some(())
     }
 
     /// Unmaps one leaf of `LEVEL`, if it is there. Else `None`: then nothing was done.
-    #[inline]
-    fn unmap_one<const LEVEL: u32, S: Frames>(
-        &self,
-        frames: &S,
-        address: u64,
-        gather: &mut Gather<F>,
-    ) -> Option<()> {
-        let shift = Self::L.shift(LEVEL);
-        if address & ((1 << shift) - 1) != 0 {
+    #[inline(always)]
+    fn unmap_one<const LEVEL: u32, S: Frames>(&self, frames: &S, address: u64) -> Option<()> {
+        if address & ((1 << Self::L.shift(LEVEL)) - 1) != 0 {
             return None;
         }
-        self.at::<LEVEL, S>(frames, address, |place| {
-            let index = Self::index(address, LEVEL);
-            let entry = place.table.load(index);
-            if entry & Self::L.present == 0 || LEVEL > 1 && Self::L.is_table(entry) {
-                return None;
-            }
-            place.table.store(index, 0);
-            publish(frames, place.frame, index, 1);
-            gather.add(address, address + (1 << shift), shift);
-            Some(())
-        })
+        let place = self.at::<LEVEL, S>(frames, address)?;
+        let index = Self::index(address, LEVEL);
+        let entry = place.table.load(index);
+        if entry & Self::L.present == 0 || LEVEL > 1 && Self::L.is_table(entry) {
+            return None;
+        }
+        place.table.store(index, 0);
+        publish(frames, place.frame, index, 1);
+        Some(())
     }
 
     /// Changes the permissions of one page of which hardware has nothing to record. Else `None`: then nothing was done.
@@ -490,21 +503,20 @@ impl<F: Format> Tree<F> {
         if address & Self::PAGE_LOW != 0 {
             return None;
         }
-        self.at::<1, S>(frames, address, |place| {
-            let index = Self::index(address, 1);
-            let entry = place.table.load(index);
-            let is_other = (entry ^ bits) & Self::L.memory_bits != 0;
-            if entry & Self::L.present == 0 || is_other || !Self::is_recorded(entry) {
-                return None;
-            }
-            let new = Self::permitting(entry, bits);
-            if new != entry {
-                place.table.store(index, new);
-                publish(frames, place.frame, index, 1);
-                gather.add(address, address + (1 << Self::PAGE_BITS), Self::PAGE_BITS);
-            }
-            Some(())
-        })
+        let place = self.at::<1, S>(frames, address)?;
+        let index = Self::index(address, 1);
+        let entry = place.table.load(index);
+        let is_other = (entry ^ bits) & Self::L.memory_bits != 0;
+        if entry & Self::L.present == 0 || is_other || !Self::is_recorded(entry) {
+            return None;
+        }
+        let new = Self::permitting(entry, bits);
+        if new != entry {
+            place.table.store(index, new);
+            publish(frames, place.frame, index, 1);
+            gather.add(address, address + (1 << Self::PAGE_BITS), Self::PAGE_BITS);
+        }
+        Some(())
     }
 
     /// Whether one entry of `level` can map `piece`.

@@ -5,7 +5,7 @@
 use crate::{
     STALLING,
     queue::CommandQueue,
-    regs::{self, CR0, ERRORS, GERROR, INDEX},
+    regs::{self, CR0, ERRORS, GERROR, GONE, INDEX, LOSSES},
     stalls, tables,
 };
 use heapless::{Deque, Vec};
@@ -314,7 +314,7 @@ impl Batch {
     ) -> Result<(), Error> {
         if self.device.is_some_and(|other| other != stream) {
             // A `CMD_SYNC` that fails does not say whose answer is missing.
-            return Err(Error::Busy { what: DEVICE_TLB });
+            return Err(Error::Exhausted { what: "devices asked in a batch" });
         }
         self.then()?;
         self.device = Some(stream);
@@ -363,13 +363,15 @@ const _: () = assert!(BATCH < 1 << Underway::LENGTH, "the length of a batch fits
 struct Failures {
     /// In their order.
     known: Deque<u64, FAILED>,
+    /// The newest of all: what is newer has not failed.
+    newest: u64,
     /// Tickets up to this one may have failed.
     before: u64,
 }
 
 impl Failures {
     const fn new() -> Self {
-        Self { known: Deque::new(), before: 0 }
+        Self { known: Deque::new(), newest: 0, before: 0 }
     }
 
     fn add(&mut self, ticket: u64) {
@@ -381,11 +383,11 @@ impl Failures {
         }
         // There is room: the oldest went.
         let _ = self.known.push_back(ticket);
+        self.newest = self.newest.max(ticket);
     }
 
     fn contain(&self, ticket: u64) -> bool {
-        // Mostly there are none.
-        ticket <= self.before || !self.known.is_empty() && self.known.iter().any(|&failed| failed == ticket)
+        ticket <= self.newest && (ticket <= self.before || self.known.iter().any(|&failed| failed == ticket))
     }
 }
 
@@ -404,9 +406,11 @@ impl Failures {
 /// [`recover`](iommu::Commands::recover).
 ///
 /// As a `CMD_SYNC` that fails does not tell which device was silent, one device at a time is asked to forget something:
-/// `submit` refuses a second ([`Error::Busy`]) until the first has answered or was given up.
+/// `submit` refuses a batch that asks two ([`Error::Exhausted`]), and one that asks while another is on its way
+/// ([`Error::Busy`]), until that has answered or was given up.
 ///
-/// It alone writes `GERRORN`: errors are acknowledged by `recover`, and by nobody else. In service it alone writes `CR0`.
+/// It alone writes `GERRORN`: errors are acknowledged by `recover`, those that lose reports by
+/// [`told`](iommu::Commands::told), and by nobody else. In service it alone writes `CR0`.
 ///
 /// Worst case of a call: two reads of `CMDQ_CONS`, `BATCH` commands stored and published, one write of `CMDQ_PROD`; of
 /// `recover` five reads of registers, a look at `BATCH` commands, one of them stored, and two writes of registers.
@@ -424,8 +428,8 @@ pub struct Commands<B> {
     /// A ticket that was done, as `CMDQ_CONS` said, before its message came.
     untold: Option<u64>,
     failures: Failures,
-    /// Where the queue last had to be helped on, and how often.
-    helped: (u64, usize),
+    /// Where the queue last had to be helped on, and since when.
+    helped: Option<(u64, u64)>,
     /// Nothing more is executed.
     stopped: bool,
 }
@@ -447,7 +451,7 @@ impl<B: Bus> Commands<B> {
             underway: Deque::new(),
             untold: None,
             failures: Failures::new(),
-            helped: (0, 0),
+            helped: None,
             stopped: false,
         }
     }
@@ -616,80 +620,33 @@ impl<B: Bus> Commands<B> {
         self.queue.without_messages();
     }
 
-    /// Returns how many commands the unit has consumed, and forgets the batches that are done.
-    fn consumed(&mut self) -> u64 {
-        let due = self.underway.back().map_or(0, |batch| batch.end());
-        let consumed = self.queue.consumed(&self.bus, due);
-        while let Some(batch) = self.underway.front().filter(|batch| batch.end() <= consumed) {
-            let ticket = batch.end();
-            self.underway.pop_front();
-            let Some(told) = self.queue.told() else { continue };
-            if self.untold.is_some_and(|late| told < late) {
-                // A `CMD_SYNC` has completed the message of the one before. So that was lost, and others may be.
-                self.queue.without_messages();
-            }
-            self.untold = Some(ticket).filter(|&ticket| told < ticket);
+    /// Queues what most invalidations are: pages that one command names, of an attachment without a device TLB, for a queue
+    /// with room. `None` if anything is unusual; then nothing was done.
+    #[inline(always)]
+    fn submit_range(&mut self, invalidations: &[Invalidation]) -> Option<Ticket> {
+        let [Invalidation::Pages { attachment: at, iova, pages }] = *invalidations else { return None };
+        if at.device_tlb || at.stages == Stages::Nested || self.stopped || self.underway.is_full() {
+            return None;
         }
-        consumed
-    }
-
-    /// What becomes of a queue that cannot go on: it is switched off, so that no error of it comes again.
-    fn stop(&mut self) -> Failure {
-        self.stopped = true;
-        self.queue.without_messages();
-        let kept = regs::CR0.read(&self.bus).get();
-        regs::CR0.set(&self.bus, kept & !CR0::CMDQEN::SET.value);
-        Failure { cause: FailureCause::Stopped, stream: None, ticket: None }
-    }
-
-    /// Helps the queue past the command at which it stopped; returns what was wrong with that.
-    fn help(&mut self, code: u32) -> Failure {
-        let at = self.queue.read_consumed(&self.bus);
-        self.helped = if self.helped.0 == at { (at, self.helped.1 + 1) } else { (at, 1) };
-        let Some(command) = self.queue.command(at) else { return self.stop() };
-        let batch = self.underway.iter().find(|batch| at < batch.end());
-        let ticket = batch.filter(|batch| batch.start() <= at).map(|batch| batch.end());
-        let (cause, stream, limit) = match code {
-            ILLEGAL => (FailureCause::Refused, command.stream(), 1),
-            // Each command of the batch to a device may have its own turn to be too late.
-            SILENT_DEVICE => (FailureCause::Unanswered, self.silent(at), BATCH),
-            // CERROR_ABT, or nothing that the manual knows.
-            _ => return self.stop(),
+        let page = self.page(at, iova);
+        let command = match pages {
+            1 => page,
+            _ if self.abilities.ranges => page.over(Range::covering(pages)?),
+            _ => return None,
         };
-        if self.helped.1 > limit {
-            return self.stop();
+        if !self.queue.has_room_in_row(2, self.reserve) {
+            return None;
         }
-        if let Some(ticket) = ticket {
-            self.failures.add(ticket);
-        }
-        if code == ILLEGAL {
-            // Without a message, even in place of one that had one: it is failed, and the next message is past it.
-            self.queue.replace(&self.bus, at, self.queue.nothing());
-        }
-        Failure { cause, stream, ticket: ticket.map(Ticket) }
+        let sync = self.queue.end(self.queue.produced() + 2);
+        let end = self.queue.append(&self.bus, [command, sync]);
+        // There is room.
+        let _ = self.underway.push_back(Underway::new(end, 2, false));
+        Some(Ticket(end))
     }
 
-    /// Returns the device that is asked to forget something before the `CMD_SYNC` at `at`, and after the one before that.
-    fn silent(&self, at: u64) -> Option<StreamId> {
-        let before = (1..=BATCH as u64).filter_map(|back| self.queue.command(at.checked_sub(back)?));
-        let asked = before.take_while(|command| !command.is_sync()).find(Command::is_atc_inv);
-        asked.and_then(|command| command.stream())
-    }
-}
-
-/// `CMDQ_CONS.ERR`: the command is not legal (`CERROR_ILL`).
-const ILLEGAL: u32 = 1;
-/// A device did not answer before the `CMD_SYNC` (`CERROR_ATC_INV_SYNC`).
-const SILENT_DEVICE: u32 = 3;
-
-/// Returns the first bytes of `pages` pages from `iova`.
-fn each(iova: Iova, pages: u64) -> impl Iterator<Item = Iova> {
-    (0..pages).map(move |page| Iova(iova.0.wrapping_add(page * PAGE_SIZE)))
-}
-
-impl<B: Bus> iommu::Commands for Commands<B> {
-    /// Of device TLBs, one device's at a time: [`Error::Busy`] until the one before has answered.
-    fn submit(&mut self, invalidations: &[Invalidation]) -> Result<Ticket, Error> {
+    /// Queues any invalidations, or none of them.
+    #[inline(never)]
+    fn submit_list(&mut self, invalidations: &[Invalidation]) -> Result<Ticket, Error> {
         let mut batch = Batch::new();
         for invalidation in invalidations {
             self.encode(&mut batch, invalidation)?;
@@ -715,6 +672,125 @@ impl<B: Bus> iommu::Commands for Commands<B> {
         Ok(Ticket(end))
     }
 
+    /// Returns how many commands the unit has consumed, and forgets the batches that are done.
+    #[inline(always)]
+    fn consumed(&mut self) -> u64 {
+        if self.queue.told().is_some() {
+            return self.consumed_by_messages();
+        }
+        let consumed = self.queue.read_consumed(&self.bus);
+        if consumed == self.queue.produced() {
+            self.underway.clear();
+        } else {
+            self.forget_done(consumed);
+        }
+        consumed
+    }
+
+    #[inline(never)]
+    fn consumed_by_messages(&mut self) -> u64 {
+        let due = self.underway.back().map_or(0, |batch| batch.end());
+        let consumed = self.queue.consumed(&self.bus, due);
+        self.forget_done(consumed);
+        consumed
+    }
+
+    /// Forgets the batches that are done, and notes whose message has not come.
+    #[inline(never)]
+    fn forget_done(&mut self, consumed: u64) {
+        while let Some(batch) = self.underway.front().filter(|batch| batch.end() <= consumed) {
+            let ticket = batch.end();
+            self.underway.pop_front();
+            let Some(told) = self.queue.told() else { continue };
+            if self.untold.is_some_and(|late| told < late) {
+                // A `CMD_SYNC` has completed the message of the one before. So that was lost, and others may be.
+                self.queue.without_messages();
+            }
+            self.untold = Some(ticket).filter(|&ticket| told < ticket);
+        }
+    }
+
+    /// Acknowledges `errors`, which are active. ORDER: after the command that took the place of a bad one.
+    fn acknowledge(&self, kept: u32, errors: u32) {
+        // Only bits that are active may turn.
+        if errors != 0 {
+            regs::GERRORN.set(&self.bus, kept ^ errors);
+        }
+    }
+
+    /// What becomes of a queue that cannot go on: it is switched off, so that no error of it comes again.
+    fn stop(&mut self) -> Failure {
+        self.stopped = true;
+        self.queue.without_messages();
+        let kept = regs::CR0.read(&self.bus).get();
+        regs::CR0.set(&self.bus, kept & !CR0::CMDQEN::SET.value);
+        Failure { cause: FailureCause::Stopped, stream: None, ticket: None }
+    }
+
+    /// Helps the queue past the command at which it stopped; returns what was wrong with that, unless it was told before.
+    fn help(&mut self, code: u32) -> Option<Failure> {
+        let at = self.queue.read_consumed(&self.bus);
+        let now_us = self.bus.now_us();
+        let since_us = self.helped.filter(|&(place, _)| place == at).map(|(_, since_us)| since_us);
+        self.helped = Some((at, since_us.unwrap_or(now_us)));
+        let Some(command) = self.queue.command(at) else { return Some(self.stop()) };
+        let batch = self.underway.iter().find(|batch| at < batch.end());
+        let ticket = batch.filter(|batch| batch.start() <= at).map(|batch| batch.end());
+        let (cause, stream) = match (code, since_us) {
+            (ILLEGAL, None) => (FailureCause::Refused, command.stream()),
+            (SILENT_DEVICE, None) => (FailureCause::Unanswered, self.silent(at)),
+            // The manual does not say that a `CMD_SYNC` is consumed when it is tried again: that may fail as long as the device
+            // is silent, and each command to it may have its own turn to be too late. It is the same device, which was named.
+            (SILENT_DEVICE, Some(since_us)) if now_us.saturating_sub(since_us) < RETRY_LIMIT_US => {
+                return None;
+            }
+            // What took the place of the command is refused as well; or a device is silent for longer than any may be;
+            // CERROR_ABT; nothing that the manual knows.
+            _ => return Some(self.stop()),
+        };
+        if let Some(ticket) = ticket {
+            self.failures.add(ticket);
+        }
+        if code == ILLEGAL {
+            // Without a message, even in place of one that had one: it is failed, and the next message is past it.
+            self.queue.replace(&self.bus, at, self.queue.nothing());
+        }
+        Some(Failure { cause, stream, ticket: ticket.map(Ticket) })
+    }
+
+    /// Returns the device that is asked to forget something before the `CMD_SYNC` at `at`, and after the one before that.
+    fn silent(&self, at: u64) -> Option<StreamId> {
+        let before = (1..=BATCH as u64).filter_map(|back| self.queue.command(at.checked_sub(back)?));
+        let asked = before.take_while(|command| !command.is_sync()).find(Command::is_atc_inv);
+        asked.and_then(|command| command.stream())
+    }
+}
+
+/// How long the unit may say of one `CMD_SYNC` that a device is silent, in microseconds, before it is taken for stopped.
+///
+/// PCI Express, "Address Translation Services", gives a device one minute to answer an invalidation, and half as much more.
+pub const RETRY_LIMIT_US: u64 = 90_000_000;
+
+/// `CMDQ_CONS.ERR`: the command is not legal (`CERROR_ILL`).
+const ILLEGAL: u32 = 1;
+/// A device did not answer before the `CMD_SYNC` (`CERROR_ATC_INV_SYNC`).
+const SILENT_DEVICE: u32 = 3;
+
+/// Returns the first bytes of `pages` pages from `iova`.
+fn each(iova: Iova, pages: u64) -> impl Iterator<Item = Iova> {
+    (0..pages).map(move |page| Iova(iova.0.wrapping_add(page * PAGE_SIZE)))
+}
+
+impl<B: Bus> iommu::Commands for Commands<B> {
+    /// Of device TLBs, one device's at a time: [`Error::Busy`] until the one before has answered.
+    #[inline(always)]
+    fn submit(&mut self, invalidations: &[Invalidation]) -> Result<Ticket, Error> {
+        match self.submit_range(invalidations) {
+            Some(ticket) => Ok(ticket),
+            None => self.submit_list(invalidations),
+        }
+    }
+
     fn respond(&mut self, response: PageResponse) -> Result<(), (PageResponse, Error)> {
         let Abilities { page_requests, stalls, .. } = self.abilities;
         let command = match stalls::waiting(&response, &self.stalling) {
@@ -728,6 +804,7 @@ impl<B: Bus> iommu::Commands for Commands<B> {
         self.queue.push(&self.bus, &[command], 0).map(drop).map_err(|error| (response, error))
     }
 
+    #[inline(always)]
     fn poll(&mut self, ticket: Ticket) -> Completion {
         let done = self.consumed() >= ticket.0;
         if self.failures.contain(ticket.0) || self.stopped && !done {
@@ -739,31 +816,36 @@ impl<B: Bus> iommu::Commands for Commands<B> {
         }
     }
 
-    /// A command that the unit refuses is replaced by one that does nothing, a device that did not answer is named, and
-    /// the queue goes on: what is behind is executed, answers included. A unit that cannot read its queue, or is in service
-    /// failure mode, is told of once, and refuses everything from then on.
+    /// A command that the unit refuses is replaced by one that does nothing, a device that did not answer is named once, and
+    /// the queue goes on: what is behind is executed, answers included. A unit that cannot read its queue, that is in service
+    /// failure mode or gone, or waits for a device for longer than one may take ([`RETRY_LIMIT_US`]), is told of once, and
+    /// refuses everything from then on.
     ///
-    /// Acknowledges all other errors, too.
+    /// Acknowledges all other errors, too, but for those that lose reports: who calls may not have looked for them yet.
     fn recover(&mut self) -> Option<Failure> {
         let kept = regs::GERRORN.read(&self.bus).get();
-        let active = (regs::GERROR.read(&self.bus).get() ^ kept) & ERRORS;
+        let now = regs::GERROR.read(&self.bus).get();
+        let active = (now ^ kept) & ERRORS;
         let is = |error: FieldValue<u32, GERROR::Register>| active & error.value != 0;
         let mut failure = None;
-        if !self.stopped && is(GERROR::SFM_ERR::SET) {
+        if !self.stopped && (now == GONE || is(GERROR::SFM_ERR::SET)) {
             failure = Some(self.stop());
         } else if !self.stopped && is(GERROR::CMDQ_ERR::SET) {
             // While the error is active, this says which; and the unit consumes nothing.
             let code = regs::CMDQ.cons.read(&self.bus).read(INDEX::ERR);
-            failure = Some(self.help(code));
+            failure = self.help(code);
         }
         if is(GERROR::MSI_CMDQ_ABT_ERR::SET) {
             self.queue.without_messages();
         }
-        if active != 0 {
-            // Only bits that are active may turn. ORDER: after the command that took the place of a bad one.
-            regs::GERRORN.set(&self.bus, kept ^ active);
-        }
+        self.acknowledge(kept, active & !LOSSES);
         failure
+    }
+
+    fn told(&mut self, status: u32) {
+        let kept = regs::GERRORN.read(&self.bus).get();
+        let active = regs::GERROR.read(&self.bus).get() ^ kept;
+        self.acknowledge(kept, active & status & LOSSES);
     }
 }
 

@@ -19,6 +19,9 @@ pub(crate) const CONTEXT_WORDS: usize = 8;
 const FRAME_LOG2: u8 = 6;
 /// Log2 of the descriptors that a first level of one frame reaches.
 const TWO_LEVELS_LOG2: u8 = 15;
+/// Tables of 64 PASIDs that one device has, at most: each stays its own until the device goes, since the unit may remember that
+/// it is there, so without a limit who takes one PASID after the other would have them all.
+pub const DEVICE_TABLES: usize = 4;
 /// The word of a context descriptor that holds V.
 const HEAD: usize = 0;
 
@@ -248,10 +251,14 @@ impl ContextTables {
 
     fn leaf(&mut self, bus: &impl Bus, device: usize, index: u32) -> Result<usize, Error> {
         let of = Use::Leaf { device, index };
-        match self.find(|is| is == of) {
-            Some(at) => Ok(at),
-            None => self.take(bus, of, ContextDescriptor::unused(self.empty).0),
+        if let Some(at) = self.find(|is| is == of) {
+            return Ok(at);
         }
+        let is_its = |of| matches!(of, Use::Leaf { device: other, .. } if other == device);
+        if self.frames.iter().filter(|&&(_, of)| is_its(of)).count() >= DEVICE_TABLES {
+            return Err(Error::Exhausted { what: "tables of context descriptors of a device" });
+        }
+        self.take(bus, of, ContextDescriptor::unused(self.empty).0)
     }
 
     /// Takes a frame for what the unit is to read at `at` of a guest's addresses, or returns the one that `device` has.

@@ -73,15 +73,42 @@ pub const ERRATA: [Erratum; 7] = [
     of("MMU-S3", 0x498, Revisions::All, Avoid::BroadcastInvalidation),
 ];
 
-/// Returns the errata of the part that `iidr` (`IIDR`) names.
-pub fn known(iidr: u32) -> impl Iterator<Item = Erratum> {
-    let (product, variant, revision, implementer) =
-        (iidr >> 20, iidr >> 16 & 0xF, iidr >> 12 & 0xF, iidr & 0xFFF);
-    ERRATA.into_iter().filter(move |erratum| {
-        erratum.implementer == implementer
-            && erratum.product == product
-            && erratum.revisions.hold(variant, revision)
-    })
+/// Which part a unit is, by `IIDR`, and which version of the architecture it has, by `AIDR`.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[cfg_attr(feature = "defmt", derive(defmt::Format))]
+pub struct Part {
+    /// The implementer's number in JEP106: `Implementer`.
+    pub implementer: u32,
+    /// The implementer's number for the part: `ProductID`.
+    pub product: u32,
+    /// The n of r*n*p*m*: `Variant`.
+    pub variant: u32,
+    /// The m of r*n*p*m*: `Revision`.
+    pub revision: u32,
+    /// The n of SMMUv3.*n*: `ArchMinorRev`.
+    pub minor: u32,
+}
+
+impl Part {
+    /// Takes the two registers apart.
+    pub const fn new(iidr: u32, aidr: u32) -> Self {
+        Self {
+            implementer: iidr & 0xFFF,
+            product: iidr >> 20,
+            variant: iidr >> 16 & 0xF,
+            revision: iidr >> 12 & 0xF,
+            minor: aidr & 0xF,
+        }
+    }
+
+    /// Returns the errata of the part.
+    pub fn errata(self) -> impl Iterator<Item = Erratum> {
+        ERRATA.into_iter().filter(move |erratum| {
+            erratum.implementer == self.implementer
+                && erratum.product == self.product
+                && erratum.revisions.hold(self.variant, self.revision)
+        })
+    }
 }
 
 #[cfg(test)]
@@ -111,8 +138,15 @@ mod tests {
             (0, &[]),
             (u32::MAX, &[]),
         ] {
-            let found: Vec<_> = known(iidr).map(|erratum| erratum.avoid).collect();
+            let found: Vec<_> = Part::new(iidr, 0).errata().map(|erratum| erratum.avoid).collect();
             assert_eq!(found, avoid, "{iidr:#x}");
         }
+    }
+
+    #[test]
+    fn a_part_is_told_by_its_registers() {
+        // MMU-700 r1p2 of SMMUv3.2.
+        let part = Part { implementer: 0x43B, product: 0x487, variant: 1, revision: 2, minor: 2 };
+        assert_eq!(Part::new(0x4871_243B, 0x02), part);
     }
 }

@@ -4,7 +4,7 @@ use crate::{
     STALLING,
     interrupts::{self, Messages},
     queue::{EVENT_WORDS, REQUEST_WORDS, ReportQueue},
-    regs::{self, ERRORS, GERROR, IDR0},
+    regs::{self, ERRORS, GERROR, IDR0, LOSSES},
     stalls,
 };
 use heapless::Vec;
@@ -357,8 +357,9 @@ impl UnitError {
 /// A fault of a device whose faults stall is a page request, of a group of its own. On a unit that has such devices
 /// `next_request` empties both queues, so that nothing waits behind faults.
 ///
-/// It acknowledges no error: [`Commands::recover`](iommu::Commands::recover) does, and is to be called after each
-/// [`Event::CommandsFailed`]. Until then each [`look_for_errors`](iommu::Events::look_for_errors) has the errors told again.
+/// It acknowledges no error: [`Commands::told`](iommu::Commands::told) and [`Commands::recover`](iommu::Commands::recover) do,
+/// and are to be called after each [`Event::CommandsFailed`]. Until then each
+/// [`look_for_errors`](iommu::Events::look_for_errors) has the errors told again.
 #[derive(Debug)]
 pub struct Events<B> {
     bus: B,
@@ -372,6 +373,8 @@ pub struct Events<B> {
     active: u32,
     lost: u32,
     told: u32,
+    /// All registers read as ones when errors were looked for: the unit is not there any more.
+    gone: bool,
 }
 
 impl<B: Bus> Events<B> {
@@ -381,7 +384,7 @@ impl<B: Bus> Events<B> {
         requests: Option<ReportQueue<REQUEST_WORDS>>,
         stalling: Vec<StreamId, STALLING>,
     ) -> Self {
-        Self { bus, events, requests, stalling, active: 0, lost: 0, told: 0 }
+        Self { bus, events, requests, stalling, active: 0, lost: 0, told: 0, gone: false }
     }
 
     /// Lets the unit interrupt, by its wires for events, page requests and errors.
@@ -437,8 +440,17 @@ impl<B: Bus> iommu::Events for Events<B> {
     fn acknowledge(&mut self) {}
 
     fn look_for_errors(&mut self) {
-        let active = (regs::GERROR.read(&self.bus).get() ^ regs::GERRORN.read(&self.bus).get()) & ERRORS;
-        (self.active, self.lost, self.told) = (active, 0, 0);
+        let now = regs::GERROR.read(&self.bus).get();
+        let gone = now == regs::GONE;
+        let active = match (gone, core::mem::replace(&mut self.gone, gone)) {
+            (false, _) => (now ^ regs::GERRORN.read(&self.bus).get()) & ERRORS,
+            // Told once, as all errors together: nobody can acknowledge them.
+            (true, false) => now,
+            (true, true) => 0,
+        };
+        // Where there is no queue of page requests, nothing of it is lost.
+        let lost = if self.requests.is_some() { 0 } else { GERROR::PRIQ_ABT_ERR::SET.value };
+        (self.active, self.lost, self.told) = (active, lost, 0);
     }
 
     fn next_request(&mut self) -> Option<Event> {
@@ -458,9 +470,11 @@ impl<B: Bus> iommu::Events for Events<B> {
             self.lost |= LOST;
             return Some(Event::FaultsLost);
         }
-        if self.active & !self.told != 0 {
-            self.told |= self.active;
-            return Some(Event::CommandsFailed { status: self.active });
+        // What is told may be acknowledged, so what it lost was told before.
+        let status = self.active & !(LOSSES & !self.lost);
+        if status & !self.told != 0 {
+            self.told |= status;
+            return Some(Event::CommandsFailed { status });
         }
         None
     }

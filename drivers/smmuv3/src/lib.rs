@@ -22,17 +22,17 @@
 //! |---|---|---|
 //! | discovery | `IORT`: all units, root complexes and components, reserved memory; the device tree | model, QEMU |
 //! | stage 1 | 4 levels, 48 bits; memory attributes 0 (write-back), 1 (device), 2 (not cached) | model, QEMU |
-//! | stage 2 | 4 levels, as many bits as `IDR5.OAS` has, 44 or 48; 3 levels, 39 bits; `S2FWB` if asked for | model |
-//! | PASIDs (substreams) | 15 bits with tables of two levels, 6 without; first stages; PASID 0 is that of accesses without one | model |
-//! | nested stages | a guest's page table, or its table of context descriptors by a list of fields; its commands, field by field | model |
-//! | bypass | of a device, or of accesses without PASID beside PASIDs; by Config = bypass there is no ATS | model |
+//! | stage 2 | 4 levels, as many bits as `IDR5.OAS` has, 44 or 48; 3 levels, 39 bits; `S2FWB` if asked for | model, QEMU (4 levels) |
+//! | PASIDs (substreams) | 15 bits with tables of two levels, in 4 blocks of 64 for each device; 6 bits without; first stages; PASID 0 is that of accesses without one | model |
+//! | nested stages | a guest's page table, or its table of context descriptors by a list of fields; its commands, field by field | model, QEMU (without PASIDs) |
+//! | bypass | of a device, or of accesses without PASID beside PASIDs; by Config = bypass there is no ATS | model, QEMU (of a device) |
 //! | replacement | every translation by every other, without a gap where one word decides | model, between any two stores |
 //! | stream table | linear, or two levels: the second is made as devices are assigned, and stays | model, QEMU |
-//! | silence of a blocked device | Config = abort | model |
-//! | command queue | tickets; a command that is refused fails its own, a queue that cannot be read is switched off | model, QEMU (no errors) |
+//! | silence of a blocked device | Config = abort | model, QEMU |
+//! | command queue | tickets; a command that is refused fails its own, a queue that cannot be read is switched off | model, QEMU (refused commands) |
 //! | completion | `CMD_SYNC` by message to memory (`IDR0.MSI`, `IDR0.COHACC`), else by `CMDQ_CONS`; by that too when a message is late or lost | model, QEMU (`CMDQ_CONS`) |
 //! | completion that wakes a core (CS = SEV) | where the unit has it (`IDR0.SEV`), no erratum is against it, and no message is sent | model |
-//! | take-over, stop | a unit that firmware left on, without a moment of bypass; a unit in service, which then refuses all | model |
+//! | take-over, stop | a unit that firmware left on, without a moment of bypass; a unit in service, which then refuses all | model, QEMU (take-over) |
 //! | device TLBs (ATS) | all PASIDs or one; one device at a time is asked to forget, and one that is silent is named | model |
 //! | page requests (PRI) | groups are put together by the broker; what the unit answers by itself has the PASID that was asked with | model |
 //! | stalls | of devices that firmware names, never others; no ATS for those; answered by `CMD_RESUME`, ended by `CMD_STALL_TERM` | model |
@@ -40,6 +40,7 @@
 //! | range invalidation (RIL) | where the unit has it; not of a guest's own pages, whose size nobody knows | model, QEMU |
 //! | interrupts of the unit | by wires or by messages (MSI) | model, QEMU (wires) |
 //! | doorbells of devices | their address; whoever owns the tables maps them, as device memory | QEMU, stage 1 and stage 2: mapped, unmapped, not attached |
+//! | `IDR2`, `IDR4` | not read: they are about VATOS, which nobody is given, and what implementations define | |
 //! | errata | by `IIDR`; the driver does without what cannot be relied on, whatever the part | model |
 //! | queues or tables preset, forced stalls, page 0 alone, Secure and Realm, MPAM, HTTU, AArch32 tables | no | |
 //!
@@ -66,9 +67,9 @@ pub mod tables;
 pub mod tree;
 mod update;
 
-pub use commands::Commands;
-pub use contexts::CONTEXT_TABLES;
-pub use errata::Erratum;
+pub use commands::{Commands, RETRY_LIMIT_US};
+pub use contexts::{CONTEXT_TABLES, DEVICE_TABLES};
+pub use errata::{Erratum, Part};
 pub use events::Events;
 pub use interrupts::Messages;
 pub use streams::{SECOND_LEVEL_TABLES, StreamTableNeeds};
@@ -107,7 +108,7 @@ pub struct Found<B> {
     idr1: LocalRegisterCopy<u32, IDR1::Register>,
     idr3: LocalRegisterCopy<u32, IDR3::Register>,
     idr5: LocalRegisterCopy<u32, IDR5::Register>,
-    iidr: u32,
+    part: Part,
 }
 
 /// Memory that a unit keeps for as long as it is in service: powers of two, aligned to their size.
@@ -121,8 +122,9 @@ pub struct Memory {
     pub second_level: Vec<DmaBuf, SECOND_LEVEL_TABLES>,
     /// One frame: context descriptors of devices without PASIDs.
     pub contexts: DmaBuf,
-    /// Frames for the context descriptors of devices with PASIDs: one for each 64 PASIDs that are in use, and one more for
-    /// each device; and one for each device whose first stage is a guest's page table. Without them there is neither.
+    /// Frames for the context descriptors of devices with PASIDs: for each device one for each 64 PASIDs of which it ever had
+    /// one, [`DEVICE_TABLES`] at most, and one more; and one for each device whose first stage is a guest's page table. Without
+    /// them there is neither.
     pub context_tables: Vec<DmaBuf, CONTEXT_TABLES>,
     /// One frame: a table that stays empty.
     pub empty_table: DmaBuf,
@@ -164,8 +166,8 @@ impl<B: Bus + Clone> Found<B> {
             return Err(Error::Absent);
         }
         let (idr3, idr5) = (regs::IDR3.read(&bus), regs::IDR5.read(&bus));
-        let iidr = regs::IIDR.read(&bus).get();
-        Ok(Self { bus, idr0, idr1, idr3, idr5, iidr })
+        let part = Part::new(regs::IIDR.read(&bus).get(), regs::AIDR.read(&bus).get());
+        Ok(Self { bus, idr0, idr1, idr3, idr5, part })
     }
 
     /// Returns what the unit can do.
@@ -191,9 +193,14 @@ impl<B: Bus + Clone> Found<B> {
         }
     }
 
+    /// Returns which part the unit is, and which version of the architecture it has.
+    pub fn part(&self) -> Part {
+        self.part
+    }
+
     /// Returns what this part is known not to do as the architecture says; the driver keeps clear of it by itself.
     pub fn errata(&self) -> impl Iterator<Item = Erratum> + use<B> {
-        errata::known(self.iidr)
+        self.part.errata()
     }
 
     /// Which tables of context descriptors the unit has.
@@ -375,6 +382,7 @@ impl<B: Bus + Clone> Found<B> {
             shape,
             stall_choice: self.can_stall(),
             stalling: stalling.clone(),
+            overrides: self.idr1.is_set(IDR1::ATTR_TYPES_OVR),
             forced_write_back,
         };
         let contexts = ContextTables::new(shape, contexts, empty_table.phys(), context_tables);
@@ -407,6 +415,8 @@ impl<B: Bus + Clone> Found<B> {
 
     /// Tells the unit where a queue is, which is empty.
     fn place_queue(&self, registers: &QueueRegisters, ring: &DmaBuf, log2: u32) {
+        // What whoever hands out memory stored there must not be written back over what the unit stores.
+        self.bus.publish(ring.range(0, ring.words()));
         let base = QUEUE_BASE::ADDR.val(ring.phys().0 >> 5) + QUEUE_BASE::LOG2SIZE.val(log2.into());
         registers.base.write(&self.bus, base + QUEUE_BASE::ALLOCATE::SET);
         registers.prod.set(&self.bus, 0);

@@ -50,16 +50,19 @@ impl CommandQueue {
         Self { ring, produced: 0, consumed: 0, word, wakes, told: 0, quiet_since_us: None }
     }
 
+    #[inline]
     fn entries(&self) -> u64 {
         (self.ring.words() / COMMAND_WORDS) as u64
     }
 
     /// Entries that can be pushed as far as is known.
+    #[inline]
     fn free(&self) -> u64 {
         self.entries() - (self.produced - self.consumed)
     }
 
     /// Returns the command that ends `count` commands: all that were queued since bring-up, itself included.
+    #[inline]
     pub(crate) fn end(&self, count: u64) -> Command {
         match &self.word {
             Some(word) => Command::sync_with_message(word.phys(), count as u32),
@@ -78,6 +81,7 @@ impl CommandQueue {
     }
 
     /// Returns how many commands were consumed, as far as messages told; `None` where there are none.
+    #[inline]
     pub(crate) fn told(&self) -> Option<u64> {
         self.word.is_some().then_some(self.told)
     }
@@ -106,7 +110,7 @@ impl CommandQueue {
 
     /// Looks at the word that messages are written to; returns whether there is one.
     fn look<B: Bus>(&mut self, bus: &B) -> bool {
-        if self.produced - self.told > u64::from(u32::MAX / 2) {
+        if self.word.is_some() && self.produced - self.told > u64::from(u32::MAX / 2) {
             // Half a count says no more which of two it is.
             self.word = None;
         }
@@ -121,8 +125,13 @@ impl CommandQueue {
     }
 
     /// Reads CONS, and returns how many commands the unit has consumed since bring-up.
+    #[inline(always)]
     pub(crate) fn read_consumed<B: Bus>(&mut self, bus: &B) -> u64 {
-        let index = u64::from(regs::CMDQ.cons.read(bus).read(INDEX::INDEX));
+        let cons = regs::CMDQ.cons.read(bus);
+        if cons.get() == regs::GONE {
+            return self.consumed;
+        }
+        let index = u64::from(cons.read(INDEX::INDEX));
         // ORDER: whoever learns that a command was consumed sees what devices stored before it was.
         bus.observe(self.ring.range(0, 0));
         let behind = self.produced.wrapping_sub(index) & (2 * self.entries() - 1);
@@ -134,6 +143,7 @@ impl CommandQueue {
     }
 
     /// Returns how many commands have been queued since bring-up.
+    #[inline]
     pub(crate) fn produced(&self) -> u64 {
         self.produced
     }
@@ -153,8 +163,7 @@ impl CommandQueue {
     /// Puts `command` in the place of the one before which `at` others were queued. The unit has stopped there.
     pub(crate) fn replace<B: Bus>(&mut self, bus: &B, at: u64, command: Command) {
         if let Some(place) = self.place(at) {
-            self.ring.store_all(place, command.0);
-            bus.publish(self.ring.range(place, COMMAND_WORDS));
+            self.write(bus, place / COMMAND_WORDS, &[command]);
         }
     }
 
@@ -177,25 +186,58 @@ impl CommandQueue {
             let free = (free as usize).saturating_sub(reserve);
             return Err(Error::QueueFull { needed: commands.len(), free });
         }
-        // There is a power of two of places.
-        let last = self.entries() as usize - 1;
-        let start = self.produced as usize & last;
-        for (n, command) in commands.iter().enumerate() {
-            self.ring.store_all(((start + n) & last) * COMMAND_WORDS, command.0);
-        }
         // Published together: up to the end of the ring, and from its start what is left.
-        let up_to_end = last + 1 - start;
-        if commands.len() <= up_to_end {
-            bus.publish(self.ring.range(start * COMMAND_WORDS, commands.len() * COMMAND_WORDS));
-        } else {
-            bus.publish(self.ring.range(start * COMMAND_WORDS, up_to_end * COMMAND_WORDS));
-            bus.publish(self.ring.range(0, (commands.len() - up_to_end) * COMMAND_WORDS));
+        let up_to_end = commands.len().min(self.up_to_end());
+        let (first, rest) = commands.split_at(up_to_end);
+        self.write(bus, self.next(), first);
+        if !rest.is_empty() {
+            self.write(bus, 0, rest);
         }
-        self.produced += commands.len() as u64;
+        Ok(self.advance(bus, commands.len()))
+    }
+
+    /// Returns whether `count` more commands can be pushed as far as is known, side by side, while `reserve` entries remain free.
+    #[inline]
+    pub(crate) fn has_room_in_row(&self, count: usize, reserve: usize) -> bool {
+        self.free() >= (count + reserve) as u64 && count <= self.up_to_end()
+    }
+
+    /// Appends commands for which there [is room](Self::has_room_in_row), and rings the doorbell once.
+    ///
+    /// Returns how many commands have been queued since bring-up.
+    #[inline(always)]
+    pub(crate) fn append<B: Bus, const N: usize>(&mut self, bus: &B, commands: [Command; N]) -> u64 {
+        self.write(bus, self.next(), &commands);
+        self.advance(bus, N)
+    }
+
+    /// The place of the next command. There is a power of two of places.
+    #[inline]
+    fn next(&self) -> usize {
+        self.produced as usize & (self.entries() as usize - 1)
+    }
+
+    /// Places from the next command's to the end of the ring.
+    #[inline]
+    fn up_to_end(&self) -> usize {
+        self.entries() as usize - self.next()
+    }
+
+    /// Stores `commands` from place `at` on, and makes them visible to the unit.
+    #[inline(always)]
+    fn write<B: Bus>(&mut self, bus: &B, at: usize, commands: &[Command]) {
+        let rows = commands.iter().map(|command| command.0);
+        bus.publish(self.ring.store_rows(at * COMMAND_WORDS, rows));
+    }
+
+    /// Rings the doorbell for `count` commands that are in their places; returns how many have been queued since bring-up.
+    #[inline(always)]
+    fn advance<B: Bus>(&mut self, bus: &B, count: usize) -> u64 {
+        self.produced += count as u64;
         // ORDER: `publish` put every command before this write.
         let index = self.produced & (2 * self.entries() - 1);
         regs::CMDQ.prod.write(bus, INDEX::INDEX.val(index as u32));
-        Ok(self.produced)
+        self.produced
     }
 }
 
@@ -234,6 +276,9 @@ impl<const WORDS: usize> ReportQueue<WORDS> {
     pub(crate) fn pop<B: Bus>(&mut self, bus: &B) -> Option<[u64; WORDS]> {
         if self.cons == self.prod {
             let prod = self.registers.prod.read(bus);
+            if prod.get() == regs::GONE {
+                return None;
+            }
             // The value is reduced: what hardware says must not lead outside the ring.
             self.prod = prod.read(INDEX::INDEX) % (2 * self.entries());
             self.overflow.0 = prod.is_set(INDEX::OVERFLOW);

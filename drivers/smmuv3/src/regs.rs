@@ -58,6 +58,8 @@ register_bitfields![u32,
         EVENTQS OFFSET(16) NUMBITS(5) [],
         /// Log2 of the entries of the command queue, at most.
         CMDQS OFFSET(21) NUMBITS(5) [],
+        /// The attributes that an access comes with can be overridden.
+        ATTR_TYPES_OVR OFFSET(27) NUMBITS(1) [],
         /// Queue addresses are fixed.
         QUEUES_PRESET OFFSET(29) NUMBITS(1) [],
         /// Table addresses are fixed.
@@ -206,6 +208,7 @@ pub(crate) const IDR1: Ro<u32, IDR1::Register> = Ro::at(0x004);
 pub(crate) const IDR3: Ro<u32, IDR3::Register> = Ro::at(0x00C);
 pub(crate) const IDR5: Ro<u32, IDR5::Register> = Ro::at(0x014);
 pub(crate) const IIDR: Ro<u32> = Ro::at(0x018);
+pub(crate) const AIDR: Ro<u32> = Ro::at(0x01C);
 pub(crate) const CR0: Rw<u32, CR0::Register> = Rw::at(0x020);
 pub(crate) const CR0ACK: Ro<u32, CR0::Register> = Ro::at(0x024);
 pub(crate) const CR1: Rw<u32, CR1::Register> = Rw::at(0x028);
@@ -249,8 +252,13 @@ pub(crate) const EVENTQ: QueueRegisters =
 pub(crate) const PRIQ: QueueRegisters =
     QueueRegisters { base: Rw::at(0x0C0), prod: Rw::at(0x1_00C8), cons: Rw::at(0x1_00CC) };
 
+/// What every register reads as where there is no unit any more; bits are reserved in each that is read in service.
+pub(crate) const GONE: u32 = u32::MAX;
+
 /// All errors that the manual knows: bits 0, and 2 to 10.
 pub(crate) const ERRORS: u32 = 0x7FD;
+/// Those that lose reports: `EVENTQ_ABT_ERR` and `PRIQ_ABT_ERR`.
+pub(crate) const LOSSES: u32 = GERROR::EVENTQ_ABT_ERR::SET.value | GERROR::PRIQ_ABT_ERR::SET.value;
 
 /// What `CR1` says of a unit whose accesses are coherent: all of them inner shareable, write-back.
 pub(crate) const COHERENT: u32 = CR1::QUEUE_IC::WriteBack.value
@@ -307,6 +315,7 @@ mod tests {
         assert_eq!((idr0.read(IDR0::TTENDIAN), idr0.read(IDR0::STALL_MODEL)), (2, 1));
         assert_eq!((idr1.read(IDR1::SIDSIZE), idr1.read(IDR1::PRIQS)), (16, 0));
         assert_eq!((idr1.read(IDR1::EVENTQS), idr1.read(IDR1::CMDQS)), (19, 19));
+        assert!(!idr1.is_set(IDR1::ATTR_TYPES_OVR));
         assert!(idr3.is_set(IDR3::RIL));
         assert_eq!((idr5.read(IDR5::OAS), idr5.is_set(IDR5::GRAN4K)), (4, true));
     }

@@ -121,7 +121,12 @@ impl StreamEntry {
             .with(Self::CONTEXT_OUTER, walks.cacheability())
             .with(Self::CONTEXT_SHARE, walks.shareability())
             .with(Self::DEVICE_TLB, device_tlb.into())
-            .with(Self::SHARE_OVERRIDE, 1) // 1: none
+    }
+
+    /// Has accesses keep the shareability that they come with (SHCFG = 1). Reserved where the unit cannot override it
+    /// (`IDR1.ATTR_TYPES_OVR`).
+    pub fn without_override(self) -> Self {
+        self.with(Self::SHARE_OVERRIDE, 1)
     }
 
     /// Adds what the second stage of a unit that has one needs, with the root `empty`. Translations of the first stage are
@@ -248,6 +253,8 @@ pub(crate) struct Abilities {
     pub(crate) stall_choice: bool,
     /// Whose faults stall, if that can be chosen.
     pub(crate) stalling: Vec<StreamId, { crate::STALLING }>,
+    /// `IDR1.ATTR_TYPES_OVR`: what an access says of memory can be overridden, and is not.
+    pub(crate) overrides: bool,
     /// Second-stage tables are in the format of `S2FWB`.
     pub(crate) forced_write_back: bool,
 }
@@ -399,8 +406,11 @@ impl<B: Bus> Tables<B> {
 
     /// Returns the stream table entry of an assigned device that is not translated.
     fn blocked(&self, place: usize, stream: StreamId, features: Features) -> StreamEntry {
-        let Abilities { walks, vmid, stall_choice, forced_write_back, .. } = self.abilities;
+        let Abilities { walks, vmid, stall_choice, overrides, forced_write_back, .. } = self.abilities;
         let mut entry = StreamEntry::blocked(features.device_tlb, walks);
+        if overrides {
+            entry = entry.without_override();
+        }
         if features.pasid {
             // As when PASIDs are attached, so that one word makes it so.
             entry = entry.with(StreamEntry::DEFAULT_SUBSTREAM, 2);
@@ -973,7 +983,8 @@ mod tests {
     /// Worked out from the field tables of facts/smmuv3.md, section 2.2.
     #[test]
     fn a_stream_table_entry_holds_the_words_of_the_manual() {
-        let blocked = StreamEntry::blocked(true, WALKS).with_second_stage(0x2A, WALKS, PhysAddr(0x8000_0000));
+        let blocked = StreamEntry::blocked(true, WALKS).without_override();
+        let blocked = blocked.with_second_stage(0x2A, WALKS, PhysAddr(0x8000_0000));
         let fixed = [0x0000_1000_1000_00D4, 0x044C_3594_0000_002A];
 
         assert_eq!(blocked.0[..4], [0, fixed[0], fixed[1], 0x8000_0000]);
@@ -992,6 +1003,6 @@ mod tests {
     fn an_incoherent_unit_walks_past_the_caches() {
         let walks = Walks { coherent: false, address_size: 5 };
 
-        assert_eq!(StreamEntry::blocked(false, walks).0[1], 0x0000_1000_0000_0000);
+        assert_eq!(StreamEntry::blocked(false, walks).0[1], 0);
     }
 }

@@ -7,7 +7,7 @@ use crate::{
     queue::InvalidationQueue,
     regs::{self, CCMD, FSTS, GLOBAL, IOTLB, IQERCD},
     tables::Mode,
-    tickets::{Asked, Batch, PENDING, Tickets},
+    tickets::{Batch, PENDING, Tickets},
 };
 use heapless::Vec;
 use iommu::{
@@ -35,6 +35,15 @@ impl Block {
         let fitting = pages.max(1).ilog2();
         let mask = aligned.min(fitting).min(limit.into());
         Self { iova: Iova(page.wrapping_mul(PAGE_SIZE)), mask: mask as u8 }
+    }
+
+    /// Returns `pages` pages from page `page`, if they are one block of no more than 2^`limit` pages.
+    #[inline(always)]
+    fn whole(page: u64, pages: u64, limit: u8) -> Option<Self> {
+        let mask = pages.trailing_zeros();
+        // Of no pages at all the mask is 64, and no limit is that high.
+        let is_one = (page | pages) & pages.wrapping_sub(1) == 0 && mask <= limit.into();
+        is_one.then_some(Self { iova: Iova(page.wrapping_mul(PAGE_SIZE)), mask: mask as u8 })
     }
 }
 
@@ -356,7 +365,8 @@ pub(crate) struct Abilities {
 /// What is put into the queue together: a list that refuses rather than cuts off.
 struct Descriptors {
     list: Vec<Descriptor, BATCH>,
-    asked: Asked,
+    /// Whose device TLB is to forget something.
+    asked: Option<StreamId>,
 }
 
 impl Descriptors {
@@ -406,8 +416,11 @@ struct Described {
 /// that did not answer [`recover`](iommu::Commands::recover) does that once more for each ticket whose descriptors the unit
 /// had fetched. A unit without queued invalidation is told through its registers, and waited for.
 ///
-/// At most one ticket at a time waits for device TLBs: a device that does not answer holds back the queue until the unit
-/// gives it up, and no second one may add to that.
+/// At most one ticket at a time waits for a device TLB, of one device: a device that does not answer holds back the queue until
+/// the unit gives it up, and no second one may add to that. `submit` refuses a batch that asks two ([`Error::Exhausted`]), and
+/// one that asks while another is on its way ([`Error::Busy`]).
+///
+/// What a unit is at for [too long](crate::HEAD_LIMIT_US) has failed; what waits behind that has not.
 #[derive(Debug)]
 pub struct Commands<B> {
     bus: B,
@@ -556,18 +569,11 @@ impl<B: Bus> Commands<B> {
         iova: Iova,
         pages: u64,
     ) -> Result<(), Error> {
-        let by_domain =
-            self.abilities.mode == Mode::Legacy || matches!(at.stages, Stages::Second | Stages::Nested);
-        let Some(blocks) = self.cut(iova, pages).filter(|_| !by_domain || self.abilities.second_stage_pages)
-        else {
+        let Some(blocks) = self.cut(iova, pages).filter(|_| self.has_pages(at)) else {
             return self.forget_all(batch, at);
         };
         for block in blocks.clone() {
-            batch.push(if by_domain {
-                Descriptor::domain_pages(at.domain.0, block, self.abilities.drain)
-            } else {
-                Descriptor::pasid_pages(at.domain.0, number(at), block)
-            })?;
+            batch.push(self.block(at, block))?;
         }
         // Nobody knows which addresses the guest's first stage gave to these pages.
         let nested = at.stages == Stages::Nested;
@@ -575,6 +581,28 @@ impl<B: Bus> Commands<B> {
             batch.push(Descriptor::pasid(at.domain.0, number(at)))?;
         }
         if at.device_tlb { self.ask(batch, at.stream, at.pasid, (!nested).then_some(blocks)) } else { Ok(()) }
+    }
+
+    /// Whether the unit caches an attachment's translations by domain alone: what has a second stage.
+    #[inline]
+    fn is_by_domain(&self, at: Attachment) -> bool {
+        self.abilities.mode == Mode::Legacy || matches!(at.stages, Stages::Second | Stages::Nested)
+    }
+
+    /// Whether pages of an attachment can be forgotten, and not only all of it.
+    #[inline]
+    fn has_pages(&self, at: Attachment) -> bool {
+        !self.is_by_domain(at) || self.abilities.second_stage_pages
+    }
+
+    /// One block of an attachment, in the unit.
+    #[inline(always)]
+    fn block(&self, at: Attachment, block: Block) -> Descriptor {
+        if self.is_by_domain(at) {
+            Descriptor::domain_pages(at.domain.0, block, self.abilities.drain)
+        } else {
+            Descriptor::pasid_pages(at.domain.0, number(at), block)
+        }
     }
 
     fn forget_first_stage(
@@ -605,6 +633,10 @@ impl<B: Bus> Commands<B> {
         pasid: Option<Pasid>,
         blocks: Option<Blocks>,
     ) -> Result<(), Error> {
+        if batch.asked.is_some_and(|other| other != stream) {
+            // Not every unit names the one that is silent.
+            return Err(Error::Exhausted { what: "devices asked in a batch" });
+        }
         let own = Described { stream, physical: stream, outstanding: 0 };
         let told = self.described.iter().find(|known| known.stream == stream).copied().unwrap_or(own);
         let (physical, outstanding) =
@@ -623,9 +655,74 @@ impl<B: Bus> Commands<B> {
             }
         }
         if blocks.is_none_or(|blocks| blocks.left > 0) {
-            batch.asked = batch.asked.and(stream);
+            batch.asked = Some(stream);
         }
         Ok(())
+    }
+
+    /// Queues what most invalidations are: one block of pages, of an attachment without a device TLB, for a queue with room.
+    /// `None` if anything is unusual; then nothing was done.
+    #[inline(always)]
+    fn submit_block(&mut self, invalidations: &[Invalidation]) -> Option<Ticket> {
+        let [Invalidation::Pages { attachment: at, iova, pages }] = *invalidations else { return None };
+        let block = Block::whole(iova.0 / PAGE_SIZE, pages, self.abilities.mask_limit)?;
+        if at.device_tlb || at.stages == Stages::Nested || !self.has_pages(at) || self.stopped {
+            return None;
+        }
+        let descriptor = self.block(at, block);
+        let queue = self.queue.as_mut()?;
+        if !queue.has_room_in_row(2, self.reserve) || !self.tickets.has_room() {
+            return None;
+        }
+        let sequence = self.tickets.next();
+        let wait = Descriptor::wait(self.status.phys(), sequence as u32, false);
+        let (ticket, done_at, asked) = (Ticket(sequence), sequence, None);
+        let start = queue.append(&self.bus, [descriptor, wait]);
+        let end = queue.tail();
+        self.tickets.took();
+        self.tickets.add(Batch { ticket, done_at, start, end, asked, drains: false, failed: false });
+        Some(ticket)
+    }
+
+    /// Queues any invalidations, or none of them.
+    #[inline(never)]
+    fn submit_list(&mut self, invalidations: &[Invalidation]) -> Result<Ticket, Error> {
+        self.is_stopped()?;
+        let mut batch = Descriptors { list: Vec::new(), asked: None };
+        for invalidation in invalidations {
+            self.encode(&mut batch, invalidation)?;
+        }
+        let sequence = self.tickets.next();
+        let ticket = Ticket(sequence);
+        if self.queue.is_none() {
+            self.execute(&batch.list)?;
+            self.tickets.took();
+            return Ok(ticket);
+        }
+        let drains = invalidations.iter().any(|asked| matches!(asked, Invalidation::PageRequestDrain));
+        batch.fence(Descriptor::wait(self.nowhere(), 0, false))?;
+        batch.push(Descriptor::wait(self.status.phys(), sequence as u32, drains))?;
+        let needed = batch.list.len();
+        let asks = batch.asked.is_some();
+        let room = self.queue.as_ref().is_some_and(|queue| queue.has_room(needed + self.reserve));
+        if !room || !self.tickets.has_room() || asks && self.tickets.waits_for_device() {
+            // What has completed is looked at only when what is known does not suffice.
+            self.settle();
+        }
+        if asks && self.tickets.waits_for_device() {
+            return Err(Error::Busy { what: "device-TLB invalidation" });
+        }
+        if !self.tickets.has_room() {
+            return Err(Error::QueueFull { needed, free: 0 });
+        }
+        let Some(queue) = &mut self.queue else { return Err(Error::Failed { ticket }) };
+        let kept = |queue: &_| Self::kept(&self.tickets, queue);
+        let start = queue.push(&self.bus, &batch.list, self.reserve, kept)?;
+        let end = queue.tail();
+        self.tickets.took();
+        let done_at = sequence;
+        self.tickets.add(Batch { ticket, done_at, start, end, asked: batch.asked, drains, failed: false });
+        Ok(ticket)
     }
 
     /// A word that waits write to because they must write somewhere.
@@ -639,10 +736,22 @@ impl<B: Bus> Commands<B> {
     }
 
     /// Looks at what has completed.
+    #[inline]
     fn settle(&mut self) {
-        if self.queue.is_some() {
-            self.bus.observe(self.status.range(0, 1));
-            self.tickets.observe(self.status.load(0) as u32);
+        self.bus.observe(self.status.range(0, 1));
+        self.tickets.observe(self.status.load(0) as u32);
+    }
+
+    /// Takes a ticket for failed that has taken too long, and notes it for `recover`.
+    #[inline(never)]
+    fn look_for_overdue(&mut self) {
+        let Some((late, at_head)) = self.tickets.overdue(self.bus.now_us()) else { return };
+        // What is not at the head was asked of no device yet.
+        let stream = late.asked.filter(|_| at_head);
+        let cause = if stream.is_some() { FailureCause::Unanswered } else { FailureCause::Stopped };
+        // Of several the one that names a device is told: it is the one to act upon.
+        if self.overdue.is_none_or(|earlier| earlier.stream.is_none()) {
+            self.overdue = Some(Failure { cause, stream, ticket: Some(late.ticket) });
         }
     }
 
@@ -681,7 +790,7 @@ impl<B: Bus> Commands<B> {
             (first..=queue.age(queue.before(batch.end))).contains(&queue.age(at))
         };
         let batch = self.tickets.pending().iter().find(|batch| is_here(batch)).copied();
-        let mut stream = batch.and_then(|batch| batch.asked.stream());
+        let mut stream = batch.and_then(|batch| batch.asked);
         if queue.age(at) < queue.age(queue.tail()) {
             let refused = Descriptor([queue.first_word(at), 0, 0, 0]);
             if batch.is_none() && refused.get(Descriptor::TYPE) == 9 {
@@ -718,7 +827,7 @@ impl<B: Bus> Commands<B> {
         let mut begun: Vec<Ticket, PENDING> = Vec::new();
         let mut unanswered = None;
         for &batch in self.tickets.pending().iter().filter(|batch| was_fetched(batch.start)) {
-            if batch.asked != Asked::Nobody {
+            if batch.asked.is_some() {
                 unanswered = Some(batch);
             } else if !batch.failed {
                 // There is room: as many as can be pending.
@@ -757,7 +866,7 @@ impl<B: Bus> Commands<B> {
         }
         self.tickets.restart_clock();
         // One device at most was waited for, so its name is known even where the unit does not tell it.
-        let stream = unanswered.and_then(|batch| batch.asked.stream()).or(errors.unanswered);
+        let stream = unanswered.and_then(|batch| batch.asked).or(errors.unanswered);
         let ticket = unanswered.map(|batch| batch.ticket);
         Some(Failure { cause: FailureCause::Unanswered, stream, ticket })
     }
@@ -832,43 +941,12 @@ impl IqErrors {
 }
 
 impl<B: Bus> iommu::Commands for Commands<B> {
+    #[inline(always)]
     fn submit(&mut self, invalidations: &[Invalidation]) -> Result<Ticket, Error> {
-        self.is_stopped()?;
-        let mut batch = Descriptors { list: Vec::new(), asked: Asked::Nobody };
-        for invalidation in invalidations {
-            self.encode(&mut batch, invalidation)?;
+        match self.submit_block(invalidations) {
+            Some(ticket) => Ok(ticket),
+            None => self.submit_list(invalidations),
         }
-        let sequence = self.tickets.next();
-        let ticket = Ticket(sequence);
-        if self.queue.is_none() {
-            self.execute(&batch.list)?;
-            self.tickets.took();
-            return Ok(ticket);
-        }
-        let drains = invalidations.iter().any(|asked| matches!(asked, Invalidation::PageRequestDrain));
-        batch.fence(Descriptor::wait(self.nowhere(), 0, false))?;
-        batch.push(Descriptor::wait(self.status.phys(), sequence as u32, drains))?;
-        let needed = batch.list.len();
-        let asks = batch.asked != Asked::Nobody;
-        let room = self.queue.as_ref().is_some_and(|queue| queue.has_room(needed + self.reserve));
-        if !room || !self.tickets.has_room() || asks && self.tickets.waits_for_device() {
-            // What has completed is looked at only when what is known does not suffice.
-            self.settle();
-        }
-        if asks && self.tickets.waits_for_device() {
-            return Err(Error::Busy { what: "device-TLB invalidation" });
-        }
-        if !self.tickets.has_room() {
-            return Err(Error::QueueFull { needed, free: 0 });
-        }
-        let Some(queue) = &mut self.queue else { return Err(Error::Failed { ticket }) };
-        let kept = |queue: &_| Self::kept(&self.tickets, queue);
-        let start = queue.push(&self.bus, &batch.list, self.reserve, kept)?;
-        let end = queue.tail();
-        self.tickets.took();
-        let done_at = sequence;
-        self.tickets.add(Batch { ticket, done_at, start, end, asked: batch.asked, drains, failed: false });
-        Ok(ticket)
     }
 
     fn respond(&mut self, response: PageResponse) -> Result<(), (PageResponse, Error)> {
@@ -883,18 +961,12 @@ impl<B: Bus> iommu::Commands for Commands<B> {
         result.map_err(|error| (response, error))
     }
 
+    #[inline(always)]
     fn poll(&mut self, ticket: Ticket) -> Completion {
         self.settle();
         // The clock is for what is not done.
-        let waits = !self.tickets.pending().is_empty();
-        if waits && let Some(late) = self.tickets.overdue(self.bus.now_us()) {
-            let stream = late.asked.stream();
-            let cause =
-                if late.asked == Asked::Nobody { FailureCause::Stopped } else { FailureCause::Unanswered };
-            // Of several the one that names a device is told: it is the one to act upon.
-            if self.overdue.is_none_or(|earlier| earlier.stream.is_none()) {
-                self.overdue = Some(Failure { cause, stream, ticket: Some(late.ticket) });
-            }
+        if !self.tickets.pending().is_empty() {
+            self.look_for_overdue();
         }
         self.tickets.completion(ticket)
     }
@@ -914,7 +986,7 @@ impl<B: Bus> iommu::Commands for Commands<B> {
             self.attempts.0 = 0;
             return None;
         }
-        if status.get() == u32::MAX || self.is_hopeless() {
+        if status.get() == regs::GONE || self.is_hopeless() {
             return Some(self.stop());
         }
         let errors = IqErrors::read(&self.bus);

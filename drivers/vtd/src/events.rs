@@ -4,11 +4,11 @@ use crate::{
     interrupts,
     queue::PageRequestQueue,
     reason::Reason,
-    regs::{self, FRCD_TOP, FSTS, PRS},
+    regs::{self, FRCD_TOP, FSTS, GONE, PRS},
 };
 use iommu::{
-    Access, Bus, Event, FaultRecord, Field, GroupTag, Iova, Message, PageRequest, Pasid, Perms, StreamId,
-    Words, descriptor,
+    Access, Bus, Event, FaultRecord, Field, GroupTag, Iova, Message, PageRequest, Pasid, Perms, Stages,
+    StreamId, Words, descriptor,
 };
 
 descriptor! {
@@ -110,11 +110,13 @@ pub struct Events<B> {
     told: bool,
     /// Whether this pass has looked what page requests there are.
     looked: bool,
+    /// All registers read as ones when faults were last looked for: the unit is not there any more.
+    gone: bool,
 }
 
 impl<B: Bus> Events<B> {
     pub(crate) fn new(bus: B, requests: Option<PageRequestQueue>, records: (usize, usize)) -> Self {
-        Self { bus, requests, records, next_record: None, told: false, looked: false }
+        Self { bus, requests, records, next_record: None, told: false, looked: false, gone: false }
     }
 
     /// Lets the unit interrupt: by `faults` for faults and command errors, by `requests` for page requests.
@@ -150,7 +152,7 @@ impl<B: Bus> iommu::Events for Events<B> {
         // interrupt came: while it is set the unit neither queues nor interrupts.
         let status = regs::PRS.read(&self.bus);
         let (more, lost) = (status.is_set(PRS::PPR), status.is_set(PRS::PRO));
-        if !more && !lost {
+        if !more && !lost || status.get() == GONE {
             return None;
         }
         // PPR before the look, so that what comes after it interrupts. Between the look before and the status the queue may
@@ -173,6 +175,11 @@ impl<B: Bus> iommu::Events for Events<B> {
     fn next_fault(&mut self) -> Option<Event> {
         let (first, count) = self.records;
         let status = regs::FSTS.read(&self.bus);
+        let was_gone = core::mem::replace(&mut self.gone, status.get() == GONE);
+        if self.gone {
+            // Told once: nobody can clear it.
+            return (!was_gone).then_some(Event::CommandsFailed { status: GONE });
+        }
         if status.is_set(FSTS::PPF) {
             // FRI is where the faults that are pending began; it does not move as they are read. Units fill the records in
             // turn, so the next one is after the last. All are looked at before PPF is left standing: while it stands
@@ -205,5 +212,9 @@ impl<B: Bus> iommu::Events for Events<B> {
             return Some(Event::CommandsFailed { status: status.get() });
         }
         None
+    }
+
+    fn refused_by(&self, fault: &FaultRecord) -> Stages {
+        Reason::of(fault.code).stages()
     }
 }

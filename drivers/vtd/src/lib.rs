@@ -27,9 +27,10 @@
 //! | scalable mode, first stage | yes | 4 levels: QEMU, model; 5 where reported: model |
 //! | scalable mode, second stage | yes | 3 to 5 levels, as reported: model; 4 levels: QEMU, which offers it without page requests |
 //! | nested | yes | a guest's page tables over second-stage tables: model; its PASID tables no: the unit reads them by host addresses |
+//! | which stage refused an access | by reason | [`Reason::stages`]: model; a missing permission to write may be either's, of page requests the unit does not say |
 //! | pass-through | yes | for who vouches for it ([`Trust`](iommu::Trust)): QEMU, model; in legacy mode without a device TLB |
 //! | legacy mode | yes | where there is no other, or when asked; 4 levels: QEMU, model; 3 and 5: model |
-//! | blocking without records (`FPD`) | yes | until the device is given back: model |
+//! | blocking without records (`FPD`) | yes | until the device is given back: QEMU, model |
 //! | page walks that do not look into caches | yes | only then are cache lines flushed: QEMU (nothing to see there), model |
 //! | write buffers (`CAP.RWBF`) | yes | flushed at bring-up and after each entry: model; interrupt entries by their invalidation |
 //! | snooping of accesses (`PGSNP`) | yes | wherever `ECAP.SC` is, in scalable mode: encoded |
@@ -40,7 +41,7 @@
 //! | register-based invalidation | yes | where there is no queue; each ticket is waited for: model |
 //! | order of invalidations | fenced | the caches fill each other, and a unit may execute them in any order: model |
 //! | refused descriptors (`IQE`) | replaced | what is behind them is executed: QEMU, model; a queue that cannot go on is given up |
-//! | device TLBs | yes | one wait at a time; virtual functions, throttle ([`Commands::describe`]): QEMU, model |
+//! | device TLBs | yes | one device at a time; virtual functions, throttle ([`Commands::describe`]): QEMU, model |
 //! | silent devices (`ITE`) | named | their ticket has failed, the others go on: model; silent units: [`HEAD_LIMIT_US`] |
 //! | stray answers of devices (`ICE`) | named | model |
 //! | takeover from firmware | yes | translation of the same mode, interrupt remapping, queue: QEMU, model; protected memory: model |
@@ -306,6 +307,8 @@ impl<B: Bus + Clone> Found<B> {
         self.end_protected_memory()?;
 
         if page_requests_served {
+            // What whoever hands out memory stored there must not be written back over what the unit stores.
+            bus.publish(page_requests.range(0, page_requests.words()));
             regs::PQH.set(bus, 0);
             regs::PQT.set(bus, 0);
             let base = page_requests.phys().0 >> 12;

@@ -114,34 +114,55 @@ impl InvalidationQueue {
             return Err(Error::QueueFull { needed: descriptors.len(), free: free.saturating_sub(reserve) });
         }
         let start = self.tail;
-        for &descriptor in descriptors {
-            self.store(self.tail, descriptor);
-            self.tail = (self.tail + 1) & self.last;
-        }
         // Published together: up to the end of the ring, and from its start what is left.
         let up_to_end = descriptors.len().min(self.entries() - start);
-        bus.publish(self.ring.range(start * self.width, up_to_end * self.width));
-        if up_to_end < descriptors.len() {
-            bus.publish(self.ring.range(0, (descriptors.len() - up_to_end) * self.width));
+        let (first, rest) = descriptors.split_at(up_to_end);
+        self.write(bus, start, first);
+        if !rest.is_empty() {
+            self.write(bus, 0, rest);
         }
-        self.ring_doorbell(bus);
+        self.advance(bus, descriptors.len());
         Ok(start)
+    }
+
+    /// Returns whether `count` more entries can be pushed as far as is known, side by side, while `reserve` remain free.
+    #[inline]
+    pub(crate) fn has_room_in_row(&self, count: usize, reserve: usize) -> bool {
+        self.has_room(count + reserve) && self.tail + count - 1 <= self.last
+    }
+
+    /// Appends descriptors for which there [is room](Self::has_room_in_row), and rings the doorbell once. Returns where they
+    /// are.
+    #[inline(always)]
+    pub(crate) fn append<B: Bus, const N: usize>(&mut self, bus: &B, descriptors: [Descriptor; N]) -> usize {
+        let start = self.tail;
+        self.write(bus, start, &descriptors);
+        self.advance(bus, N);
+        start
+    }
+
+    /// Moves the tail past `count` descriptors that are in their places, and rings the doorbell.
+    #[inline(always)]
+    fn advance<B: Bus>(&mut self, bus: &B, count: usize) {
+        self.tail = (self.tail + count) & self.last;
+        self.ring_doorbell(bus);
     }
 
     /// Stores a descriptor at entry `at`, and makes it visible to the unit.
     pub(crate) fn put<B: Bus>(&mut self, bus: &B, at: usize, descriptor: Descriptor) {
-        self.store(at, descriptor);
-        bus.publish(self.ring.range(at * self.width, self.width));
+        self.write(bus, at, &[descriptor]);
     }
 
-    fn store(&mut self, at: usize, descriptor: Descriptor) {
+    /// Stores `descriptors` from entry `at` on, and makes them visible to the unit.
+    #[inline(always)]
+    fn write<B: Bus>(&mut self, bus: &B, at: usize, descriptors: &[Descriptor]) {
         let at = at * self.width;
-        let [low, high, ..] = descriptor.0;
         // The upper half, where there is none, is zero in every descriptor.
-        match self.width {
-            NARROW_WORDS => self.ring.store_all(at, [low, high]),
-            _ => self.ring.store_all(at, descriptor.0),
-        }
+        let range = match self.width {
+            NARROW_WORDS => self.ring.store_rows(at, descriptors.iter().map(|d| [d.0[0], d.0[1]])),
+            _ => self.ring.store_rows(at, descriptors.iter().map(|descriptor| descriptor.0)),
+        };
+        bus.publish(range);
     }
 
     /// Returns the first word of entry `at`.
@@ -150,6 +171,7 @@ impl InvalidationQueue {
     }
 
     /// Tells the unit where the tail is.
+    #[inline]
     pub(crate) fn ring_doorbell<B: Bus>(&self, bus: &B) {
         // ORDER: `publish` put every descriptor before this write.
         regs::IQT.write(bus, regs::IQ::INDEX.val((self.tail * self.width / NARROW_WORDS) as u64));
@@ -174,6 +196,10 @@ impl PageRequestQueue {
     /// Learns what the unit has queued by now.
     pub(crate) fn look<B: Bus>(&mut self, bus: &B) {
         let tail: LocalRegisterCopy<u64, regs::PQ::Register> = regs::PQT.read(bus);
+        if tail.get() == u64::MAX {
+            // There is no unit any more, and nothing new.
+            return;
+        }
         self.tail = tail.read(regs::PQ::INDEX) as usize % self.entries();
     }
 

@@ -233,6 +233,9 @@ pub(crate) const PQT: Rw<u64, PQ::Register> = Rw::at(0x0C8);
 pub(crate) const PQA: Rw<u64, PQA::Register> = Rw::at(0x0D0);
 pub(crate) const PRS: W1c<u32, PRS::Register> = W1c::at(0x0DC);
 
+/// What every register reads as where there is no unit any more; bits are reserved in each that is read in service.
+pub(crate) const GONE: u32 = u32::MAX;
+
 /// The one-shot bits of `GCMD`; they read back as status and must not be written back.
 pub(crate) const ONE_SHOT: u32 = 1 << 24 | 1 << 27 | 1 << 29 | 1 << 30;
 
@@ -296,6 +299,7 @@ impl FaultRecording {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use iommu::Bus;
     use tock_registers::{LocalRegisterCopy, fields::FieldValue};
 
     /// The registers of facts/vtd.md, section 8, rows 71, 73, 75, 76.
@@ -326,6 +330,99 @@ mod tests {
         assert!(ecap.is_set(ECAP::FSTS) && !ecap.is_set(ECAP::SSTS) && !ecap.is_set(ECAP::SMPWCS));
         assert_eq!((ecap.read(ECAP::PSS), ecap.read(ECAP::MHMV)), (19, 15));
         assert!(ecap.is_set(ECAP::IR) && ecap.is_set(ECAP::EIM));
+    }
+
+    /// The bits `high` to `low`, as the sheet names fields.
+    const fn bits(high: u32, low: u32) -> u64 {
+        (u64::MAX >> (63 - high)) & (u64::MAX << low)
+    }
+
+    /// Every field that the driver knows, beside its bits in facts/vtd.md, sections 1.2 to 1.7 and 4.1.
+    #[test]
+    fn every_field_of_every_register_is_where_the_manual_has_it() {
+        macro_rules! fields {
+            ($($register:ident { $($field:ident $high:literal : $low:literal),* })*) => {$($(
+                let field = $register::$field;
+                let found = u64::from(field.mask) << field.shift;
+                assert_eq!(found, bits($high, $low), "{}.{}", stringify!($register), stringify!($field));
+            )*)*};
+        }
+        fields! {
+            CAP {
+                ND 2:0, RWBF 4:4, PLMR 5:5, PHMR 6:6, CM 7:7, SAGAW 12:8, FRO 33:24, SSLPS 37:34, PSI 39:39, NFR 47:40,
+                MAMV 53:48, DWD 54:54, DRD 55:55, FS1GP 56:56, FS5LP 60:60, ESRTPS 63:63
+            }
+            ECAP {
+                C 0:0, QI 1:1, DT 2:2, IR 3:3, EIM 4:4, PT 6:6, SC 7:7, IRO 17:8, MHMV 23:20, NEST 26:26, PRS 29:29,
+                PSS 39:35, PASID 40:40, DIT 41:41, PDS 42:42, SMTS 43:43, SSTS 46:46, FSTS 47:47, SMPWCS 48:48
+            }
+            RTADDR { TTM 11:10, RTA 63:12 }
+            CCMD { CAIG 60:59, ICC 63:63 }
+            IOTLB { IAIG 58:57, IVT 63:63 }
+            IQ { INDEX 18:4 }
+            IQA { QS 2:0, DW 11:11, BASE 63:12 }
+            IQERCD { ITESID 47:32, ICESID 63:48 }
+            IRTA { S 3:0, EIME 11:11, BASE 63:12 }
+            PQ { INDEX 18:5 }
+            PQA { PQS 2:0, BASE 63:12 }
+            VER { MAX 7:4 }
+            GLOBAL { CFI 23:23, SIRTP 24:24, IRE 25:25, QIE 26:26, WBF 27:27, SFL 29:29, SRTP 30:30, TE 31:31 }
+            FSTS { PFO 0:0, PPF 1:1, IQE 4:4, ICE 5:5, ITE 6:6, FRI 15:8 }
+            PMEN { PRS 0:0, EPM 31:31 }
+            ECTL { IM 31:31 }
+            PRS { PPR 0:0, PRO 1:1 }
+            FRCD_TOP { F 31:31 }
+        }
+        // 30, 29, 27 and 24 of GCMD.
+        assert_eq!(!ONE_SHOT, 0x96FF_FFFF);
+    }
+
+    /// A bus that answers every read of a register with its offset and width.
+    struct Places;
+
+    impl Bus for Places {
+        fn read32(&self, offset: usize) -> u32 {
+            32 << 16 | offset as u32
+        }
+        fn write32(&self, _offset: usize, _value: u32) {}
+        fn read64(&self, offset: usize) -> u64 {
+            64 << 16 | offset as u64
+        }
+        fn write64(&self, _offset: usize, _value: u64) {}
+        fn publish(&self, _range: core::ops::Range<iommu::PhysAddr>) {}
+        fn observe(&self, _range: core::ops::Range<iommu::PhysAddr>) {}
+        fn now_us(&self) -> u64 {
+            0
+        }
+    }
+
+    /// The map of facts/vtd.md, section 1.1.
+    #[test]
+    fn every_register_is_where_the_manual_has_it_and_as_wide() {
+        macro_rules! places {
+            ($($width:literal { $($register:expr => $offset:literal),* })*) => {$($(
+                let found = u64::from($register.read(&Places).get());
+                assert_eq!((found >> 16, found & 0xFFFF), ($width, $offset), "{}", stringify!($register));
+            )*)*};
+        }
+        places! {
+            32 {
+                VER => 0x000, GCMD => 0x018, GSTS => 0x01C, FSTS => 0x034, PMEN => 0x064, PRS => 0x0DC,
+                FAULT_EVENT.control => 0x038, FAULT_EVENT.data => 0x03C, FAULT_EVENT.address => 0x040,
+                FAULT_EVENT.upper_address => 0x044, INVALIDATION_EVENT.control => 0x0A0,
+                INVALIDATION_EVENT.data => 0x0A4, INVALIDATION_EVENT.address => 0x0A8,
+                INVALIDATION_EVENT.upper_address => 0x0AC, PAGE_REQUEST_EVENT.control => 0x0E0,
+                PAGE_REQUEST_EVENT.data => 0x0E4, PAGE_REQUEST_EVENT.address => 0x0E8,
+                PAGE_REQUEST_EVENT.upper_address => 0x0EC, FaultRecording::at(0x220, 0).top => 0x22C,
+                FaultRecording::at(0x220, 3).top => 0x25C
+            }
+            64 {
+                CAP => 0x008, ECAP => 0x010, RTADDR => 0x020, CCMD => 0x028, IQH => 0x080, IQT => 0x088, IQA => 0x090,
+                IQERCD => 0x0B0, IRTA => 0x0B8, PQH => 0x0C0, PQT => 0x0C8, PQA => 0x0D0,
+                IotlbRegisters::at(0xF00).address => 0xF00, IotlbRegisters::at(0xF00).command => 0xF08,
+                FaultRecording::at(0x220, 3).low => 0x250, FaultRecording::at(0x220, 3).high => 0x258
+            }
+        }
     }
 
     #[test]

@@ -11,33 +11,14 @@ use iommu::{Completion, StreamId, Ticket};
 pub(crate) const PENDING: usize = 128;
 /// Failed tickets that are remembered one by one.
 const FAILED: usize = 32;
-/// How long a command may be at the head of the queue, in microseconds, before its ticket is taken for failed.
+/// How long the head of the queue may take where it waits for a device, in microseconds, before its ticket is taken for failed.
 ///
-/// It is longer than units take to notice a device that does not answer (`FSTS.ITE`), which then comes first.
-pub const HEAD_LIMIT_US: u64 = 1_000_000;
-
-/// Whose device TLBs a batch waits for.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(crate) enum Asked {
-    Nobody,
-    One(StreamId),
-    Several,
-}
-
-impl Asked {
-    pub(crate) fn and(self, stream: StreamId) -> Self {
-        match self {
-            Self::Nobody => Self::One(stream),
-            Self::One(same) if same == stream => self,
-            Self::One(_) | Self::Several => Self::Several,
-        }
-    }
-
-    /// The device, where there is one alone.
-    pub(crate) fn stream(self) -> Option<StreamId> {
-        if let Self::One(stream) = self { Some(stream) } else { None }
-    }
-}
+/// PCI Express, "Address Translation Services", gives a device one minute to answer an invalidation, and half as much more.
+/// Units notice by themselves one that does not answer (`FSTS.ITE`), and that comes first; a device that is slow but in time
+/// must cost nobody anything but the wait (XSA-373).
+pub const HEAD_LIMIT_US: u64 = 90_000_000;
+/// How long it may take where the unit alone is to do something.
+const UNIT_LIMIT_US: u64 = 1_000_000;
 
 /// What was queued for one ticket. Its places in the queue are not used again before it has ended.
 #[derive(Clone, Copy, Debug)]
@@ -48,7 +29,8 @@ pub(crate) struct Batch {
     /// Where its descriptors are in the queue: the first, and the one after the last, which is its wait.
     pub(crate) start: usize,
     pub(crate) end: usize,
-    pub(crate) asked: Asked,
+    /// Whose device TLB it waits for.
+    pub(crate) asked: Option<StreamId>,
     /// Its wait drains page requests.
     pub(crate) drains: bool,
     /// It was told to be failed, although it may still complete.
@@ -65,9 +47,11 @@ pub(crate) struct Tickets {
     /// In the order in which they were queued.
     pending: Vec<Batch, PENDING>,
     failed: Vec<u64, FAILED>,
+    /// The newest that ever failed: what is newer has not.
+    newest_failed: u64,
     /// Tickets up to this one are taken for failed: it was one, and there was no more room to remember it.
     forgotten: u64,
-    /// The ticket at the head of the queue, and since when at least.
+    /// The sequence number at the head of the queue, and since when at least.
     head: (u64, u64),
 }
 
@@ -78,31 +62,37 @@ impl Tickets {
             completed: 0,
             pending: Vec::new(),
             failed: Vec::new(),
+            newest_failed: 0,
             forgotten: 0,
             head: (0, 0),
         }
     }
 
     /// The sequence number of the next wait.
+    #[inline]
     pub(crate) fn next(&self) -> u64 {
         self.submitted + 1
     }
 
     /// Takes note that the wait [`next`](Self::next) was queued.
+    #[inline]
     pub(crate) fn took(&mut self) {
         self.submitted += 1;
     }
 
     /// Adds a batch; there must be [`room`](Self::has_room).
+    #[inline]
     pub(crate) fn add(&mut self, batch: Batch) {
         let _ = self.pending.push(batch);
     }
 
+    #[inline]
     pub(crate) fn has_room(&self) -> bool {
         !self.pending.is_full()
     }
 
     /// Reads the word that waits write: the low half of a sequence number.
+    #[inline]
     pub(crate) fn observe(&mut self, status: u32) {
         let behind = (self.submitted as u32).wrapping_sub(status);
         if let Some(completed) = self.submitted.checked_sub(behind.into()) {
@@ -121,16 +111,21 @@ impl Tickets {
         self.completed
     }
 
+    #[inline]
     pub(crate) fn completion(&self, ticket: Ticket) -> Completion {
-        if ticket.0 <= self.forgotten || self.failed.contains(&ticket.0) {
+        // Mostly nothing has failed, and nothing is pending.
+        let failed = || ticket.0 <= self.forgotten || self.failed.contains(&ticket.0);
+        let pending = || !self.pending.is_empty() && self.pending.iter().any(|batch| batch.ticket == ticket);
+        if ticket.0 <= self.newest_failed && failed() {
             Completion::Failed
-        } else if ticket.0 > self.submitted || self.pending.iter().any(|batch| batch.ticket == ticket) {
+        } else if ticket.0 > self.submitted || pending() {
             Completion::Pending
         } else {
             Completion::Done
         }
     }
 
+    #[inline]
     pub(crate) fn pending(&self) -> &[Batch] {
         &self.pending
     }
@@ -148,7 +143,7 @@ impl Tickets {
 
     /// A device TLB has not answered yet.
     pub(crate) fn waits_for_device(&self) -> bool {
-        self.pending.iter().any(|batch| batch.asked != Asked::Nobody)
+        self.pending.iter().any(|batch| batch.asked.is_some())
     }
 
     /// Takes a ticket for failed, for good. Its places stay taken until it ends.
@@ -166,6 +161,7 @@ impl Tickets {
             self.forgotten = self.forgotten.max(oldest);
         }
         let _ = self.failed.push(ticket.0);
+        self.newest_failed = self.newest_failed.max(ticket.0);
     }
 
     /// Takes a ticket for failed, and ended: nothing of it will happen any more.
@@ -179,19 +175,25 @@ impl Tickets {
         self.head.0 = 0;
     }
 
-    /// Returns the batch that is at the head of the queue for too long, now failed.
+    /// Returns the batch that takes too long, now failed, and whether it is the one at the head of the queue.
     ///
-    /// What waits behind others is not at the head: its time has not begun.
-    pub(crate) fn overdue(&mut self, now_us: u64) -> Option<Batch> {
-        let head = *self.pending.iter().find(|batch| !batch.failed)?;
-        if self.head.0 != head.ticket.0 {
-            self.head = (head.ticket.0, now_us);
+    /// What waits behind others is not at the head: its time has not begun. That holds also where the head was told to be
+    /// failed, as long as the unit is still at it; but a unit that is at it for once more its time, and more, does nothing any
+    /// more, and so each of those times another ends, which is nobody's fault.
+    pub(crate) fn overdue(&mut self, now_us: u64) -> Option<(Batch, bool)> {
+        // What was aborted was queued again behind others.
+        let head = *self.pending.iter().min_by_key(|batch| batch.done_at)?;
+        if self.head.0 != head.done_at {
+            self.head = (head.done_at, now_us);
         }
-        if now_us.saturating_sub(self.head.1) < HEAD_LIMIT_US {
+        let limit_us = if head.asked.is_some() { HEAD_LIMIT_US } else { UNIT_LIMIT_US };
+        if now_us.saturating_sub(self.head.1) < limit_us {
             return None;
         }
-        self.fail(head.ticket);
-        Some(head)
+        self.head.1 = now_us;
+        let late = *self.pending.iter().filter(|batch| !batch.failed).min_by_key(|batch| batch.done_at)?;
+        self.fail(late.ticket);
+        Some((late, late.ticket == head.ticket))
     }
 }
 
@@ -205,7 +207,7 @@ mod tests {
             done_at: ticket,
             start: 0,
             end: 1,
-            asked: Asked::Nobody,
+            asked: None,
             drains: false,
             failed: false,
         }
@@ -263,14 +265,55 @@ mod tests {
         let mut tickets = queued(2);
         assert!(tickets.overdue(10).is_none());
         // The first completes late; the second has all of its own time from then on.
-        assert!(tickets.overdue(10 + HEAD_LIMIT_US - 1).is_none());
+        assert!(tickets.overdue(10 + UNIT_LIMIT_US - 1).is_none());
         tickets.observe(1);
 
-        assert!(tickets.overdue(10 + HEAD_LIMIT_US).is_none());
-        assert!(tickets.overdue(9 + 2 * HEAD_LIMIT_US).is_none());
-        let late = tickets.overdue(10 + 2 * HEAD_LIMIT_US).expect("its time is over");
+        assert!(tickets.overdue(10 + UNIT_LIMIT_US).is_none());
+        assert!(tickets.overdue(9 + 2 * UNIT_LIMIT_US).is_none());
+        let (late, at_head) = tickets.overdue(10 + 2 * UNIT_LIMIT_US).expect("its time is over");
 
         assert_eq!((late.ticket, tickets.completion(Ticket(2))), (Ticket(2), Completion::Failed));
+        assert!(at_head);
         assert_eq!(tickets.pending().len(), 1, "its places stay taken");
+    }
+
+    #[test]
+    fn what_waits_for_a_device_has_the_time_that_a_device_has() {
+        let mut tickets = queued(1);
+        tickets.moved(Ticket(1), |batch| batch.asked = Some(StreamId(0x20)));
+        assert!(tickets.overdue(10).is_none());
+
+        assert!(tickets.overdue(9 + HEAD_LIMIT_US).is_none());
+        assert!(tickets.overdue(10 + HEAD_LIMIT_US).is_some());
+    }
+
+    #[test]
+    fn behind_one_that_was_told_to_be_failed_nothing_is_at_the_head() {
+        let mut tickets = queued(3);
+        tickets.moved(Ticket(1), |batch| batch.asked = Some(StreamId(0x20)));
+        assert!(tickets.overdue(0).is_none());
+        let first = tickets.overdue(HEAD_LIMIT_US).map(|(late, at_head)| (late.ticket, at_head));
+        assert_eq!(first, Some((Ticket(1), true)));
+
+        assert!(tickets.overdue(2 * HEAD_LIMIT_US - 1).is_none(), "the unit is still at the first");
+        let second = tickets.overdue(2 * HEAD_LIMIT_US).map(|(late, at_head)| (late.ticket, at_head));
+        assert_eq!(second, Some((Ticket(2), false)), "the unit does nothing");
+        // It comes to life: the time of the third begins.
+        tickets.observe(2);
+        assert!(tickets.overdue(3 * HEAD_LIMIT_US).is_none());
+        assert!(tickets.overdue(3 * HEAD_LIMIT_US + UNIT_LIMIT_US).is_some());
+    }
+
+    /// What an abort took is queued again, and so is not where it was.
+    #[test]
+    fn the_head_is_what_the_unit_is_at_and_not_what_was_submitted_first() {
+        let mut tickets = queued(2);
+        tickets.took();
+        tickets.moved(Ticket(1), |batch| batch.done_at = 3);
+        assert!(tickets.overdue(0).is_none());
+
+        let late = tickets.overdue(UNIT_LIMIT_US).map(|(late, _)| late.ticket);
+
+        assert_eq!(late, Some(Ticket(2)));
     }
 }

@@ -1,8 +1,8 @@
 //! Scenes that fill the unit's queues, or look at what it and devices remember.
 
 use super::{
-    Canary, PATIENCE_US, Seen, Unexpected, Writer, expect, longest_answer_us, passes, perform, report,
-    requesters, tally_of, task, wait_for,
+    Canary, PATIENCE_US, Seen, Unexpected, Writer, expect, longest_answer_us, passes, perform,
+    perform_beside_neighbour, report, requesters, tally_of, task, wait_for,
 };
 use crate::{
     control::{self, ALLOCATION},
@@ -10,14 +10,18 @@ use crate::{
     guest,
     hypervisor::{GUESTS, Hypervisor},
     memory::Share,
+    tables::Stage,
 };
 use arch::cpu;
-use broker::Missed;
+use broker::{FaultLimits, Missed, Restraint};
 use core::sync::atomic::Ordering::{Relaxed, SeqCst};
 use iommu::{Access, FaultReason, Features, Gpa, Iova, PAGE_SIZE, Perms};
 
 /// Refused writes of a storm: more than an event queue of one frame holds.
 const STORM: u64 = 200;
+/// Faults that are reported before a device is silenced that has too many, at most, beyond those that are: as many as the
+/// unit has room for, and those of as long as its home core takes.
+const AT_MOST_BEHIND: u64 = 256;
 /// How long the service core looks away at most, in microseconds.
 const AWAY_US: u64 = 1_000_000;
 
@@ -84,6 +88,86 @@ pub fn storm(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
     Ok(
         "200 writes refused while nobody looked: the unit said that it lost reports, both guests were told, and the next fault was recorded",
     )
+}
+
+/// A device whose accesses are refused again and again is warned of, then blocked and silenced, which its guest is told; the other
+/// guest's device is served meanwhile. One that nobody owns is silenced at once. Both serve their next owners.
+pub fn escalation(hv: &Hypervisor, seen: &Seen) -> Result<&'static str, Unexpected> {
+    let devices = requesters(hv);
+    let held_to = |restraint: Restraint| hv.homes[0].restraints[restraint as usize].load(Relaxed);
+    let during = perform_beside_neighbour(hv, task::STORM, &devices)?;
+    let (tally, _) = tally_of(hv, 0)?;
+    let [writes, faults, warnings, blocked, lost, after] =
+        [0, 1, 2, 3, 4, 5].map(|number: usize| report(hv, 0, number));
+    seen.count("refused", writes);
+    seen.count("recorded", tally.faults);
+    seen.count("told", faults);
+    seen.count("told_as_lost", lost);
+    seen.count("told_once_blocked", after);
+    seen.count("warnings", warnings);
+    seen.count("blocked", blocked);
+    seen.count("groups_of_the_neighbour", during);
+    seen.count("longest_to_answer_of_the_neighbour_less_than_us", longest_answer_us(hv, &[1]));
+    let held = [Restraint::Warned, Restraint::Blocked].map(held_to);
+    perform(hv, 0, [task::REPAIR, 0x5E, 0], devices[0])?;
+    let (next, _) = tally_of(hv, 0)?;
+    seen.count("groups_of_the_next_owner", next.opened);
+
+    let (recorded, further) = stray(hv, devices[0])?;
+    seen.count("recorded_of_nobodys", recorded);
+    seen.count("recorded_of_nobodys_once_silenced", further);
+    let second_stage = u64::from(hv.stage == Stage::Second);
+    perform(hv, 0, [task::EVENT, second_stage, 0], devices[0])?;
+    seen.count("faults_told_to_its_next_owner", report(hv, 0, 0));
+    let limit = u64::from(FaultLimits::USUAL.block);
+    expect((limit..limit + AT_MOST_BEHIND).contains(&tally.faults), "the device was not silenced in time")?;
+    expect(blocked == 1 && after == 0, "the owner was not told once that its device is blocked")?;
+    expect(held == [1, 1], "the device was not held to what it should be")?;
+    expect(next.succeeded > 0 && next.faults == 0, "the next owner's requests were not served")?;
+    expect((limit..limit + AT_MOST_BEHIND).contains(&recorded), "nobody's device was not silenced in time")?;
+    expect(further == 0, "a silenced device goes on to be reported")?;
+    Ok(
+        "a storm of refused writes: the device was warned of, blocked and silenced, its guest told once; nobody's device as well, at once; the neighbour was served; both serve again after a reset",
+    )
+}
+
+/// Has a device that nobody owns write until it is silenced; returns how many faults were reported until then, and of as many
+/// writes of a device that is allowed to go on.
+fn stray(hv: &Hypervisor, number: usize) -> Result<(u64, u64), Unexpected> {
+    const FURTHER: usize = 64;
+    let function = &hv.devices[number].function;
+    let engine = Engine::new(&hv.config, function).ok_or("sva-dev is out of reach")?;
+    let target = Canary::new(hv)?;
+    let faults = || hv.unowned.with(|(count, _)| *count);
+    let refused = || {
+        engine.start(0, Iova(target.phys()), 0xBAD, Engine::PLAIN_WRITE, 0);
+        let end_us = cpu::now_us().saturating_add(PATIENCE_US);
+        while engine.status(0) == Engine::BUSY && cpu::now_us() < end_us {
+            cpu::relax();
+        }
+        engine.status(0) == Engine::REFUSED
+    };
+    let before = faults();
+    function.enable_bus_master(&hv.config);
+    let end_us = cpu::now_us().saturating_add(PATIENCE_US);
+    let mut all_refused = true;
+    while all_refused && !hv.is_silenced(number) && cpu::now_us() < end_us {
+        all_refused = refused();
+    }
+    let silenced = hv.is_silenced(number);
+    let recorded = faults() - before;
+    // The hypervisor has taken its right to write away as well, so that the unit is not even asked.
+    function.enable_bus_master(&hv.config);
+    all_refused &= (0..FURTHER).all(|_| refused());
+    // Once more around all that the service core has to do.
+    let drained = hv.drain().is_ok();
+    function.disable_bus_master(&hv.config);
+    let further = faults() - before - recorded;
+    let unchanged = target.is_unchanged();
+    target.release(hv);
+    expect(all_refused && unchanged, "a write was not refused")?;
+    expect(silenced && drained, "nobody's device was not silenced")?;
+    Ok((recorded, further))
 }
 
 /// More page requests than the queue holds: what was lost is told, every group has one answer, and the other device is served.

@@ -1,6 +1,9 @@
 //! Time of the operations on translation tables, beside the instructions that `--bench pgtable` counted last, for each leaf.
 
-use bench::pgtable::{BLOCKS_1G, BLOCKS_2M, Operation, PAGES, Who};
+use bench::{
+    Row,
+    pgtable::{BLOCKS_1G, BLOCKS_2M, Operation, PAGES, Who},
+};
 use std::{path::PathBuf, time::Instant};
 
 /// The operations, by the names under which `--bench pgtable` files them.
@@ -17,6 +20,10 @@ const OPERATIONS: [(&str, Operation); 11] = [
     ("protect_pages_one_by_one", Operation::ProtectEach(PAGES)),
     ("translate_random_pages", Operation::Translate),
 ];
+
+/// Those that are ours, and those that are not: both columns of what is kept among the figures.
+const OURS: [Who; 2] = [Who::OursLongMode, Who::OursStage2];
+const OTHERS: [Who; 3] = [Who::Aarch64Paging, Who::Multiarch, Who::X86_64];
 
 /// Runs of an operation, of which the median counts.
 const RUNS: usize = 9;
@@ -59,15 +66,31 @@ fn main() {
         "for each leaf, or translation: instructions (as `--bench pgtable` counted them last) and ns (median of {RUNS})\n"
     );
     println!("{:<26}{}", "", Who::ALL.map(|who| format!("{:>20}", who.name())).concat());
+    let mut rows: [Vec<Row>; 2] = Default::default();
     for (name, operation) in OPERATIONS {
-        let cells = Who::ALL.map(|who| match time(who, operation) {
-            Some((ns, leaves)) => {
-                let count =
-                    counted(name, who).map_or("-".into(), |all| format!("{:.1}", all as f64 / leaves as f64));
+        let costs = Who::ALL.map(|who| {
+            let (ns, leaves) = time(who, operation)?;
+            Some((ns, counted(name, who).map(|all| all as f64 / leaves as f64)))
+        });
+        let cells = costs.map(|cost| match cost {
+            Some((ns, count)) => {
+                let count = count.map_or("-".into(), |count| format!("{count:.1}"));
                 format!("{count:>11} {ns:>8.2}")
             }
             None => format!("{:>20}", "-"),
         });
         println!("{name:<26}{}", cells.concat());
+        // Each of ours beside all others.
+        let count =
+            |of: Who| Who::ALL.iter().zip(costs).find(|&(&who, _)| who == of).and_then(|(_, cost)| cost?.1);
+        for (ours, rows) in OURS.into_iter().zip(&mut rows) {
+            let what =
+                format!("{}, {}, for each leaf", name.replace('_', " "), ours.name().replace('_', " "));
+            rows.push(Row { what, costs: [ours].into_iter().chain(OTHERS).map(count).collect(), goal: None });
+        }
+    }
+    let names: Vec<_> = ["ours"].into_iter().chain(OTHERS.iter().map(|who| who.name())).collect();
+    for rows in &rows {
+        bench::keep("instructions", &names, rows);
     }
 }

@@ -16,6 +16,7 @@ mod refused;
 mod repair;
 mod restraint;
 mod silence;
+mod storm;
 mod unmaps;
 mod watch;
 
@@ -66,6 +67,7 @@ const NESTED: u64 = 15;
 const REFUSED_INTERRUPT: u64 = 16;
 const LOSSES: u64 = 17;
 const UNMAPS: u64 = 18;
+const STORM: u64 = 19;
 
 /// Asks for the task, and does it.
 pub fn run() -> Result<(), Failed> {
@@ -91,6 +93,7 @@ pub fn run() -> Result<(), Failed> {
         REFUSED_INTERRUPT => refused::run(),
         LOSSES => losses::run(),
         UNMAPS => unmaps::run(),
+        STORM => storm::run(),
         _ => {
             say!("this guest knows no task {task}");
             Err(Failed)

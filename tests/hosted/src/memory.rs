@@ -141,9 +141,6 @@ impl guest::Frames for Window {
 
     fn store(&self, frame: usize, word: usize, value: u64) {
         assert_eq!(frame, CONSUMER, "the other frames are read-only for a guest");
-        let at = self.at(frame, word);
-        // The host's `DmaBuf` is the only way in on the CPU's side, so the store comes in from the other.
-        self.memory.device_store(at, value).expect("the frame is in the memory");
-        self.memory.observe(at..PhysAddr(at.0 + 8)).expect("the frame is in the memory");
+        self.memory.guest_store(self.at(frame, word), value);
     }
 }

@@ -143,6 +143,8 @@ pub struct Machine<B = &'static SmmuUnit> {
     pub frames: TableFrames,
     /// How the unit behaves.
     pub hardware: Hardware,
+    /// The errors that were told since the last recovery.
+    pub told: u32,
 }
 
 /// Returns a unit with `config` and its memory of 2 MiB. It lives as long as the process: tests are short.
@@ -244,7 +246,7 @@ impl<B: Bus + Clone> Machine<B> {
     ) -> Result<Self, Error> {
         let smmu = Found::probe(bus)?.enable(needs)?;
         let frames = TableFrames::new(memory.clone(), usize::MAX);
-        Ok(Self { memory, unit, smmu, frames, hardware: Hardware::Prompt })
+        Ok(Self { memory, unit, smmu, frames, hardware: Hardware::Prompt, told: 0 })
     }
 
     /// Returns an empty tree for `stage`.
@@ -375,6 +377,9 @@ impl<B: Bus + Clone> Machine<B> {
         self.smmu.events.look_for_errors();
         let mut events = Vec::new();
         while let Some(event) = self.smmu.events.next_event() {
+            if let Event::CommandsFailed { status } = event {
+                self.told |= status;
+            }
             events.push(event);
             assert!(events.len() < 10_000, "a pass without an end");
         }
@@ -383,6 +388,7 @@ impl<B: Bus + Clone> Machine<B> {
 
     /// Takes the unit out of its errors; returns what had stopped its commands.
     pub fn recover(&mut self) -> Vec<Failure> {
+        self.smmu.commands.told(std::mem::take(&mut self.told));
         let failures: Vec<_> = std::iter::from_fn(|| self.smmu.commands.recover()).take(1000).collect();
         assert!(failures.len() < 1000, "a recovery without an end");
         failures

@@ -2,14 +2,16 @@
 #![expect(clippy::expect_used, reason = "a test that is surprised has failed")]
 
 use broker::{
-    BUCKETS, DEADLINE_MAX_US, DeviceId, Error, Escalation, Limits, POISONED, Refusal, Restraint, TICK_US,
-    Tally,
+    BUCKETS, DEADLINE_MAX_US, DeviceId, Error, Escalation, FaultLimits, Limits, POISONED, Refusal, Restraint,
+    TICK_US, Tally,
 };
 use hosted::rig::{Did, Ended, Rig, last, part, response};
-use iommu::{Outcome, PageResponse, StreamId};
+use iommu::{Outcome, PageResponse, Pasid, StreamId};
 
 const DISK: StreamId = StreamId(0x20);
 const NIC: StreamId = StreamId(0x28);
+/// What the devices of a world are attached for.
+const PASID: Option<Pasid> = Pasid::new(5);
 
 /// Two guests with a queue of 16 slots each.
 type World = Rig<2, 16, { 2 * (16 + POISONED) }>;
@@ -294,6 +296,102 @@ fn only_a_reset_gives_page_requests_back() {
     world.ledger.resume_device(disk);
 
     assert_eq!(world.admit(last(DISK, 1, 1), 1 << 40), Did::Forwarded(0));
+}
+
+// Faults.
+
+/// What the device is held to by each of `faults` faults at `now_us`.
+fn faults(world: &World, stream: StreamId, faults: usize, now_us: u64) -> Vec<Restraint> {
+    (0..faults).filter_map(|_| world.ledger.faulted(stream, PASID, now_us)?.restraint).collect()
+}
+
+#[test]
+fn too_many_faults_block_a_device_and_its_requests_are_refused_until_it_is_reset() {
+    let mut world = World::new();
+    let limits = FaultLimits { period_us: 1_000, warn: 2, block: 5 };
+    let disk = world.attached(DISK, &Limits { faults: limits, escalation: MILD, ..LIMITS }, 0);
+    let nic = world.attached(NIC, &Limits { faults: limits, ..LIMITS }, 1);
+    assert_eq!(faults(&world, NIC, 1, 0), []);
+
+    assert_eq!(faults(&world, DISK, 4, 0), [Restraint::Warned]);
+    assert_eq!(world.admit(last(DISK, 1, 1), 10), Did::Forwarded(0), "a warning refuses nothing");
+    assert_eq!(faults(&world, DISK, 10, 0), [Restraint::Blocked]);
+    assert_eq!(world.ledger.restraint(disk), Restraint::Blocked);
+    assert_eq!(world.admit(last(DISK, 2, 1), 10), refused(DISK, 2));
+    assert_eq!(world.admit(last(NIC, 2, 1), 10), Did::Forwarded(1), "another's faults are another's");
+    assert_eq!(world.ledger.restraint(nic), Restraint::None);
+    let counted = [disk, nic].map(|device| world.ledger.tally(device).map(|tally| tally.faults));
+    assert_eq!(counted, [Some(14), Some(1)]);
+
+    world.ledger.quiesce_device(disk);
+    world.broker.discard_leaving();
+    world.ledger.resume_device(disk);
+    assert_eq!(world.ledger.restraint(disk), Restraint::None);
+    assert_eq!(world.admit(last(DISK, 3, 1), 20), Did::Forwarded(0));
+    assert_eq!(faults(&world, DISK, 10, 0), [Restraint::Warned, Restraint::Blocked], "it begins anew");
+}
+
+#[test]
+fn an_answer_in_time_lifts_the_warning_about_faults_and_does_not_have_it_told_again() {
+    let mut world = World::new();
+    let limits = FaultLimits { period_us: 1_000, warn: 2, block: 50 };
+    let disk = world.attached(DISK, &Limits { faults: limits, ..LIMITS }, 0);
+    assert_eq!(faults(&world, DISK, 2, 0), [Restraint::Warned]);
+    assert_eq!(world.admit(last(DISK, 1, 1), 10), Did::Forwarded(0));
+    let cookie = world.deliver_one(0, 20).cookie;
+    assert!(world.settle(0, cookie, Outcome::Success, 30).is_ok());
+    assert_eq!(world.ledger.restraint(disk), Restraint::None);
+
+    for round in 1..100 {
+        assert_eq!(faults(&world, DISK, 49, round * 1_000), []);
+    }
+    assert_eq!(faults(&world, DISK, 1, 99_999), [Restraint::Blocked]);
+}
+
+#[test]
+fn a_harder_restraint_than_a_warning_is_not_softened_by_one() {
+    let mut world = World::new();
+    let limits = FaultLimits { period_us: 1_000, warn: 1, block: 0 };
+    let escalation = Escalation { requests_off: 1, ..MILD };
+    let disk = world.attached(DISK, &Limits { faults: limits, escalation, ..LIMITS }, 0);
+    assert_eq!(expire_each(&mut world, disk, 0, 1), [Restraint::RequestsOff]);
+
+    assert_eq!(faults(&world, DISK, 100, 0), [Restraint::Warned], "it is told all the same");
+    assert_eq!(world.ledger.restraint(disk), Restraint::RequestsOff);
+}
+
+#[test]
+fn a_fault_of_no_attachment_counts_against_its_device_and_one_of_no_device_against_none() {
+    let world = World::new();
+    let limits = FaultLimits { period_us: 1_000, warn: 0, block: 3 };
+    let disk = world.attached(DISK, &Limits { faults: limits, ..LIMITS }, 0);
+
+    assert_eq!(world.ledger.faulted(DISK, None, 0), None, "those without PASID are nobody's");
+    assert_eq!(world.ledger.device_faulted(DISK, 0), Ok(None));
+    assert_eq!(world.ledger.faulted(DISK, PASID, 0).map(|faulted| faulted.restraint), Some(None));
+    assert_eq!(
+        world.ledger.device_faulted(DISK, 0),
+        Ok(Some(Restraint::Blocked)),
+        "they are counted together"
+    );
+    assert_eq!(world.ledger.tally(disk).map(|tally| tally.faults), Some(3));
+    assert_eq!(world.ledger.device_faulted(NIC, 0), Err(Error::Gone));
+}
+
+#[test]
+fn faults_of_a_device_that_was_removed_are_nobody_s() {
+    let world = World::new();
+    let limits = FaultLimits { period_us: 1_000, warn: 0, block: 1 };
+    let disk = world.attached(DISK, &Limits { faults: limits, ..LIMITS }, 0);
+    world.ledger.remove_device(disk);
+    let next = world.ledger.add_device(NIC, &Limits { faults: limits, ..LIMITS }).expect("there is room");
+
+    assert_eq!(world.ledger.device_faulted(DISK, 0), Err(Error::Gone));
+    // The attachment is there until it leaves; its device is gone, whoever has the place now.
+    let faulted = world.ledger.faulted(DISK, PASID, 0).expect("it is attached");
+    assert_eq!(faulted.restraint, None);
+    assert_eq!(world.ledger.restraint(next), Restraint::None);
+    assert_eq!(world.ledger.tally(next).map(|tally| tally.faults), Some(0));
 }
 
 // Budgets.

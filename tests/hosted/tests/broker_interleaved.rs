@@ -23,6 +23,8 @@ mod deadlines;
 mod devices;
 #[path = "../../../drivers/broker/src/directory.rs"]
 mod directory;
+#[path = "../../../drivers/broker/src/faults.rs"]
+mod faults;
 #[path = "../../../drivers/broker/src/groups.rs"]
 mod groups;
 #[path = "../../../drivers/broker/src/inbox.rs"]
@@ -39,8 +41,9 @@ pub use cookie::Cookie;
 pub use counters::{Missed, Tally};
 pub use deadlines::{Deadlines, Due};
 pub use devices::{DEADLINE_MAX_US, DeviceId, Escalation, Latencies, Limits, Restraint};
+pub use faults::{FaultCount, FaultLimits};
 pub use inbox::{Inbox, Taken};
-pub use ledger::{Error, Ledger, Owner, QueueId, Settled, Whose};
+pub use ledger::{Error, Faulted, Ledger, Owner, QueueId, Settled, Whose};
 pub use queue::{Answer, Group, Page, Refusal, Shown};
 pub use service::{Broker, Expiry, POISONED, Verdict};
 

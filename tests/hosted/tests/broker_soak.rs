@@ -8,7 +8,8 @@
 #![expect(clippy::expect_used, reason = "a test that is surprised has failed")]
 
 use broker::{
-    AttachmentId, Cookie, DeviceId, Escalation, Limits, Owner, POISONED, Policy, Requests, Tally, Whose,
+    AttachmentId, Cookie, DeviceId, Escalation, FaultLimits, Limits, Owner, POISONED, Policy, Requests,
+    Tally, Whose,
 };
 use hosted::{
     Random,
@@ -99,6 +100,7 @@ fn limits(device: usize, random: &mut Random) -> Limits {
         burst: 1,
         half_seen: 40,
         escalation: Escalation { warn: 1, throttle: 0, requests_off: 0, block: 0 },
+        faults: FaultLimits::NONE,
     };
     match device % 8 {
         3 => Limits { per_second: 10_000, burst: pick(&[1, 8]), ..usual },

@@ -272,6 +272,24 @@ fn lost_events_are_counted_and_leave_a_gap_in_the_numbers() {
 }
 
 #[test]
+fn an_event_that_is_offered_is_shown_once_there_is_room_and_not_lost_before() {
+    let (mut host, window) = open();
+    let mut guest = guest(&window);
+    for n in 0..RECORDS {
+        assert_eq!(host.offer_event(&event(n)), Ok(Pushed::Yes));
+    }
+    let before = snapshot(&window);
+
+    (0..3).for_each(|_| assert_eq!(host.offer_event(&event(99)), Ok(Pushed::Full)));
+    assert_eq!((snapshot(&window), host.events_lost()), (before, 0));
+    assert!(guest.next_event().is_some());
+    assert_eq!(host.offer_event(&event(99)), Ok(Pushed::Yes));
+
+    let last = std::iter::from_fn(|| guest.next_event()).last().expect("they are there");
+    assert_eq!((last.number, last.lost, last.opaque), (RECORDS + 1, 0, 99));
+}
+
+#[test]
 fn events_that_are_lost_last_are_seen_without_another_event() {
     let (mut host, window) = open();
     let mut guest = guest(&window);

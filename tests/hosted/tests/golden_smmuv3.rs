@@ -32,10 +32,12 @@ mod tables {
 
     #[test]
     fn a_blocked_entry_is_not_valid_and_says_all_that_does_not_depend_on_tables() {
-        // w1: S1CIR 1<<2 | S1COR 1<<4 | S1CSH 3<<6 = 0xD4 (as S3); SHCFG 1<<44 (as S2); EATS 1<<28 (as S4).
-        assert_eq!(StreamEntry::blocked(false, COHERENT).0, [0, 0x0000_1000_0000_00D4, 0, 0, 0, 0, 0, 0]);
-        assert_eq!(StreamEntry::blocked(true, COHERENT).0, [0, 0x0000_1000_1000_00D4, 0, 0, 0, 0, 0, 0]);
-        assert_eq!(StreamEntry::blocked(true, INCOHERENT).0, [0, 0x0000_1000_1000_0000, 0, 0, 0, 0, 0, 0]);
+        // w1: S1CIR 1<<2 | S1COR 1<<4 | S1CSH 3<<6 = 0xD4 (as S3); EATS 1<<28 (as S4).
+        assert_eq!(StreamEntry::blocked(false, COHERENT).0, [0, 0xD4, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(StreamEntry::blocked(true, COHERENT).0, [0, 0x1000_00D4, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(StreamEntry::blocked(true, INCOHERENT).0, [0, 0x1000_0000, 0, 0, 0, 0, 0, 0]);
+        // SHCFG 1<<44 (as S2).
+        assert_eq!(StreamEntry::default().without_override().0, [0, 0x1000_0000_0000, 0, 0, 0, 0, 0, 0]);
     }
 
     #[test]
@@ -97,7 +99,7 @@ mod tables {
 
     #[test]
     fn a_table_of_contexts_is_named_with_its_size_and_format() {
-        let blocked = StreamEntry::blocked(true, COHERENT);
+        let blocked = StreamEntry::blocked(true, COHERENT).without_override();
         let contexts =
             |at, log2, two_levels, bypass| blocked.contexts(ContextTable { at, log2, two_levels }, bypass).0;
         // As S4, but S1Fmt 1<<4 and S1CDMax 15<<59 = 0x78.. (20 is 0xA0..); S1DSS 2, SHCFG 1<<44.

@@ -7,7 +7,7 @@
 use hosted::root;
 use iommu::{
     Access, DomainId, Event, FaultReason, Features, Gpa, GroupTag, Iova, Outcome, PageRequest, PageResponse,
-    Pasid, Perms, PhysAddr, StreamId,
+    Pasid, Perms, PhysAddr, Stages, StreamId,
 };
 use vtd::{
     Reason,
@@ -388,16 +388,20 @@ mod fault_records {
 
     /// The manual's reasons, by what they mean to the owner of the device. What is not listed is unknown.
     const REASONS: [(FaultReason, &[u16]); 6] = [
-        // Not present: LRT.2, LCT.2, SRT.2, SCT.2, SPD.2, SPT.2. Not admitted: LCT.5, RTA.2, RTA.3, SCT.5 to SCT.8.
+        // Not present: LRT.2, LCT.2, SRT.2, SCT.2, SPD.2, SPT.2. Not admitted: LCT.5, RTA.2 to RTA.4, SCT.5 to SCT.8,
+        // SCT.10, SGN.10.
         // SPT.4 is how a unit that looks at PGTT before P reports an entry that is all zero.
         (
             FaultReason::NotAttached,
-            &[0x01, 0x02, 0x39, 0x41, 0x51, 0x59, 0x0D, 0x31, 0x32, 0x44, 0x45, 0x46, 0x47, 0x5B],
+            &[
+                0x01, 0x02, 0x39, 0x41, 0x51, 0x59, 0x0D, 0x31, 0x32, 0x33, 0x44, 0x45, 0x46, 0x47, 0x49,
+                0x89, 0x5B,
+            ],
         ),
         // SFS.2, SSS.2.
         (FaultReason::NotMapped, &[0x71, 0x79]),
-        // LGN.2, LGN.3, SPT.5, SPT.6, SGN.2, SGN.3, SGN.6, SGN.7.
-        (FaultReason::NotPermitted, &[0x05, 0x06, 0x5C, 0x5D, 0x81, 0x82, 0x85, 0x86]),
+        // RTA.5, LGN.2, LGN.3, SPT.5, SPT.6, SGN.2, SGN.3, SGN.6, SGN.7.
+        (FaultReason::NotPermitted, &[0x34, 0x05, 0x06, 0x5C, 0x5D, 0x81, 0x82, 0x85, 0x86]),
         // LGN.1, SGN.1, SGN.4, SGN.5.
         (FaultReason::AddressSize, &[0x04, 0x80, 0x83, 0x84]),
         // Access errors, reserved bits, invalid entries, nested walks that fail in the tables.
@@ -443,6 +447,47 @@ mod fault_records {
         assert_eq!(Reason::of(0x75), Reason::NestedRootNotReadable, "SFS.6");
         assert_eq!(Reason::of(0x79), Reason::SecondStageNotPresent, "SSS.2");
         assert_eq!(Reason::of(0x80), Reason::NotCanonical, "SGN.1");
+    }
+
+    /// The manual's reasons (revision 5.10, "Fault Conditions and Remapping Hardware Behavior"), by the tables that refuse;
+    /// SFS.9, SFS.10, SSS.6 and SGN.3 as the sheet has them (4.2). What is not listed is the second stage's.
+    const STAGES: [(Stages, &[u16]); 3] = [
+        // LRT, LCT, interrupt remapping, RTA, SRT, SCT, SPD, SPT; SGN.4 is about an address that no table translates, SGN.10
+        // about the PASID.
+        (
+            Stages::None,
+            &[
+                0x01, 0x08, 0x0A, 0x02, 0x03, 0x09, 0x0B, 0x0D, 0x20, 0x21, 0x22, 0x23, 0x24, 0x25, 0x26,
+                0x27, 0x28, 0x29, 0x30, 0x31, 0x32, 0x33, 0x34, 0x38, 0x39, 0x3A, 0x40, 0x41, 0x42, 0x43,
+                0x44, 0x45, 0x46, 0x47, 0x48, 0x49, 0x50, 0x51, 0x52, 0x58, 0x59, 0x5A, 0x5B, 0x5C, 0x5D,
+                0x83, 0x89,
+            ],
+        ),
+        // SFS.1 to SFS.5: of SFS.6 to SFS.8 the manual says that the second stage lacks the permission. SFS.9, SFS.10.
+        // SGN.1, SGN.2.
+        (Stages::First, &[0x70, 0x71, 0x72, 0x73, 0x74, 0x90, 0x91, 0x80, 0x81]),
+        // SGN.6 may be either's. (SGN.7 is not: a first-stage entry that is present can be read.)
+        (Stages::Nested, &[0x85]),
+    ];
+
+    #[test]
+    fn each_reason_says_which_stage_refused_and_of_every_other_it_was_the_second() {
+        for code in 0..0x200 {
+            let expected = STAGES
+                .iter()
+                .find(|(_, codes)| codes.contains(&code))
+                .map_or(Stages::Second, |(stages, _)| *stages);
+
+            assert_eq!(Reason::of(code).stages(), expected, "{code:#04x}");
+        }
+        // The second stage's, each by its name: LGN and LSS of legacy mode, SFS.6 to SFS.8, SSS, SGN.3, SGN.5, SGN.7, SGN.8;
+        // a number without a name, and the faults of HPT, which this driver does not use.
+        let seconds = [0x04, 0x05, 0x06, 0x07, 0x0C, 0x0E, 0x75, 0x76, 0x77];
+        let further =
+            [0x78, 0x79, 0x7A, 0x7B, 0x7C, 0x7D, 0x82, 0x84, 0x86, 0x87, 0x7E, 0x88, 0x92, 0xA0, 0xFF];
+        for code in seconds.into_iter().chain(further) {
+            assert_eq!(Reason::of(code).stages(), Stages::Second, "{code:#04x}");
+        }
     }
 }
 

@@ -6,8 +6,8 @@ use hosted::{
     smmu::{COMMANDS, Machine, Stage, StreamTable, Tapped, needs, unit},
 };
 use iommu::{
-    Bus, Commands, Completion, Error, FailureCause, Features, GroupTag, Invalidation, Iova, Outcome,
-    PageResponse, Perms, PhysAddr, StreamId, Ticket,
+    Attachment, Bus, Commands, Completion, DomainId, Error, FailureCause, Features, GroupTag, Invalidation,
+    Iova, Outcome, PageResponse, Perms, PhysAddr, Stages, StreamId, Ticket,
 };
 use models::smmuv3::{Config, SmmuUnit};
 use std::sync::{
@@ -104,13 +104,27 @@ impl Bench {
     }
 }
 
+/// What goes into the queue by itself: a page of a device without a TLB.
+const PAGE: Invalidation = Invalidation::Pages {
+    attachment: Attachment {
+        serial: 1,
+        stream: NIC,
+        pasid: None,
+        domain: DomainId(0x2A),
+        stages: Stages::First,
+        device_tlb: false,
+    },
+    iova: Iova(0x7000),
+    pages: 1,
+};
+
 #[test]
 fn what_is_done_is_read_from_memory_and_from_no_register() {
     let mut bench = bench();
 
-    for _ in 0..3 * COMMANDS {
+    for invalidation in [OF_DISK, PAGE].into_iter().cycle().take(3 * COMMANDS) {
         let before = bench.accesses.load(SeqCst);
-        let ticket = bench.submit(OF_DISK);
+        let ticket = bench.submit(invalidation);
         assert_eq!(bench.accesses.load(SeqCst) - before, 1, "CMDQ_PROD");
         assert_eq!(bench.counted_poll(ticket), (Completion::Done, 0));
         assert_eq!(bench.last(), [ticket.0 << 32 | SIGNAL, bench.word.0]);

@@ -48,7 +48,11 @@ struct Bench {
 }
 
 fn bench(features: Features, change: fn(&mut smmuv3::Memory)) -> Bench {
-    let (unit, memory) = unit(Config::full());
+    bench_of(Config::full(), features, change)
+}
+
+fn bench_of(config: Config, features: Features, change: fn(&mut smmuv3::Memory)) -> Bench {
+    let (unit, memory) = unit(config);
     let mut parts = needs(StreamTable::Linear, &memory);
     change(&mut parts);
     let contexts = parts.contexts.phys().0;
@@ -102,6 +106,21 @@ fn the_first_stage_of_a_device_without_pasids() {
     // S2VMID counts where there is a second stage at all; the rest of it does not.
     assert_eq!((w2 & 0xFFFF, attachment.domain.0), (1, 1));
     assert_eq!(bench.words(bench.contexts + 64), context(1, root));
+    bench.machine.assert_lawful();
+}
+
+/// IDR1.ATTR_TYPES_OVR [27], IDR0.STALL_MODEL [25:24] = 1: SHCFG and S1STALLD are reserved.
+#[test]
+fn the_same_of_a_unit_that_overrides_nothing_and_stalls_nothing() {
+    let full = Config::full();
+    let config = Config { idr0: full.idr0 | 1 << 24, idr1: full.idr1 & !(1 << 27), ..full };
+    let mut bench = bench_of(config, ATS, |_| ());
+    let (first, _) = bench.tree(Stage::One);
+
+    bench.attach(None, first);
+
+    assert_eq!(bench.entry()[1], EATS | CACHED);
+    assert!(bench.machine.read(DISK, None, Iova(0)).is_err());
     bench.machine.assert_lawful();
 }
 

@@ -3,33 +3,41 @@
 //!
 //! | advisory or commit | where it is, or why not |
 //! |---|---|
-//! | XSA-33, XSA-36, XSA-49, XSA-59, XSA-337, XSA-360; ACRN 25c0e3817 | interrupt entries: `vtd/interrupts.rs` and `golden_vtd.rs` |
+//! | XSA-33, XSA-36, XSA-360; ACRN 25c0e3817 | interrupt entries: named at the tests of `vtd/interrupts.rs` |
+//! | XSA-337 | entries are named by handles, and nothing is read back from a device |
 //! | XSA-80, XSA-222 | no flag puts a flush off; a [`Ticket`] must be used, by lint |
 //! | XSA-237, XSA-285, XSA-395, XSA-461, XSA-467, XSA-492 | the hypervisor's: ownership, locks; the driver takes none |
 //! | XSA-275, XSA-311, XSA-442, XSA-445; CVE-2026-43253 | AMD's unit |
-//! | XSA-304 | `vtd/bring_up.rs` |
-//! | XSA-321, XSA-328, XSA-347; CVE-2026-45894, -45944, -45945, -45862, -74439, -90243 | order and publication of entries: `vtd/tables.rs` |
-//! | XSA-378, XSA-386, XSA-400, XSA-460 | reserved regions are the caller's to map; failures on the way: `vtd/tables.rs` |
+//! | XSA-304 | named at its test in `vtd/bring_up.rs` |
+//! | XSA-321, XSA-328, XSA-347; CVE-2026-45894, -45944, -45945, -45862, -74439, -90243 | order and publication of entries: named at the tests of `vtd_stores.rs` and `vtd/tables.rs` |
+//! | XSA-378, XSA-386, XSA-400, XSA-460 | reserved regions are the caller's to map; failures on the way: named at its test in `vtd_stores.rs` |
 //! | XSA-449 | the caller assigns each requester ID; `dmar.rs` tells which there are |
 //! | XSA-450, XSA-458 | no features that change code; no locks |
 //! | "Handle two DRHD" of Asterinas #3920 | `dmar.rs` |
 //! | Jailhouse a76e766b, ae8b272f | no queue is emulated for a guest |
-//! | CVE-2024-44994, "Handle iommu faults for a bad iopf setup", "Fix leak in iopf_queue_discard_partial()" | the broker's: `broker_groups.rs` |
+//! | CVE-2024-44994, "Handle iommu faults for a bad iopf setup", "Fix leak in iopf_queue_discard_partial()"; a request that is not the last is answered; groups by index without PASID, floods without a last | the broker's: `broker_groups.rs` |
+//! | CVE-2026-74520, CVE-2025-39966 and the rest of iommufd's queues | the broker's and the channel's: `broker_queues.rs`, `channel.rs` |
 //! | "Fix a deadlock in intel_svm_drain_prq()" | a drain is a ticket, and holds no lock |
-//! | "Program device table when reuse fails", "Fix kdump boot failure with scalable mode" | `vtd/takeover.rs` |
-//! | CVE-2026-90428 (an error from before) | `vtd/bring_up.rs` |
+//! | "Fix crash in iommu_sva_unbind_device" (06e14c3) | only an [`Attachment`] can be detached, and once: `vtd/tables.rs` |
+//! | CVE-2026-89448 (tboot, ACS) | ACS is the caller's; the driver switches nothing of it |
+//! | "Do not allow PTEs to be split when dirty logging" | no dirty logging |
+//! | "Program device table when reuse fails", "Fix kdump boot failure with scalable mode" | named at its test in `vtd/takeover.rs` |
+//! | CVE-2026-90428 (an error from before) | named at its test in `vtd/bring_up.rs` |
 #![expect(clippy::expect_used, reason = "a test that is surprised has failed")]
 
 use hosted::{Machine, Moment, Tapped, needs, root, unit};
 use iommu::{
-    Attachment, Bus, Commands, Completion, DomainId, Error, Event, Failure, FailureCause, Features, GroupTag,
-    Invalidation, Iova, Outcome, PAGE_SIZE, PageRequest, PageResponse, Pasid, Perms, Stages, StreamId,
-    Tables, Ticket, Translation,
+    Attachment, Bus, Commands, Completion, DomainId, Error, Event, Failure, FailureCause, FaultReason,
+    Features, GroupTag, Invalidation, Iova, Message, Outcome, PAGE_SIZE, PageRequest, PageResponse, Pasid,
+    Perms, Stages, StreamId, Tables, Ticket, Translation,
 };
 use models::vtd::{Config, Refusal, Requested};
 use pgtable::{VtdFirstStage, VtdSecondStage};
 use std::sync::{Arc, Mutex};
-use vtd::{Found, HEAD_LIMIT_US};
+use vtd::{
+    Found, HEAD_LIMIT_US,
+    remap::{Destination, Interrupt, RemapEntry, Source},
+};
 
 const DISK: StreamId = StreamId(0x20);
 const NIC: StreamId = StreamId(0x28);
@@ -151,9 +159,10 @@ fn time_counts_from_when_a_command_is_at_the_head() {
     machine.unit.pause(0);
     machine.unit.release_device_tlb(DISK);
     assert_eq!(polled(&mut machine), [Completion::Done, Completion::Pending]);
-    machine.unit.advance(HEAD_LIMIT_US * 9 / 10);
+    // Where the unit alone is to do something, that is a second.
+    machine.unit.advance(900_000);
     assert_eq!(polled(&mut machine), [Completion::Done, Completion::Pending], "its own time is not over");
-    machine.unit.advance(HEAD_LIMIT_US / 5);
+    machine.unit.advance(200_000);
     assert_eq!(polled(&mut machine), [Completion::Done, Completion::Failed]);
 
     // No device is to blame.
@@ -597,4 +606,58 @@ fn a_queue_starts_at_its_beginning_whatever_was_before() {
     assert_eq!(machine.vtd.commands.recover(), None);
     assert_eq!(machine.pass(), []);
     assert_eq!(machine.unit.read64(IQH), machine.unit.read64(IQT));
+}
+
+/// "Reject unsupported page request modes": what asks to execute, or as a supervisor, was never answered.
+#[test]
+fn a_request_of_every_mode_says_what_it_wants_and_has_one_answer() {
+    let (mut machine, ..) = served(Machine::new(Config::full()));
+    for bits in 1..16_u16 {
+        let has = |bit: u16| bits & 1 << bit != 0;
+        let perms = Perms { read: has(0), write: has(1), execute: has(2), privileged: has(3) };
+        if !perms.read && !perms.write {
+            // A last request for neither is a stop marker.
+            continue;
+        }
+        let request = PageRequest { perms, ..request(bits) };
+        assert_eq!(machine.unit.page_request(request), Requested::Queued);
+        assert_eq!(machine.pass(), [Event::PageRequest(request)]);
+
+        let response = PageResponse { stream: DISK, tag: request.tag, outcome: Outcome::Invalid };
+        assert_eq!(machine.vtd.commands.respond(response), Ok(()));
+        assert_eq!(machine.unit.waiting_groups(), [], "{perms:?}");
+    }
+    machine.assert_lawful();
+}
+
+/// XSA-49: entries that let every source through.
+#[test]
+fn no_entry_that_interrupts_leaves_its_source_unverified() {
+    let interrupt = Interrupt::fixed(Destination::Physical(1), 0x41);
+    let mut sources = vec![Source::Function(DISK), Source::Function(StreamId(0xFFFF))];
+    sources.extend((0..=3).map(|bits| Source::Phantoms { function: DISK, bits }));
+    sources.extend([(0, 0), (2, 5), (0, 0xFF)].map(|(first, last)| Source::Buses { first, last }));
+    for source in sources {
+        let Ok(entry) = RemapEntry::new(source, interrupt, true) else { continue };
+        // P is bit 0; SVT is 83:82, and only 1 and 2 compare.
+        assert_eq!(entry.0[0] & 1, 1, "{source:?}");
+        assert!(matches!(entry.0[1] >> 18 & 3, 1 | 2), "{source:?}: {:#x}", entry.0[1]);
+    }
+}
+
+/// XSA-59: what cannot be an interrupt became an error of the whole machine.
+#[test]
+fn a_malformed_interrupt_request_is_a_fault_of_its_device_and_no_more() {
+    let (mut machine, attachment, _) = served(Machine::new(Config::full()));
+    // Remappable (bit 4 of the address), with data where none may be (31:16).
+    for data in [1 << 16, u32::MAX] {
+        let malformed = Message { address: 0xFEE0_0010, data };
+        assert_eq!(machine.unit.interrupt(DISK, malformed), Err(Refusal::Fault(0x20)));
+
+        let events = machine.pass();
+        let [Event::Fault(fault)] = &events[..] else { panic!("{events:?}") };
+        assert_eq!((fault.stream, fault.code, fault.reason), (DISK, 0x20, FaultReason::Interrupt));
+    }
+    assert_eq!(machine.read(DISK, attachment.pasid, Iova(0x1000)), Ok(7));
+    machine.assert_lawful();
 }

@@ -303,6 +303,7 @@ fn roots(machine: &mut Machine<Glass>, here: Iova) -> Roots {
     Roots { first: first.root().0, second: second.root().0, same: same.root().0 }
 }
 
+/// XSA-328, XSA-347, CVE-2026-45894, -45944, -45945, -74439, -90243: a live entry of several words was changed in the wrong order.
 #[test]
 fn between_any_two_stores_a_unit_meets_what_was_or_what_will_be_or_nothing() {
     let full = Config::full().with_nesting();
@@ -428,6 +429,7 @@ fn fill(machine: &mut Machine, legacy: bool) -> (usize, Vec<iommu::Attachment>, 
     (failed, attached, assigned)
 }
 
+/// XSA-378, XSA-386, XSA-400, XSA-460: a change that failed half-way left what it had done.
 #[test]
 fn whichever_frame_is_missing_a_change_happens_or_leaves_everything_as_it_was() {
     for legacy in [false, true] {

@@ -34,6 +34,8 @@ mod deadlines;
 mod devices;
 #[path = "../../../drivers/broker/src/directory.rs"]
 mod directory;
+#[path = "../../../drivers/broker/src/faults.rs"]
+mod faults;
 #[path = "../../../drivers/broker/src/groups.rs"]
 mod groups;
 #[path = "../../../drivers/broker/src/inbox.rs"]
@@ -50,7 +52,8 @@ pub use cookie::Cookie;
 pub use counters::{BUCKETS, Missed, Tally};
 pub use deadlines::{Deadlines, Due, TICK_US};
 pub use devices::{DEADLINE_MAX_US, DeviceId, Escalation, Latencies, Limits, Restraint};
+pub use faults::{FaultCount, FaultLimits};
 pub use inbox::{Inbox, Taken};
-pub use ledger::{Error, Ledger, Owner, QueueId, Settled, Whose};
+pub use ledger::{Error, Faulted, Ledger, Owner, QueueId, Settled, Whose};
 pub use queue::{Answer, Group, PAGES, Page, Refusal, Shown};
 pub use service::{ASSEMBLY_LIMIT_US, Broker, Expiry, POISONED, RingError, Verdict};

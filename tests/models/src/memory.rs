@@ -3,6 +3,9 @@
 //! Only [`Memory::publish`] copies from the CPU's view to the device's, and only [`Memory::observe`] copies back, each
 //! exactly the range that it is given. A barrier that is missing or too short therefore fails in every run of a
 //! hosted test, on any host.
+//!
+//! What the CPU stored and did not publish may be written back over what the device stored meanwhile, when the cache has
+//! no more room or when it is told to look again. So a word is published before the device has it to store to.
 #![expect(unsafe_code, reason = "makes the promises that a hypervisor's frame allocator makes")]
 
 use iommu::{DmaBuf, Grant, PAGE_SIZE, PhysAddr, Root, Trust};
@@ -11,7 +14,7 @@ use std::{
     ops::Range,
     ptr::{self, NonNull},
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, AtomicUsize, Ordering::SeqCst},
     },
 };
@@ -64,6 +67,33 @@ pub fn trust() -> Trust {
     unsafe { Trust::new() }
 }
 
+/// Why a word could not be observed.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Unobserved {
+    /// It is not in the memory.
+    Outside(OutsideMemory),
+    /// The CPU has stored there, and did not publish it: a cache that is cleaned before it is emptied writes that over what
+    /// the device stored.
+    Unpublished(PhysAddr),
+}
+
+impl From<OutsideMemory> for Unobserved {
+    fn from(outside: OutsideMemory) -> Self {
+        Self::Outside(outside)
+    }
+}
+
+impl fmt::Display for Unobserved {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Outside(outside) => outside.fmt(f),
+            Self::Unpublished(at) => write!(f, "{:#x} was stored and never published", at.0),
+        }
+    }
+}
+
+impl std::error::Error for Unobserved {}
+
 /// A modelled machine's memory; clones are the same memory.
 #[derive(Clone)]
 pub struct Memory {
@@ -73,6 +103,8 @@ pub struct Memory {
 struct Views {
     cpu: &'static [AtomicU64],
     device: Vec<AtomicU64>,
+    /// What the CPU's words were when they were last published or observed; `None` is never.
+    clean: Mutex<Vec<Option<u64>>>,
     /// Words handed out so far, from the start.
     taken: AtomicUsize,
 }
@@ -87,7 +119,8 @@ impl Memory {
         let cpu: &'static [AtomicU64] = unsafe { &*cpu };
         KEPT.lock().unwrap_or_else(PoisonError::into_inner).push(cpu);
         let device = (0..words).map(|_| AtomicU64::new(UNWRITTEN)).collect();
-        Self { views: Arc::new(Views { cpu, device, taken: AtomicUsize::new(0) }) }
+        let clean = Mutex::new(vec![None; words]);
+        Self { views: Arc::new(Views { cpu, device, clean, taken: AtomicUsize::new(0) }) }
     }
 
     /// Hands out `words` words whose address is a multiple of `align_words` words; they read as [`UNWRITTEN`].
@@ -100,7 +133,8 @@ impl Memory {
         };
         // SAFETY: the words are kept for ever and are aligned; being inside atomics, they may be written through a
         // pointer made from a shared reference; they are handed out once. What else reaches them is this module
-        // alone, by atomic access: `publish` and `observe` in the role of the memory system, and `cpu_load`.
+        // alone, by atomic access: `publish` and `observe` in the role of the memory system, `cpu_load`, and
+        // `guest_store` in the role of a guest to which the memory is shown.
         unsafe { DmaBuf::new(cpu, at, words) }
     }
 
@@ -127,18 +161,47 @@ impl Memory {
 
     /// Makes the CPU's stores to `range` visible to the device.
     pub fn publish(&self, range: Range<PhysAddr>) -> Result<(), OutsideMemory> {
-        for at in self.indices(range)? {
-            self.views.device[at].store(self.views.cpu[at].load(SeqCst), SeqCst);
+        let indices = self.indices(range)?;
+        let mut clean = self.clean();
+        for at in indices {
+            let word = self.views.cpu[at].load(SeqCst);
+            clean[at] = Some(word);
+            self.views.device[at].store(word, SeqCst);
         }
         Ok(())
     }
 
-    /// Makes the device's stores to `range` visible to the CPU; what the CPU had not published there is lost.
-    pub fn observe(&self, range: Range<PhysAddr>) -> Result<(), OutsideMemory> {
-        for at in self.indices(range)? {
-            self.views.cpu[at].store(self.views.device[at].load(SeqCst), SeqCst);
+    /// Takes the CPU's word at `address` out of its caches, for whoever stores it to memory later.
+    pub(crate) fn write_back(&self, address: PhysAddr) -> Result<u64, OutsideMemory> {
+        let at = self.index(address)?;
+        let word = self.views.cpu.get(at).ok_or(OutsideMemory(address))?.load(SeqCst);
+        self.clean()[at] = Some(word);
+        Ok(word)
+    }
+
+    /// Makes the device's stores to `range` visible to the CPU. A word that the CPU stored and did not publish is an error:
+    /// there the CPU's stays, and the device's is lost.
+    pub fn observe(&self, range: Range<PhysAddr>) -> Result<(), Unobserved> {
+        let indices = self.indices(range)?;
+        let mut clean = self.clean();
+        let mut unpublished = None;
+        for at in indices {
+            let own = self.views.cpu[at].load(SeqCst);
+            if clean[at] == Some(own) {
+                let word = self.views.device[at].load(SeqCst);
+                clean[at] = Some(word);
+                self.views.cpu[at].store(word, SeqCst);
+            } else {
+                clean[at] = Some(own);
+                self.views.device[at].store(own, SeqCst);
+                unpublished = unpublished.or(Some(Unobserved::Unpublished(Self::address(at))));
+            }
         }
-        Ok(())
+        unpublished.map_or(Ok(()), Err)
+    }
+
+    fn clean(&self) -> MutexGuard<'_, Vec<Option<u64>>> {
+        self.views.clean.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Returns the word at `address` as the device sees it.
@@ -194,6 +257,13 @@ impl Memory {
         let taken = self.views.taken.load(SeqCst);
         assert!(at >= taken, "{:#x} was taken: store through its DmaBuf", address.0);
         cell.store(value, SeqCst);
+    }
+
+    /// Stores the word at `address` as a guest does that shares it with the owner of its `DmaBuf`: by way of the same caches.
+    ///
+    /// PANICS: when there is no such word.
+    pub fn guest_store(&self, address: PhysAddr, value: u64) {
+        self.cpu(address).1.store(value, SeqCst);
     }
 
     fn cpu(&self, address: PhysAddr) -> (usize, &AtomicU64) {
@@ -262,6 +332,7 @@ mod tests {
         let memory = Memory::new(64);
         let mut buffer = memory.take(2, 1);
         buffer.clear();
+        memory.publish(buffer.range(0, 2)).expect("inside");
 
         memory.device_store(buffer.range(0, 1).start, 7).expect("inside");
         memory.device_store(buffer.range(1, 1).start, 8).expect("inside");
@@ -269,6 +340,27 @@ mod tests {
         memory.observe(buffer.range(0, 1)).expect("inside");
 
         assert_eq!([buffer.load(0), buffer.load(1)], [7, 0]);
+    }
+
+    /// A cache is cleaned before it is emptied (Arm: DC CIVAC): nothing else would keep what shares a line.
+    #[test]
+    fn what_the_cpu_stored_and_did_not_publish_goes_over_what_the_device_stored() {
+        let memory = Memory::new(64);
+        let mut buffer = memory.take(3, 1);
+        let at = |word| PhysAddr(BASE.0 + word * 8);
+        // Of word 0 nothing was ever published; word 1 was; word 2 was, and changed since.
+        memory.publish(buffer.range(1, 2)).expect("inside");
+        buffer.store(2, 5);
+        (0..3).for_each(|word| memory.device_store(at(word), 7).expect("inside"));
+
+        for (word, observed, seen) in [
+            (0, Err(Unobserved::Unpublished(at(0))), UNWRITTEN),
+            (1, Ok(()), 7),
+            (2, Err(Unobserved::Unpublished(at(2))), 5),
+        ] {
+            assert_eq!(memory.observe(buffer.range(word, 1)), observed);
+            assert_eq!((buffer.load(word), memory.device_load(at(word as u64))), (seen, Ok(seen)));
+        }
     }
 
     #[test]

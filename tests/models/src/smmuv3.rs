@@ -103,13 +103,13 @@ impl Config {
 
     /// Adds everything else that the model knows.
     ///
-    /// 20-bit substreams in tables of two levels, S2FWB, ATS without split stages, a page request queue of up to 2^19 entries, at most 8 stalls, and
+    /// 20-bit substreams in tables of two levels, attributes that can be overridden, S2FWB, ATS without split stages, a page request queue of up to 2^19 entries, at most 8 stalls, and
     /// terminated accesses that need not abort.
     pub const fn full() -> Self {
         let qemu = Self::qemu();
         Self {
             idr0: qemu.idr0 & !(1 << 24 | 1 << 26) | 1 << 10 | 1 << 11 | 1 << 16 | 1 << 19,
-            idr1: qemu.idr1 | 20 << 6 | 19 << 11,
+            idr1: qemu.idr1 | 20 << 6 | 19 << 11 | 1 << 27,
             idr3: qemu.idr3 | 1 << 8,
             idr5: qemu.idr5 | 8 << 16,
             ..qemu
@@ -211,8 +211,8 @@ const MODELLED_IDR0: u32 = 1
     | 1 << 24
     | 1 << 26
     | 1 << 27;
-/// Of IDR1: the sizes.
-const MODELLED_IDR1: u32 = 0x03FF_FFFF;
+/// Of IDR1: the sizes, and whether attributes can be overridden (ATTR_TYPES_OVR).
+const MODELLED_IDR1: u32 = 0x03FF_FFFF | 1 << 27;
 /// Of IDR3: HAD, XNX, PPS, FWB, RIL, BBML.
 const MODELLED_IDR3: u32 = 1 << 2 | 1 << 4 | 1 << 5 | 1 << 8 | 1 << 10 | 3 << 11;
 /// Of IDR5: OAS, granules (of which a driver may use 4 KiB), STALL_MAX.
@@ -247,6 +247,8 @@ struct State {
     messages: Vec<(u64, u32)>,
     lose_messages: bool,
     violations: Vec<String>,
+    /// Nothing answers any more.
+    gone: bool,
 }
 
 impl State {
@@ -298,6 +300,7 @@ impl SmmuUnit {
             messages: Vec::new(),
             lose_messages: false,
             violations: Vec::new(),
+            gone: false,
         };
         Self { state: Mutex::new(state) }
     }
@@ -339,6 +342,11 @@ impl SmmuUnit {
     /// Returns when it executes what is queued.
     pub fn pace(&self) -> Pace {
         self.lock().config.pace
+    }
+
+    /// Takes the unit away: registers read as ones, writes go nowhere, and nothing is executed.
+    pub fn vanish(&self) {
+        self.lock().gone = true;
     }
 
     /// Lets `us` microseconds pass.

@@ -203,6 +203,8 @@ struct State {
     holding: BTreeSet<u16>,
     messages: Vec<Message>,
     violations: Vec<String>,
+    /// Nothing answers any more.
+    gone: bool,
 }
 
 impl State {
@@ -222,9 +224,8 @@ impl State {
             return self.memory.publish(range);
         }
         for at in (range.start.0..range.end.0).step_by(8).map(PhysAddr) {
-            // Whether there is such a word.
-            self.memory.device_load(at)?;
-            self.write_buffer.push((at, self.memory.cpu_load(at)));
+            let word = self.memory.write_back(at)?;
+            self.write_buffer.push((at, word));
         }
         Ok(())
     }
@@ -274,6 +275,7 @@ impl VtdUnit {
             holding: BTreeSet::new(),
             messages: Vec::new(),
             violations: Vec::new(),
+            gone: false,
         };
         Self { state: Mutex::new(state) }
     }
@@ -310,6 +312,11 @@ impl VtdUnit {
     /// Returns when it executes what is queued.
     pub fn pace(&self) -> Pace {
         self.lock().config.pace
+    }
+
+    /// Takes the unit away: registers read as ones, writes go nowhere, and nothing is executed.
+    pub fn vanish(&self) {
+        self.lock().gone = true;
     }
 
     /// Lets `us` microseconds pass.

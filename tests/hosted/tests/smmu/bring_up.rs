@@ -502,6 +502,7 @@ fn a_unit_that_is_stopped_refuses_everything_and_can_be_taken_into_service_again
         unit,
         frames: machine.frames,
         hardware: HARDWARE,
+        told: 0,
     };
     // What it remembered of the time before is forgotten: the device is nobody's.
     assert_eq!(again.read(DISK, None, HERE), Err(STREAM_TABLE.untouched()));
@@ -719,11 +720,10 @@ fn a_part_with_errata_is_kept_clear_of_them() {
     // IIDR: MMU-600 r0p0, MMU-700 r0p0, and a part of which nothing is known.
     for (iidr, known) in [(0x4830_043B, 2), (0x4870_043B, 3), (0, 0)] {
         let config = Config { iidr, ..Config::full() };
-        assert_eq!(
-            Found::probe(HARDWARE.smmu_unit(config).0).expect("it is there").errata().count(),
-            known,
-            "{iidr:#x}"
-        );
+        let found = Found::probe(HARDWARE.smmu_unit(config).0).expect("it is there");
+        assert_eq!(found.errata().count(), known, "{iidr:#x}");
+        // The model is an SMMUv3.1.
+        assert_eq!((found.part().product, found.part().minor), (iidr >> 20, 1));
         let mut machine = HARDWARE.smmu(STREAM_TABLE, config);
         let before = machine.unit.executed().len();
 

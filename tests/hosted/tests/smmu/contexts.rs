@@ -290,6 +290,43 @@ fn a_device_that_comes_and_goes_takes_and_gives_the_same() {
     machine.assert_lawful();
 }
 
+/// A guest chooses its PASIDs, one after the other.
+#[test]
+fn a_device_takes_a_share_of_the_frames_and_leaves_the_others_theirs() {
+    // A first level, and four tables of 64.
+    const SHARE: usize = 5;
+    let mut machine = HARDWARE.smmu(STREAM_TABLE, Config::full());
+    let content = tree(&mut machine, 1);
+    machine.assign(DISK, PASIDS);
+    let once = |machine: &mut Machine, number| {
+        let attached = machine.attach_to(DISK, pasid(number), one(&content));
+        attached.map(|attachment| machine.detach(attachment))
+    };
+    for block in 1..40 {
+        let attached = once(&mut machine, 64 * block);
+        if block < 4 {
+            assert_eq!(attached, Ok(()), "block {block}");
+        } else {
+            let refused = Err(Error::Exhausted { what: "tables of context descriptors of a device" });
+            assert_eq!(attached, refused, "block {block}");
+        }
+        assert!(CONTEXT_TABLES - machine.smmu.tables.free_context_tables() <= SHARE);
+    }
+    // Of what it has it may use all.
+    for number in [1, 63, 70, 255] {
+        assert_eq!(once(&mut machine, number), Ok(()), "PASID {number}");
+    }
+
+    machine.assign(NIC, PASIDS);
+    let other = machine.attach_to(NIC, pasid(0x7FFF), one(&content)).expect("its share is there");
+    assert_eq!(machine.read(NIC, pasid(0x7FFF), HERE), Ok(1));
+
+    machine.detach(other);
+    [DISK, NIC].into_iter().for_each(|device| machine.block(device));
+    assert_eq!(machine.smmu.tables.free_context_tables(), CONTEXT_TABLES);
+    machine.assert_lawful();
+}
+
 #[test]
 fn a_device_whose_pasids_did_not_leave_keeps_its_place_and_frames() {
     let mut machine = HARDWARE.smmu(STREAM_TABLE, Config::full());

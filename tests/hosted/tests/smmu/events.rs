@@ -2,7 +2,7 @@
 
 use crate::{HARDWARE, STREAM_TABLE};
 use hosted::{
-    Moment, Random,
+    Hardware, Moment, Random,
     smmu::{EVENTS, Machine, REQUESTS, Stage, StreamTable, Tapped, own, stream_place, translation},
 };
 use iommu::{
@@ -400,6 +400,47 @@ mod faults {
         machine.assert_lawful();
     }
 
+    /// A ticket that failed is no error that was told, and an error may come after the look.
+    #[test]
+    fn a_recovery_that_nobody_was_told_to_make_ends_no_error_that_lost_reports() {
+        for (error, lost) in [(EVENTQ_ABT_ERR, Event::FaultsLost), (PRIQ_ABT_ERR, Event::RequestsLost)] {
+            let mut machine = machine();
+            let half = request(DISK, 1, false);
+            assert_eq!(machine.unit.page_request(half), Requested::Queued);
+            assert_eq!(machine.pass(), [Event::PageRequest(half)]);
+            machine.unit.raise_errors(error | 1 << 4);
+
+            assert_eq!(machine.recover(), []);
+
+            assert_eq!(machine.unit.read32(GERROR) ^ machine.unit.read32(GERRORN), error);
+            assert_eq!(machine.pass(), [lost, Event::CommandsFailed { status: error }]);
+            assert_eq!(machine.recover(), []);
+            assert_eq!(machine.unit.read32(GERROR) ^ machine.unit.read32(GERRORN), 0, "acknowledged");
+            assert_eq!(machine.pass(), [], "once");
+            machine.assert_lawful();
+        }
+    }
+
+    /// A pass has an end also where its queue has none: what the error lost is told by the next.
+    #[test]
+    fn an_error_is_not_told_before_what_it_lost() {
+        let mut machine = machine();
+        machine.unit.raise_errors(PRIQ_ABT_ERR | EVENTQ_ABT_ERR);
+        machine.smmu.events.look_for_errors();
+
+        assert_eq!(machine.smmu.events.next_fault(), Some(Event::FaultsLost));
+        let told = machine.smmu.events.next_fault();
+        assert_eq!(told, Some(Event::CommandsFailed { status: EVENTQ_ABT_ERR }));
+        machine.smmu.commands.told(EVENTQ_ABT_ERR);
+        assert_eq!(machine.smmu.commands.recover(), None);
+        assert_eq!(machine.smmu.events.next_fault(), None);
+
+        assert_eq!(machine.pass(), [Event::RequestsLost, Event::CommandsFailed { status: PRIQ_ABT_ERR }]);
+        assert_eq!(machine.recover(), []);
+        assert_eq!(machine.pass(), []);
+        machine.assert_lawful();
+    }
+
     #[test]
     fn every_error_is_told_by_name_and_acknowledged_by_recovery_alone() {
         let mut machine = machine();
@@ -450,7 +491,9 @@ mod faults {
         assert_eq!(machine.pass(), []);
         assert_eq!(machine.smmu.commands.poll(open), Completion::Done, "it was before");
         assert_eq!(machine.smmu.commands.poll(late), Completion::Failed);
-        assert!(matches!(machine.smmu.commands.submit(&[]), Err(Error::Failed { .. })));
+        for batch in [&[][..], &[commands::pages_of(Stages::First, false, 7, 1)]] {
+            assert!(matches!(machine.smmu.commands.submit(batch), Err(Error::Failed { .. })));
+        }
         let back = machine.smmu.commands.respond(answer(request(DISK, 1, true), Outcome::Success));
         assert!(
             matches!(&back, Err((back, Error::Failed { .. })) if back.tag.index == 1),
@@ -849,6 +892,14 @@ mod answers {
 
     #[test]
     fn a_full_queue_refuses_invalidations_and_still_takes_every_answer() {
+        // Each: CMD_CFGI_STE and CMD_SYNC; or what goes by itself, CMD_TLBI_NH_VA and CMD_SYNC.
+        let device = Invalidation::Device { stream: NIC, device_tlb: false };
+        for one in [device, commands::pages_of(Stages::First, false, 7, 1)] {
+            refuses_and_takes_every_answer(one);
+        }
+    }
+
+    fn refuses_and_takes_every_answer(one: Invalidation) {
         let mut machine = machine();
         let asked: Vec<_> = (0..=ANSWERS as u16).map(|index| request(DISK, index, true)).collect();
         for &request in &asked {
@@ -857,15 +908,17 @@ mod answers {
         machine.unit.pause();
         let room = COMMANDS - ANSWERS;
         let before = machine.unit.executed().len();
-        // Each but the last: CMD_CFGI_STE and CMD_SYNC.
-        let one = [Invalidation::Device { stream: NIC, device_tlb: false }];
+        let one = [one];
         let mut last = None;
         for _ in 0..room / 2 - 1 {
             last = Some(machine.smmu.commands.submit(&one).expect("there is room"));
         }
         let full = machine.smmu.commands.submit(&[one[0]; 2]).err();
         assert_eq!(full, Some(Error::QueueFull { needed: 3, free: 2 }));
-        last = machine.smmu.commands.submit(&one).ok().or(last);
+        last = machine.smmu.commands.submit(&[]).ok().or(last);
+        let full = machine.smmu.commands.submit(&one).err();
+        assert_eq!(full, Some(Error::QueueFull { needed: 2, free: 1 }));
+        last = machine.smmu.commands.submit(&[]).ok().or(last);
         let full = machine.smmu.commands.submit(&[]).err();
         assert_eq!(full, Some(Error::QueueFull { needed: 1, free: 0 }));
 
@@ -903,6 +956,82 @@ mod commands {
         let mut words = own(&unit.executed()[before..]);
         assert_eq!(words.pop(), Some([0x46, 0]), "K34");
         words
+    }
+
+    /// Returns what goes into the queue by itself, if there is no device TLB.
+    pub fn pages_of(stages: Stages, device_tlb: bool, page: u64, pages: u64) -> Invalidation {
+        let attachment =
+            Attachment { serial: 1, stream: DISK, pasid: None, domain: DomainId(0x2A), stages, device_tlb };
+        Invalidation::Pages { attachment, iova: Iova(page * PAGE_SIZE), pages }
+    }
+
+    /// What goes by itself takes a shorter way than what goes with others.
+    #[test]
+    fn pages_by_themselves_are_told_as_they_are_among_others() {
+        // IDR3.RIL is bit 10.
+        let full = Config::full();
+        let single = Config { idr3: full.idr3 & !(1 << 10), ..full };
+        for config in [full, single] {
+            let (unit, memory) = HARDWARE.smmu_unit(config);
+            let mut machine = HARDWARE
+                .enable_smmu(unit, memory.clone(), unit, HARDWARE.needs(STREAM_TABLE, &memory))
+                .expect("it comes into service");
+            unit.plug(DISK);
+            let mut told = |invalidations: &[Invalidation]| {
+                let before = unit.executed().len();
+                machine.invalidate(invalidations);
+                let words = unit.executed().split_off(before);
+                assert_eq!(words.last().map(|words| words[0] & 0xFF), Some(0x46), "{invalidations:?}");
+                // The number that a message tells differs.
+                words
+                    .into_iter()
+                    .map(|[low, high]| [if low & 0xFF == 0x46 { 0x46 } else { low }, high])
+                    .collect::<Vec<_>>()
+            };
+            for stages in [Stages::First, Stages::Second, Stages::Nested] {
+                for device_tlb in [false, true] {
+                    for (page, pages) in
+                        [(7, 1), (7, 2), (7, 3), (0, 8), (0, 9), (5, 0), (0, 512), (1, 33), (0, 1 << 40)]
+                    {
+                        let one = pages_of(stages, device_tlb, page, pages);
+                        // Of which nothing becomes a command: the disk's faults do not stall.
+                        let nothing = Invalidation::Stalls { stream: DISK };
+
+                        assert_eq!(told(&[one]), told(&[one, nothing]), "{one:?}");
+                    }
+                }
+            }
+            machine.assert_lawful();
+        }
+    }
+
+    /// Two commands at a time, with an odd number of them before: the last place of the ring comes to be the first of two.
+    #[test]
+    fn a_page_by_itself_goes_over_the_end_of_the_ring() {
+        const PAGES: u64 = 600;
+        let (unit, memory) = HARDWARE.smmu_unit(Config::full());
+        let mut machine = HARDWARE
+            .enable_smmu(unit, memory.clone(), unit, HARDWARE.needs(STREAM_TABLE, &memory))
+            .expect("it comes into service");
+        for odd in [false, true] {
+            let before = unit.executed().len();
+            for page in 0..PAGES {
+                machine.invalidate(&[pages_of(Stages::Second, false, page, 1)]);
+            }
+            // K22.
+            let told: Vec<_> = unit
+                .executed()
+                .split_off(before)
+                .into_iter()
+                .filter(|words| words[0] & 0xFF == 0x2A)
+                .map(|words| words[1])
+                .collect();
+            let all: Vec<_> = (0..PAGES).map(|page| (page * PAGE_SIZE) | 1).collect();
+            assert_eq!(told, all, "odd: {odd}");
+            // A CMD_SYNC alone.
+            machine.invalidate(&[]);
+        }
+        machine.assert_lawful();
     }
 
     #[test]
@@ -1189,8 +1318,12 @@ mod commands {
 
     #[test]
     fn a_command_that_the_unit_refuses_fails_its_ticket_and_no_other() {
-        // However the queue has wrapped, and whichever command of the three it is.
-        for (turns, bad) in [(0, 0), (0, 1), (0, 2), (126, 1), (127, 0), (127, 2), (300, 1)] {
+        // However the queue has wrapped, and whichever command it is of the three, or of two that go by themselves.
+        let all = [(0, 0), (0, 1), (0, 2), (126, 1), (127, 0), (127, 2), (300, 1)];
+        let all = all.map(|(turns, bad)| (Invalidation::All, turns, bad));
+        let page = [(0, 0), (0, 1), (126, 1)];
+        let page = page.map(|(turns, bad)| (commands::pages_of(Stages::First, false, 7, 1), turns, bad));
+        for (spoiled, turns, bad) in all.into_iter().chain(page) {
             let mut machine = machine();
             (0..turns)
                 .for_each(|_| machine.invalidate(&[Invalidation::Device { stream: NIC, device_tlb: false }]));
@@ -1199,7 +1332,7 @@ mod commands {
             assert_eq!(machine.unit.page_request(asked), Requested::Queued);
             machine.pass();
             let before = machine.smmu.commands.submit(&[]).expect("there is room");
-            let ticket = machine.smmu.commands.submit(&[Invalidation::All]).expect("there is room");
+            let ticket = machine.smmu.commands.submit(&[spoiled]).expect("there is room");
             machine.smmu.commands.respond(answer(asked, Outcome::Success)).expect("there is room");
             let after = machine.smmu.commands.submit(&[Invalidation::All]).expect("there is room");
             spoil(&machine, 1 + bad);
@@ -1375,6 +1508,106 @@ mod commands {
         machine.assert_lawful();
     }
 
+    /// How often is not what counts: a unit may report as fast as it is asked.
+    #[test]
+    fn a_sync_that_fails_again_until_the_device_answers_costs_nobody_but_the_device() {
+        let (mut machine, pages) = remembered();
+        // The time of its errors is its own.
+        machine.unit.resume();
+        machine.unit.hold_device_tlb(DISK);
+        machine.unit.fail_until_answered(true);
+        let ticket = machine.smmu.commands.submit(&[pages]).expect("there is room");
+        let other = [Invalidation::Device { stream: NIC, device_tlb: false }];
+        let behind = machine.smmu.commands.submit(&other).expect("there is room");
+        machine.unit.advance(60_000);
+
+        let mut failures = Vec::new();
+        for _ in 0..600 {
+            assert_eq!(machine.pass(), [Event::CommandsFailed { status: CMDQ_ERR }]);
+            failures.extend(machine.recover());
+            assert_eq!(machine.smmu.commands.poll(behind), Completion::Pending);
+            machine.unit.advance(100_000);
+        }
+        machine.unit.release_device_tlb(DISK);
+        machine.pass();
+        failures.extend(machine.recover());
+
+        let failure = Failure { cause: FailureCause::Unanswered, stream: Some(DISK), ticket: Some(ticket) };
+        assert_eq!(failures, [failure], "it is told once");
+        assert_eq!(machine.smmu.commands.poll(ticket), Completion::Failed);
+        assert_eq!(machine.smmu.commands.poll(behind), Completion::Done);
+        machine.invalidate(&[pages]);
+        machine.assert_lawful();
+    }
+
+    /// A link that is down, or power that is off: every register reads as ones, and the queues hold what was in them before.
+    #[test]
+    fn a_unit_that_is_gone_is_told_of_once_and_a_pass_has_an_end() {
+        let mut machine = machine();
+        for index in 0..5 {
+            assert_eq!(machine.unit.page_request(request(DISK, index, true)), Requested::Queued);
+            fault(machine.unit);
+            assert_eq!(machine.pass().len(), 2);
+        }
+
+        machine.unit.vanish();
+
+        let lost = [Event::RequestsLost, Event::FaultsLost, Event::CommandsFailed { status: u32::MAX }];
+        assert_eq!(machine.pass(), lost, "an unknown number");
+        let stopped = Failure { cause: FailureCause::Stopped, stream: None, ticket: None };
+        assert_eq!(machine.recover(), [stopped]);
+        for _ in 0..3 {
+            assert_eq!(machine.recover(), []);
+            assert_eq!(machine.pass(), []);
+        }
+        assert!(matches!(machine.smmu.commands.submit(&[]), Err(Error::Failed { .. })));
+    }
+
+    /// As a number ones are a place in the queue, too.
+    #[test]
+    fn a_unit_that_is_gone_has_done_nothing_since() {
+        // What is counted is what was submitted here, one by one.
+        let mut machine = Hardware::Prompt.smmu(STREAM_TABLE, Config::full());
+        let last = 2 * hosted::smmu::COMMANDS as u64 - 1;
+        while (machine.unit.executed().len() as u64) < last - 3 {
+            machine.invalidate(&[]);
+        }
+        machine.unit.pause();
+        let tickets = [(); 16].map(|()| machine.smmu.commands.submit(&[]).expect("there is room"));
+        assert!(tickets[0].0 < last && last < tickets[15].0);
+
+        machine.unit.vanish();
+
+        for ticket in tickets {
+            assert_eq!(machine.smmu.commands.poll(ticket), Completion::Pending);
+        }
+        assert_eq!(machine.recover().len(), 1);
+        assert!(tickets.iter().all(|&ticket| machine.smmu.commands.poll(ticket) == Completion::Failed));
+    }
+
+    /// PCI Express gives a device a minute and a half.
+    #[test]
+    fn a_unit_that_waits_for_a_device_for_longer_than_one_may_take_is_given_up_once() {
+        let (mut machine, pages) = remembered();
+        machine.unit.resume();
+        machine.unit.hold_device_tlb(DISK);
+        machine.unit.fail_until_answered(true);
+        let ticket = machine.smmu.commands.submit(&[pages]).expect("there is room");
+        machine.unit.advance(60_000);
+        let failure = Failure { cause: FailureCause::Unanswered, stream: Some(DISK), ticket: Some(ticket) };
+        assert_eq!(machine.recover(), [failure]);
+
+        machine.unit.advance(80_000_000);
+        assert_eq!(machine.recover(), []);
+        machine.unit.advance(10_000_000);
+
+        let stopped = Failure { cause: FailureCause::Stopped, stream: None, ticket: None };
+        assert_eq!(machine.recover(), [stopped]);
+        assert_eq!(machine.recover(), []);
+        assert!(matches!(machine.smmu.commands.submit(&[]), Err(Error::Failed { .. })));
+        machine.assert_lawful();
+    }
+
     #[test]
     fn one_device_at_a_time_is_asked_to_forget() {
         let (mut machine, pages) = remembered();
@@ -1391,10 +1624,22 @@ mod commands {
         machine.wait(ticket);
 
         machine.invalidate(&[other]);
-        // Two in one batch: which of them is silent, nobody could tell.
-        assert_eq!(machine.smmu.commands.submit(&[pages, other]).err(), busy);
         // The same device twice is one device.
         machine.invalidate(&[pages, pages]);
+        machine.assert_lawful();
+    }
+
+    /// Which of them is silent, nobody could tell. Later is no better, so it is not for later that it is refused.
+    #[test]
+    fn two_devices_in_one_batch_are_refused_as_too_much() {
+        let (mut machine, pages) = remembered();
+        let other = Invalidation::Device { stream: NIC, device_tlb: true };
+
+        for batch in [[pages, other], [other, pages]] {
+            let refused = machine.smmu.commands.submit(&batch).err();
+            assert_eq!(refused, Some(Error::Exhausted { what: "devices asked in a batch" }));
+            batch.iter().for_each(|&one| machine.invalidate(&[one]));
+        }
         machine.assert_lawful();
     }
 

@@ -227,6 +227,7 @@ fn a_unit_without_page_requests_is_used_without_touching_their_registers() {
     machine.assert_lawful();
 }
 
+/// CVE-2026-90428: an error that was latched before the handler stood.
 #[test]
 fn faults_of_the_time_before_are_not_taken_for_ours() {
     let (unit, memory) = HARDWARE.unit(Config::full());

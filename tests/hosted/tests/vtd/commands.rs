@@ -99,6 +99,138 @@ fn pages_of_a_pasid_are_cut_into_blocks_for_the_unit_and_then_for_the_device() {
     );
 }
 
+/// What goes by itself takes a shorter way than what goes with others.
+#[test]
+fn pages_by_themselves_are_told_as_they_are_among_others() {
+    let full = Config::full();
+    // CAP.PSI is bit 39; CAP.MAMV is bits 53:48.
+    let configs = [
+        full,
+        Config { cap: full.cap & !(1 << 39), ..full },
+        Config { cap: full.cap & !(0x3F << 48) | 4 << 48, ..full },
+    ];
+    for config in configs {
+        let mut machine = hosted::Hardware::Prompt.machine(config);
+        machine.unit.plug(StreamId(0x0300));
+        let mut told = |invalidations: &[Invalidation]| {
+            let before = machine.unit.executed().len();
+            machine.invalidate(invalidations);
+            let mut words = machine.unit.executed().split_off(before);
+            let wait = words.pop().expect("a wait");
+            assert_eq!((wait[0] as u32, words.contains(&wait)), (0x65, false));
+            without_fences(words, wait[1])
+        };
+        for stages in [Stages::First, Stages::Second, Stages::Nested] {
+            for (pasid, device_tlb) in [(None, false), (pasid(1), false), (pasid(1), true)] {
+                for (page, pages) in [
+                    (7, 1),
+                    (8, 2),
+                    (7, 2),
+                    (7, 3),
+                    (0, 16),
+                    (16, 16),
+                    (0, 32),
+                    (5, 0),
+                    (0, 1 << 18),
+                    (1, 255),
+                ] {
+                    let attachment = attachment(pasid, stages, device_tlb);
+                    let iova = Iova(page * PAGE_SIZE);
+                    let one = Invalidation::Pages { attachment, iova, pages };
+                    // Of which nothing becomes a descriptor: faults do not stall here.
+                    let nothing = Invalidation::Stalls { stream: attachment.stream };
+
+                    assert_eq!(told(&[one]), told(&[one, nothing]), "{one:?}");
+                }
+            }
+        }
+        machine.assert_lawful();
+    }
+}
+
+/// Two descriptors at a time, with an odd number of them before: the last place of the ring comes to be the first of two.
+#[test]
+fn a_page_by_itself_goes_over_the_end_of_the_ring() {
+    let mut machine = HARDWARE.machine(Config::full());
+    machine.invalidate(&[]);
+    let one = |page: u64| Invalidation::Pages {
+        attachment: attachment(pasid(1), Stages::First, false),
+        iova: Iova(page * PAGE_SIZE),
+        pages: 1,
+    };
+    for odd in [false, true] {
+        let before = machine.unit.executed().len();
+        for page in 0..2 * ENTRIES as u64 {
+            machine.invalidate(&[one(page)]);
+        }
+        let told: Vec<_> = machine
+            .unit
+            .executed()
+            .split_off(before)
+            .into_iter()
+            .filter(|words| words[0] & 0xF == 6)
+            .collect();
+        let all: Vec<_> =
+            (0..2 * ENTRIES as u64).map(|page| [0x1_0010_0036, page * PAGE_SIZE, 0, 0]).collect();
+        assert_eq!(told, all, "odd: {odd}");
+        // A wait alone.
+        machine.invalidate(&[]);
+    }
+    machine.assert_lawful();
+}
+
+#[test]
+fn pages_by_themselves_leave_room_for_answers_and_nothing_when_they_are_refused() {
+    let mut machine = HARDWARE.machine(Config::full());
+    let at = attachment(pasid(1), Stages::First, false);
+    let one = Invalidation::Pages { attachment: at, iova: Iova(0x7000), pages: 1 };
+    // Wherever in the ring it begins.
+    for round in 0..ENTRIES / 2 {
+        machine.unit.pause(0);
+        let before = machine.unit.executed().len();
+
+        let submitted: Vec<_> = (0..ENTRIES).map(|_| machine.vtd.commands.submit(&[one])).collect();
+
+        let tickets: Vec<_> = submitted.iter().copied().flatten().collect();
+        assert_eq!(tickets.len(), (USABLE - ANSWERS) / 2, "round {round}");
+        let refused = Error::QueueFull { needed: 2, free: (USABLE - ANSWERS) % 2 };
+        assert!(submitted[tickets.len()..].iter().all(|&result| result == Err(refused)));
+        assert!(tickets.iter().all(|&ticket| machine.vtd.commands.poll(ticket) == Completion::Pending));
+        machine.unit.resume();
+        machine.invalidate(&[]);
+        assert!(tickets.iter().all(|&ticket| machine.vtd.commands.poll(ticket) == Completion::Done));
+        assert_eq!(machine.unit.executed().len() - before, 2 * tickets.len() + 1, "and nothing else");
+    }
+    machine.assert_lawful();
+}
+
+#[test]
+fn a_page_by_itself_is_told_behind_a_device_that_is_still_asked() {
+    let mut machine = hosted::Hardware::Prompt.machine(Config::full());
+    machine.unit.plug(StreamId(0x0300));
+    machine.unit.pause(0);
+    let asking = Invalidation::Pages {
+        attachment: attachment(pasid(1), Stages::First, true),
+        iova: Iova(0x7000),
+        pages: 1,
+    };
+    let alone = Invalidation::Pages {
+        attachment: attachment(pasid(1), Stages::First, false),
+        iova: Iova(0x9000),
+        pages: 1,
+    };
+    let first = machine.vtd.commands.submit(&[asking]).expect("there is room");
+    let second = machine.vtd.commands.submit(&[alone]).expect("there is room");
+
+    assert!(matches!(machine.vtd.commands.submit(&[asking]), Err(Error::Busy { .. })));
+    assert_eq!([first, second].map(|ticket| machine.vtd.commands.poll(ticket)), [Completion::Pending; 2]);
+    machine.unit.resume();
+    machine.invalidate(&[]);
+
+    assert_eq!([first, second].map(|ticket| machine.vtd.commands.poll(ticket)), [Completion::Done; 2]);
+    machine.assert_lawful();
+}
+
 #[test]
 fn the_physical_function_is_named_only_to_a_unit_that_asks_for_it() {
     let tagged = attachment(pasid(1), Stages::First, true);

@@ -141,6 +141,7 @@ fn a_function_with_several_messages_adds_their_number_to_one_block() {
     machine.assert_lawful();
 }
 
+/// XSA-36: the entry from before a change went on interrupting.
 #[test]
 fn a_change_takes_effect_when_its_invalidation_completes_and_not_before() {
     let mut machine = HARDWARE.machine(Config::full());
@@ -171,6 +172,7 @@ fn a_change_takes_effect_when_its_invalidation_completes_and_not_before() {
     machine.assert_lawful();
 }
 
+/// XSA-360: entries that were never given back.
 #[test]
 fn a_block_is_not_given_again_before_hardware_has_let_go_of_it() {
     let mut machine = HARDWARE.machine(Config::full());
@@ -353,6 +355,7 @@ fn destinations_are_as_wide_as_the_unit_s_mode() {
     }
 }
 
+/// XSA-33: sources behind a bridge were compared too laxly.
 #[test]
 fn a_bridge_sends_for_its_buses_and_a_device_for_its_phantom_functions() {
     for (source, inside, outside) in [
@@ -446,6 +449,7 @@ fn a_block_is_forgotten_by_one_command_as_far_as_the_unit_s_masks_reach() {
     }
 }
 
+/// ACRN 25c0e3817: an index that nobody checked.
 #[test]
 fn a_handle_of_a_larger_table_reaches_nothing_in_a_smaller_one() {
     let (large, memory) = HARDWARE.unit(Config::full());

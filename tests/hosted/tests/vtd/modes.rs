@@ -3,10 +3,11 @@
 use crate::HARDWARE;
 use hosted::{Machine, grant, needs, root, trust};
 use iommu::{
-    Attachment, Bus, Commands, Error, Event, FaultReason, Features, FirstStage, Gpa, Invalidation, Iova,
-    Leaving, PAGE_SIZE, Pasid, Perms, PhysAddr, Stages, StreamId, Tables, Translation, unit::LeavingPart,
+    Attachment, Bus, Commands, Error, Event, Events, FaultReason, Features, FirstStage, Gpa, GroupTag,
+    Invalidation, Iova, Leaving, Outcome, PAGE_SIZE, PageRequest, PageResponse, Pasid, Perms, PhysAddr,
+    Stages, StreamId, Tables, Translation, unit::LeavingPart,
 };
-use models::vtd::{Config, Refusal};
+use models::vtd::{Config, Refusal, Requested};
 use pgtable::{Format, Tree, VtdFirstStage, VtdSecondStage};
 use vtd::{Found, Mode};
 
@@ -587,6 +588,87 @@ fn a_guest_s_own_tables_reach_the_guest_s_memory_and_nothing_else() {
 
     machine.detach(attachment);
     assert_eq!(machine.read(DISK, pasid(5), HERE), refused(0x59));
+    machine.assert_lawful();
+}
+
+/// The one fault of a pass: its code, the page that it names, and which tables refused.
+fn fault_of(machine: &mut Machine) -> (u16, Iova, Stages) {
+    let events = machine.pass();
+    let [Event::Fault(fault)] = &events[..] else { panic!("{events:?}") };
+    (fault.code, fault.iova, machine.vtd.events.refused_by(fault))
+}
+
+#[test]
+fn a_fault_of_a_nested_attachment_says_whose_tables_refused_and_names_no_address_but_the_device_s() {
+    // MGAW: the second stage takes addresses of 39 bits.
+    let config = Config::full().with_nesting();
+    let mut machine = HARDWARE.machine(Config { cap: config.cap & !(0x3F << 16) | 38 << 16, ..config });
+    let (guest, page) = Guest::new(&mut machine, 0x1234);
+    machine.assign(DISK, ALL);
+    let attachment = machine.attach_by(DISK, pasid(5), guest.translation());
+    // The guest's tables again, by the addresses that the guest has for them: the entry of `HERE` is in the last of them.
+    let table_of = |machine: &Machine, level: u32| {
+        let mut table = guest.first.root().0;
+        for level in (level + 1..=4).rev() {
+            let at = PhysAddr(table + (HERE.0 >> (3 + 9 * level) & 0x1FF) * 8);
+            let entry = machine.memory.device_load(at).expect("it is a table");
+            table = (entry & 0x000F_FFFF_FFFF_F000) - Guest::address(0);
+        }
+        table
+    };
+    let last = table_of(&machine, 1);
+    let here = PhysAddr(last + (HERE.0 >> 12 & 0x1FF) * 8);
+    let entry = machine.memory.device_load(here).expect("it is a table");
+    let store = |machine: &Machine, entry| machine.memory.device_store(here, entry).expect("it is a table");
+    let everything = Invalidation::Attachment(attachment);
+
+    // The first stage's own: nothing there, a reserved bit, a page of supervisors, an address past the second stage.
+    assert_eq!(machine.read(DISK, pasid(5), NEXT), refused(0x71));
+    assert_eq!(fault_of(&mut machine), (0x71, NEXT, Stages::First));
+    for (broken, code) in [(entry | 1 << 51, 0x72), (entry & !4, 0x81), (entry | 1 << 40, 0x74)] {
+        store(&machine, broken);
+        assert_eq!(machine.read(DISK, pasid(5), HERE), refused(code as u8), "{code:#x}");
+        assert_eq!(fault_of(&mut machine), (code, HERE, Stages::First));
+    }
+    // A permission to write that the first stage lacks, or the second: the unit has one number for both.
+    store(&machine, entry & !2);
+    assert_eq!(machine.unit.dma_write(DISK, pasid(5), HERE, &[1; 8]), refused(0x85));
+    assert_eq!(fault_of(&mut machine), (0x85, HERE, Stages::Nested));
+    store(&machine, entry);
+
+    // The page is not the guest's any more; nor, then, its last table.
+    machine.unmap(&guest.second, Iova(Guest::address(page.0)));
+    machine.invalidate(&[everything]);
+    assert_eq!(machine.read(DISK, pasid(5), HERE), refused(0x79));
+    assert_eq!(fault_of(&mut machine), (0x79, HERE, Stages::Second));
+    // A page request for it says no more than that the device wants the page: it is the guest's, by the guest's address.
+    assert!(machine.ats_read(DISK, pasid(5), HERE).is_err());
+    let tag = GroupTag { pasid: pasid(5), index: 3 };
+    let request = PageRequest { stream: DISK, tag, iova: HERE, perms: Perms::READ, last: true };
+    assert_eq!(machine.unit.page_request(request), Requested::Queued);
+    assert_eq!(machine.pass(), [Event::PageRequest(request)]);
+    let answer = PageResponse { stream: DISK, tag, outcome: Outcome::Invalid };
+    machine.vtd.commands.respond(answer).expect("there is room");
+
+    machine.unmap(&guest.second, Iova(Guest::address(last)));
+    machine.invalidate(&[everything]);
+    assert_eq!(machine.read(DISK, pasid(5), HERE), refused(0x79));
+    assert_eq!(fault_of(&mut machine), (0x79, HERE, Stages::Second));
+    // It may be written again, but not be read.
+    let grant = grant(last, 1);
+    let write = Perms { write: true, ..Perms::default() };
+    guest
+        .second
+        .map(&mut machine.frames, Guest::address(last), &grant, write)
+        .expect("nothing is mapped there");
+    machine.invalidate(&[everything]);
+    assert_eq!(machine.read(DISK, pasid(5), HERE), refused(0x76));
+    assert_eq!(fault_of(&mut machine), (0x76, HERE, Stages::Second));
+
+    // What is attached to nothing was refused by no tables.
+    machine.detach(attachment);
+    assert_eq!(machine.read(DISK, pasid(5), HERE), refused(0x59));
+    assert_eq!(fault_of(&mut machine), (0x59, HERE, Stages::None));
     machine.assert_lawful();
 }
 

@@ -18,6 +18,7 @@ const ALL: Features = Features { device_tlb: true, page_requests: true, pasid: t
 const ENTRIES: u64 = 128;
 const COMMANDS: usize = 63;
 
+const SECOND_US: u64 = 1_000_000;
 /// The registers, and bits of `FSTS`.
 const FSTS: usize = 0x34;
 const IQH: usize = 0x80;
@@ -50,6 +51,20 @@ fn device_tlb(stream: StreamId) -> Invalidation {
 }
 
 const OTHER: Invalidation = Invalidation::Device { stream: NIC, device_tlb: false };
+
+/// What goes into the queue by itself: a page of a device without a TLB.
+const PAGE: Invalidation = Invalidation::Pages {
+    attachment: Attachment {
+        serial: 1,
+        stream: NIC,
+        pasid: None,
+        domain: DomainId(1),
+        stages: Stages::First,
+        device_tlb: false,
+    },
+    iova: Iova(0x7000),
+    pages: 1,
+};
 
 /// A machine whose disk may send page requests of PASID 5.
 fn with_page_requests(config: Config) -> Machine {
@@ -101,15 +116,17 @@ fn completions<const N: usize>(machine: &mut Machine, tickets: [Ticket; N]) -> [
 
 #[test]
 fn a_refused_descriptor_is_replaced_and_the_others_are_executed() {
+    // Contexts, PASID cache and translations, with two fences between them; the wait. Pages, and the wait.
+    let all = (0..6).map(|place| (Invalidation::All, place));
+    let places: Vec<_> = all.chain((0..2).map(|place| (PAGE, place))).collect();
     for config in units() {
-        for place in 0..6 {
+        for &(spoiled, place) in &places {
             let mut machine = HARDWARE.machine(config);
             machine.unit.pause(0);
             let before = submit(&mut machine, &[OTHER]);
             let at = machine.unit.read64(IQT);
-            // Contexts, PASID cache and translations, with two fences between them; the wait.
-            let refused = submit(&mut machine, &[Invalidation::All]);
-            let after = submit(&mut machine, &[OTHER]);
+            let refused = submit(&mut machine, &[spoiled]);
+            let after = submit(&mut machine, &[PAGE]);
             spoil(&machine, at + place * 32);
 
             machine.unit.resume();
@@ -118,7 +135,7 @@ fn a_refused_descriptor_is_replaced_and_the_others_are_executed() {
 
             assert!(matches!(told[..], [status] if status & IQE != 0), "{told:x?}");
             let failure = Failure { cause: FailureCause::Refused, stream: None, ticket: Some(refused) };
-            assert_eq!(failures, [failure], "place {place}");
+            assert_eq!(failures, [failure], "place {place} of {spoiled:?}");
             assert_eq!(
                 completions(&mut machine, [before, refused, after]),
                 [Completion::Done, Completion::Failed, Completion::Done]
@@ -257,7 +274,9 @@ fn a_queue_that_cannot_go_on_is_given_up_and_says_so() {
     let last = failures.last().map(|failure| (failure.cause, failure.ticket));
     assert_eq!(last, Some((FailureCause::Stopped, Some(tickets[2]))), "{failures:?}");
     assert_eq!(completions(&mut machine, tickets), [Completion::Failed; 3]);
-    assert!(matches!(machine.vtd.commands.submit(&[OTHER]), Err(Error::Failed { .. })));
+    for invalidation in [OTHER, PAGE] {
+        assert!(matches!(machine.vtd.commands.submit(&[invalidation]), Err(Error::Failed { .. })));
+    }
     let copy = PageResponse { stream: DISK, tag: answer.tag, outcome: Outcome::Success };
     let (back, error) = machine.vtd.commands.respond(answer).expect_err("nothing would carry it");
     assert_eq!(back, copy);
@@ -456,6 +475,22 @@ fn one_device_tlb_at_a_time_is_waited_for() {
     machine.assert_lawful();
 }
 
+/// Not every unit names the one that is silent: a guest could hide behind the other. Later is no better, so it is not for later
+/// that it is refused.
+#[test]
+fn two_devices_in_one_batch_are_refused_as_too_much() {
+    let mut machine = with_page_requests(Config::full());
+    let too_much = Err(Error::Exhausted { what: "devices asked in a batch" });
+
+    for batch in [[device_tlb(DISK), device_tlb(NIC)], [device_tlb(NIC), device_tlb(DISK)]] {
+        assert_eq!(machine.vtd.commands.submit(&batch), too_much);
+        batch.iter().for_each(|&one| machine.invalidate(&[one]));
+    }
+    // The same device twice is one device.
+    machine.invalidate(&[device_tlb(DISK), device_tlb(DISK)]);
+    machine.assert_lawful();
+}
+
 #[test]
 fn a_stray_answer_is_told_with_its_device_and_stops_nothing() {
     let mut machine = HARDWARE.machine(Config::full());
@@ -481,7 +516,7 @@ fn a_stray_answer_is_told_with_its_device_and_stops_nothing() {
 fn of_several_tickets_that_took_too_long_the_device_s_is_told() {
     let mut machine = with_page_requests(Config { device_tlb_timeout_us: 1 << 40, ..Config::full() });
     machine.unit.pause(0);
-    let tickets = [vec![OTHER], vec![device_tlb(DISK)], vec![OTHER]].map(|what| submit(&mut machine, &what));
+    let tickets = [vec![device_tlb(DISK)], vec![OTHER], vec![OTHER]].map(|what| submit(&mut machine, &what));
 
     for _ in 0..8 {
         machine.unit.advance(vtd::HEAD_LIMIT_US);
@@ -489,9 +524,105 @@ fn of_several_tickets_that_took_too_long_the_device_s_is_told() {
     }
 
     assert_eq!(completions(&mut machine, tickets), [Completion::Failed; 3]);
-    let named = Failure { cause: FailureCause::Unanswered, stream: Some(DISK), ticket: Some(tickets[1]) };
+    let named = Failure { cause: FailureCause::Unanswered, stream: Some(DISK), ticket: Some(tickets[0]) };
     assert_eq!(machine.vtd.commands.recover(), Some(named));
     assert_eq!(machine.vtd.commands.recover(), None);
+}
+
+/// It was not asked yet, so it is not to blame.
+#[test]
+fn a_device_behind_a_unit_that_does_nothing_is_not_called_silent() {
+    let mut machine = with_page_requests(Config { device_tlb_timeout_us: 1 << 40, ..Config::full() });
+    machine.unit.pause(0);
+    let tickets = [vec![OTHER], vec![device_tlb(DISK)]].map(|what| submit(&mut machine, &what));
+
+    for ticket in tickets {
+        while machine.vtd.commands.poll(ticket) == Completion::Pending {
+            machine.unit.advance(SECOND_US);
+        }
+        let failure = Failure { cause: FailureCause::Stopped, stream: None, ticket: Some(ticket) };
+        assert_eq!(machine.vtd.commands.recover(), Some(failure));
+    }
+}
+
+/// XSA-373: whoever waited behind a device that took its time paid for it. PCI Express gives a device a minute and a half, and
+/// units take about as long to report one.
+#[test]
+fn others_are_only_late_while_a_silent_device_holds_the_queue() {
+    let mut machine = with_page_requests(Config { device_tlb_timeout_us: 60 * SECOND_US, ..Config::full() });
+    // The time of its errors is its own.
+    machine.unit.resume();
+    machine.unit.hold_device_tlb(DISK);
+    let silent = submit(&mut machine, &[device_tlb(DISK)]);
+    let others = [0; 4].map(|_| submit(&mut machine, &[OTHER]));
+
+    for _ in 0..119 {
+        assert_eq!(machine.vtd.commands.poll(silent), Completion::Pending);
+        assert_eq!(completions(&mut machine, others), [Completion::Pending; 4]);
+        assert_eq!(machine.vtd.commands.recover(), None);
+        machine.unit.advance(SECOND_US / 2);
+    }
+    machine.unit.advance(SECOND_US);
+    let (_, failures) = recovered(&mut machine);
+
+    assert_eq!(
+        failures,
+        [Failure { cause: FailureCause::Unanswered, stream: Some(DISK), ticket: Some(silent) }]
+    );
+    assert_eq!(completions(&mut machine, others), [Completion::Done; 4]);
+    machine.assert_lawful();
+}
+
+/// A unit that never reports it: its device has failed, and nobody else as long as the unit may be waiting for it.
+#[test]
+fn behind_a_device_that_was_given_up_others_wait_until_the_unit_gives_it_up_too() {
+    let mut machine = with_page_requests(Config { device_tlb_timeout_us: 1 << 40, ..Config::full() });
+    machine.unit.resume();
+    machine.unit.hold_device_tlb(DISK);
+    let silent = submit(&mut machine, &[device_tlb(DISK)]);
+    let others = [0; 4].map(|_| submit(&mut machine, &[OTHER]));
+    let waited_for = |machine: &mut Machine, seconds: u64| {
+        for _ in 0..seconds {
+            assert_eq!(completions(machine, others), [Completion::Pending; 4]);
+            machine.unit.advance(SECOND_US);
+        }
+    };
+
+    waited_for(&mut machine, 90);
+    assert_eq!(machine.vtd.commands.poll(silent), Completion::Failed);
+    let named = Failure { cause: FailureCause::Unanswered, stream: Some(DISK), ticket: Some(silent) };
+    assert_eq!(machine.vtd.commands.recover(), Some(named));
+    waited_for(&mut machine, 60);
+    machine.unit.release_device_tlb(DISK);
+
+    assert_eq!(completions(&mut machine, others), [Completion::Done; 4]);
+    assert_eq!(machine.vtd.commands.poll(silent), Completion::Failed);
+    assert_eq!(machine.vtd.commands.recover(), None);
+    machine.assert_lawful();
+}
+
+/// A link that is down, or power that is off: every register reads as ones, and the queues hold what was in them before.
+#[test]
+fn a_unit_that_is_gone_is_told_of_once_and_a_pass_has_an_end() {
+    let mut machine = with_page_requests(Config::full());
+    for index in 0..5 {
+        let answer = asked(&mut machine, index);
+        assert_eq!(machine.vtd.commands.respond(answer), Ok(()));
+    }
+    machine.unit.pause(0);
+    let tickets = [(); 3].map(|()| submit(&mut machine, &[OTHER]));
+
+    machine.unit.vanish();
+
+    assert_eq!(machine.pass(), [Event::CommandsFailed { status: u32::MAX }]);
+    let stopped = Failure { cause: FailureCause::Stopped, stream: None, ticket: Some(tickets[2]) };
+    assert_eq!(machine.vtd.commands.recover(), Some(stopped));
+    for _ in 0..3 {
+        assert_eq!(machine.vtd.commands.recover(), None);
+        assert_eq!(machine.pass(), []);
+    }
+    assert_eq!(completions(&mut machine, tickets), [Completion::Failed; 3]);
+    assert!(matches!(machine.vtd.commands.submit(&[OTHER]), Err(Error::Failed { .. })));
 }
 
 #[test]

@@ -602,6 +602,7 @@ struct Look {
     looks: usize,
 }
 
+/// XSA-321, CVE-2026-45862: what was stored had not left the caches when the unit was sent there.
 #[test]
 fn a_device_meets_the_old_state_or_the_new_at_every_moment_and_nothing_in_between() {
     // The device reads between any two words that the driver makes visible, and around every register access.

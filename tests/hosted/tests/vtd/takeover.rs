@@ -217,6 +217,7 @@ fn nothing_gets_through_on_the_way_that_did_not_before_and_nothing_comes_back() 
     }
 }
 
+/// "Program device table when reuse fails", "Fix kdump boot failure with scalable mode".
 #[test]
 fn a_unit_taken_over_serves_devices() {
     for config in units() {

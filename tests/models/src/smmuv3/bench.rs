@@ -67,11 +67,12 @@ pub(super) fn stage_1(config: &Config, log2: u64) -> [u64; 8] {
     [w0 & 0xF | CONTEXTS | log2 << 59, w1 & 0xFF | default | eats, VMID, 0, 0, 0, 0, 0]
 }
 
-/// Stage 2, as in the golden words.
+/// Stage 2, as in the golden words; SHCFG if the unit has it.
 pub(super) fn stage_2(config: &Config) -> [u64; 8] {
     let eats = if config.ats() { 1 << 28 } else { 0 };
+    let reserved = if config.idr1 & 1 << 27 == 0 { 3 << 44 } else { 0 };
     let [w0, w1, w2, ..] = golden::STE_STAGE_2;
-    [w0, w1 | eats, w2, STAGE_2, 0, 0, 0, 0]
+    [w0, w1 & !reserved | eats, w2, STAGE_2, 0, 0, 0, 0]
 }
 
 /// The context descriptor of the golden words, with the bench's table and ASID `asid`.

@@ -65,6 +65,8 @@ pub(super) struct Commands {
     promised: Vec<Forget>,
     /// CMD_ATC_INV that no device answered yet, and when the device is given up.
     unanswered: Vec<(Forget, u64)>,
+    /// A CMD_SYNC that failed for a device fails again, until that answers.
+    unforgiving: bool,
     /// Messages of CMD_SYNC are not written before they have to be: when the next CMD_SYNC is complete.
     late: bool,
     /// Those on their way, address and data.
@@ -142,6 +144,12 @@ impl SmmuUnit {
         state.caches.forget_device(stream.0);
     }
 
+    /// Lets a CMD_SYNC that failed for a silent device fail again each time that it is tried, for as long as that is silent; or
+    /// lets it go on the next time. The architecture says neither ("ATS Invalidation timeout").
+    pub fn fail_until_answered(&self, fail: bool) {
+        self.lock().commands.unforgiving = fail;
+    }
+
     /// Lets the device put off its answers to CMD_ATC_INV, until it is released or times out.
     pub fn hold_device_tlb(&self, stream: StreamId) {
         self.lock().holding.insert(stream.0);
@@ -191,7 +199,7 @@ impl State {
     fn consume(&mut self) -> bool {
         let (prod, cons) = (self.get(CMDQ_PROD), self.get(CMDQ_CONS));
         let pointer = cons & 0xF_FFFF;
-        if !self.on(CMDQEN) || self.active(CMDQ_ERR) || self.used(CMDQ, prod, pointer) == 0 {
+        if self.gone || !self.on(CMDQEN) || self.active(CMDQ_ERR) || self.used(CMDQ, prod, pointer) == 0 {
             return false;
         }
         let done = self.fetch(pointer).and_then(|words| {
@@ -376,8 +384,11 @@ impl State {
     fn sync(&mut self, w0: u64, w1: u64) -> Result<bool, CommandError> {
         let now = self.clock_us;
         let waiting = self.commands.unanswered.len();
-        self.commands.unanswered.retain(|&(_, deadline_us)| deadline_us > now);
-        if self.commands.unanswered.len() < waiting {
+        let late = self.commands.unanswered.iter().any(|&(_, deadline_us)| deadline_us <= now);
+        if !self.commands.unforgiving {
+            self.commands.unanswered.retain(|&(_, deadline_us)| deadline_us > now);
+        }
+        if late {
             return Err(CommandError::DeviceTlbSync);
         }
         if waiting != 0 {

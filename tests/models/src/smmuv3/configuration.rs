@@ -33,7 +33,7 @@ pub(super) fn forces_write_back(ste: &[u64; 8]) -> bool {
     ste[1] >> 25 & 1 != 0
 }
 
-/// The fields of an STE that this unit has, by word. SHCFG is reserved without ATTR_TYPES_OVR, and harmless.
+/// The fields of an STE that a unit can have, by word.
 const STE_FIELDS: [u64; 8] = [
     0xF8FF_FFFF_FFFF_FFFF,
     // S1DSS, S1CIR, S1COR, S1CSH; DRE, CONT, DCP, PPAR, MEV, software's, S2FWB, S1STALLD, EATS, SHCFG.
@@ -215,6 +215,10 @@ impl State {
         let mut fields = STE_FIELDS;
         if !self.config.forces_write_back() {
             fields[1] &= !(1 << 25);
+        }
+        // SHCFG, without IDR1.ATTR_TYPES_OVR.
+        if self.config.idr1 & 1 << 27 == 0 {
+            fields[1] &= !(3 << 44);
         }
         // PPAR.
         if !self.config.pri() || self.config.idr1 >> 6 & 0x1F == 0 {
@@ -779,6 +783,25 @@ mod tests {
 
         assert_eq!(bench.read(IOVA), Err(Refusal::Fault(0x10)));
         bench.assert_broken("reserved bits are set in words [5]");
+    }
+
+    #[test]
+    fn an_attribute_is_overridden_where_the_unit_can() {
+        let full = Config::full();
+        for (idr1, broken) in [(full.idr1, false), (full.idr1 & !(1 << 27), true)] {
+            let config = Config { idr1, ..full };
+            let mut ste = stage_1(&config, 0);
+            ste[1] |= 1 << 44;
+            let bench = Bench::attached(config, ste);
+
+            assert_eq!(bench.read(IOVA), Err(Refusal::Fault(0x10)));
+
+            if broken {
+                bench.assert_broken("reserved bits are set in words [1]");
+            } else {
+                bench.assert_lawful();
+            }
+        }
     }
 
     #[test]

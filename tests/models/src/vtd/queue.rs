@@ -272,7 +272,7 @@ impl State {
 
     /// Fetches the descriptor at IQH. Returns whether there was one without an error.
     fn fetch(&mut self) -> bool {
-        if self.status() & QIE == 0 || self.queue.halted || self.get(FSTS) & (IQE | ITE) != 0 {
+        if self.gone || self.status() & QIE == 0 || self.queue.halted || self.get(FSTS) & (IQE | ITE) != 0 {
             return false;
         }
         let (head, tail, bytes) = (self.get(IQH), self.get(IQT), self.descriptor_bytes());

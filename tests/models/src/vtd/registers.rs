@@ -176,6 +176,9 @@ impl State {
 
     /// Reads `bytes` bytes at `offset`; all ones where no unit answers.
     pub(super) fn read(&mut self, offset: usize, bytes: usize) -> u64 {
+        if self.gone {
+            return u64::MAX;
+        }
         self.step();
         match self.find(offset, bytes) {
             Err(rule) => {
@@ -196,6 +199,9 @@ impl State {
 
     /// Writes the low `bytes` bytes of `value` at `offset`.
     pub(super) fn write(&mut self, offset: usize, bytes: usize, value: u64) {
+        if self.gone {
+            return;
+        }
         let at = match self.find(offset, bytes) {
             Ok(Some(at)) => at,
             Ok(None) => return self.violation(format!("write to {offset:#05x}: reserved register")),

@@ -445,6 +445,7 @@ impl State {
         {
             return permit(request, way, &both, &leaf);
         }
+        way.demand(self.within_guest_width(first.root, self.config.cap, second.levels), 0x5B)?;
         let mut used = Vec::new();
         let mut tables = Vec::new();
         let mut table = first.root;
@@ -458,7 +459,7 @@ impl State {
                 let entry = match self.caches.structures.get(&key) {
                     Some(&entry) => entry,
                     None => {
-                        let held = self.through_second(request, way, second, guest, 0x74)?;
+                        let held = self.through_second(request, way, second, guest)?;
                         way.demand(held.read, if is_top { 0x75 } else { 0x76 })?;
                         let at = PhysAddr(held.output | guest & ((1 << held.log2) - 1));
                         let error = if is_top { first.root_error } else { first.table_error };
@@ -492,7 +493,7 @@ impl State {
             dirty,
         };
         let guest = grant(request, way, first, &of_first)?;
-        let held = self.through_second(request, way, second, guest.phys, 0x84)?;
+        let held = self.through_second(request, way, second, guest.phys)?;
         let log2 = log2.min(held.log2);
         let leaf = Leaf {
             log2,
@@ -514,7 +515,7 @@ impl State {
         Ok(mapping)
     }
 
-    /// Finds what the second stage has for the guest's address `guest`; `beyond` is the reason if that is too wide.
+    /// Finds what the second stage has for the guest's address `guest`, which is from an entry of the first.
     ///
     /// That nothing is there is SSS.2 whatever it is asked for; what it is asked for decides only where there is something.
     fn through_second(
@@ -523,9 +524,8 @@ impl State {
         way: Way,
         second: &Format,
         guest: u64,
-        beyond: u8,
     ) -> Result<Leaf, Fault> {
-        way.demand(self.within_guest_width(guest, self.config.cap, second.levels), beyond)?;
+        way.demand(self.within_guest_width(guest, self.config.cap, second.levels), 0x74)?;
         if let Some(leaf) = self.caches.leaf(second.tag, guest) {
             way.demand(leaf.present, second.absent[0])?;
             return Ok(leaf);
@@ -1141,7 +1141,7 @@ mod tests {
         let narrow = Config { cap: FULL_NESTING.cap & !(0x3F << 16) | 38 << 16, ..FULL_NESTING };
         let (bench, second) = nested_bench(narrow);
         bench.set_pasid_entry(PASID.value(), nested(1 << 40, second));
-        assert_eq!(bench.read(IOVA), fault(0x74), "SFS.5");
+        assert_eq!(bench.read(IOVA), fault(0x5B), "SPT.4");
 
         // What a table of the second stage says of the pages that first-stage tables are in.
         let second_stage_of = |level: u32, bits: u64| {
@@ -1176,7 +1176,7 @@ mod tests {
             map_guest(&mut bench, 1, 7, 1 << 40 | 7);
             bench.read(IOVA)
         };
-        assert_eq!(wide(narrow), fault(0x84), "SGN.5");
+        assert_eq!(wide(narrow), fault(0x74), "SFS.5");
         // And what the guest's own tables say.
         let entry = |level, entry| {
             let (mut bench, _) = nested_bench(FULL_NESTING);

@@ -623,3 +623,25 @@ fn the_counts_of_a_device_are_its_own_and_begin_at_zero() {
     assert_eq!(world.ledger.tally(again), Some(Tally::default()));
     assert_eq!(world.ledger.latencies(again), Some(broker::Latencies::default()));
 }
+
+#[test]
+fn an_answer_is_held_back_for_its_time_after_the_report_and_no_longer() {
+    let start_us = 1 << 40;
+    let settled = |after_us: u64| {
+        let mut world = World::new();
+        let _ = world.attached(DISK, &LIMITS, 0);
+        let settle_after = |world: &mut World, after_us| {
+            assert_eq!(world.admit(last(DISK, 1, 1), start_us), Did::Forwarded(0));
+            let cookie = world.deliver_one(0, start_us).cookie;
+            world.settle(0, cookie, Outcome::Success, start_us + after_us).expect("it waits")
+        };
+        // Twice it claims to have repaired a page that it is asked for again.
+        for _ in 0..2 {
+            assert_eq!(settle_after(&mut world, 1), Some(response(DISK, 1, Outcome::Success)));
+        }
+        settle_after(&mut world, after_us)
+    };
+
+    assert_eq!(settled(999), None, "less than a millisecond");
+    assert_eq!(settled(1_000), Some(response(DISK, 1, Outcome::Success)));
+}

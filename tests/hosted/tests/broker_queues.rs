@@ -281,6 +281,22 @@ fn a_group_that_is_left_is_shown_again_unless_it_is_answered_meanwhile() {
 }
 
 #[test]
+fn a_slot_is_announced_once_however_often_it_is_used_before_its_owner_looks() {
+    let mut world = World::new();
+    let disk = world.attached(DISK, &LIMITS, 0);
+    for index in 0..20 {
+        assert_eq!(world.admit(last(DISK, index, 1), 0), Did::Forwarded(0));
+        assert_eq!(world.evict(0, Whose::All, 0), [response(DISK, index, Outcome::Invalid)]);
+    }
+    assert_eq!(world.admit(last(DISK, 20, 1), 0), Did::Forwarded(0));
+
+    let index = |group: Shown<'_>| Some(group.tag().index);
+    assert_eq!(world.inboxes[0].take(0, index), Taken::Yes(20));
+    assert_eq!(world.inboxes[0].take(0, index), Taken::Empty);
+    world.assert_balance(disk, 1);
+}
+
+#[test]
 fn a_group_that_is_answered_while_it_is_read_is_not_taken() {
     let mut world = World::new();
     let disk = world.attached(DISK, &LIMITS, 0);

@@ -598,6 +598,9 @@ fn the_groups_of_a_batch_become_visible_together_and_only_those_that_were_accept
     batch.accept();
     // Answered while it was read: its place is the next one's.
     assert!(batch.offer(3, record(2, 3)));
+    assert!(batch.offer(1, record(5, 1)));
+    batch.accept();
+    assert!(batch.offer(1, record(2, 3)));
     assert!(batch.offer(2, record(3, 2)));
     batch.accept();
     batch.accept();
@@ -606,9 +609,9 @@ fn the_groups_of_a_batch_become_visible_together_and_only_those_that_were_accept
     assert_eq!(guest.next_request(), None, "the batch is not over");
     drop(batch);
 
-    assert_eq!(guest::Frames::load(&window, HEADER, REQUESTS_WORD), 3);
+    assert_eq!(guest::Frames::load(&window, HEADER, REQUESTS_WORD), 4);
     let shown: Vec<_> = core::iter::from_fn(|| guest.next_request()).collect();
-    assert_eq!(shown, [page(1, 1, 0), page(3, 2, 0), page(3, 2, 1)]);
+    assert_eq!(shown, [page(1, 1, 0), page(5, 1, 0), page(3, 2, 0), page(3, 2, 1)]);
 }
 
 #[test]

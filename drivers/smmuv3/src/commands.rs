@@ -703,7 +703,7 @@ impl<B: Bus> iommu::Commands for Commands<B> {
         Ok(Ticket(end))
     }
 
-    fn respond(&mut self, response: PageResponse) -> Result<(), (PageResponse, Error)> {
+    fn queue_response(&mut self, response: PageResponse) -> Result<(), (PageResponse, Error)> {
         let Abilities { page_requests, stalls, .. } = self.abilities;
         let command = match stalls::waiting(&response, &self.stalling) {
             Some(stalled) if stalls => Command::resume(&stalled),
@@ -713,7 +713,11 @@ impl<B: Bus> iommu::Commands for Commands<B> {
         if self.stopped {
             return Err((response, Error::Failed { ticket: Ticket(self.queue.produced()) }));
         }
-        self.queue.push(&self.bus, &[command], 0).map(drop).map_err(|error| (response, error))
+        self.queue.append(&self.bus, &[command], 0).map(drop).map_err(|error| (response, error))
+    }
+
+    fn ring(&mut self) {
+        self.queue.ring(&self.bus);
     }
 
     fn poll(&mut self, ticket: Ticket) -> Completion {

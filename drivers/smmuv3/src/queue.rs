@@ -28,6 +28,8 @@ pub(crate) struct CommandQueue {
     produced: u64,
     /// As far as CONS is known to have come; the unit can only be further.
     consumed: u64,
+    /// As many commands as the unit was told of.
+    rung: u64,
     /// Where messages are written, if the unit sends any: the low half of a word. The upper half is nobody's, as there are
     /// parts that write 8 bytes.
     word: Option<DmaBuf>,
@@ -44,7 +46,7 @@ impl CommandQueue {
             word.store(0, 0);
             bus.publish(word.range(0, 1));
         }
-        Self { ring, produced: 0, consumed: 0, word, told: 0, quiet_since_us: None }
+        Self { ring, produced: 0, consumed: 0, rung: 0, word, told: 0, quiet_since_us: None }
     }
 
     fn entries(&self) -> u64 {
@@ -150,10 +152,23 @@ impl CommandQueue {
         }
     }
 
-    /// Appends `commands` and rings the doorbell once, if `reserve` entries remain free after them.
+    /// Appends `commands` and rings the doorbell once; see [`append`](Self::append).
+    pub(crate) fn push<B: Bus>(
+        &mut self,
+        bus: &B,
+        commands: &[Command],
+        reserve: usize,
+    ) -> Result<u64, Error> {
+        debug_assert_eq!(self.rung, self.produced, "the doorbell was rung for what was appended before");
+        let end = self.append(bus, commands, reserve)?;
+        self.tell(bus, end - commands.len() as u64, commands.len());
+        Ok(end)
+    }
+
+    /// Appends `commands`, if `reserve` entries remain free after them; [`ring`](Self::ring) tells the unit.
     ///
     /// Returns how many commands have been queued since bring-up.
-    pub(crate) fn push<B: Bus>(
+    pub(crate) fn append<B: Bus>(
         &mut self,
         bus: &B,
         commands: &[Command],
@@ -175,19 +190,35 @@ impl CommandQueue {
         for (n, command) in commands.iter().enumerate() {
             self.ring.store_all(((start + n) & last) * COMMAND_WORDS, command.0);
         }
-        // Published together: up to the end of the ring, and from its start what is left.
+        self.produced += commands.len() as u64;
+        Ok(self.produced)
+    }
+
+    /// Tells the unit of what was appended since it was told last. There is nothing to tell of nothing.
+    pub(crate) fn ring<B: Bus>(&mut self, bus: &B) {
+        if self.rung != self.produced {
+            self.tell(bus, self.rung, (self.produced - self.rung) as usize);
+        }
+    }
+
+    /// Publishes the last `count` commands, before which `start` others were queued, and rings the doorbell.
+    #[inline(always)]
+    fn tell<B: Bus>(&mut self, bus: &B, start: u64, count: usize) {
+        // There is a power of two of places.
+        let last = self.entries() as usize - 1;
+        let start = start as usize & last;
+        // Together: up to the end of the ring, and from its start what is left.
         let up_to_end = last + 1 - start;
-        if commands.len() <= up_to_end {
-            bus.publish(self.ring.range(start * COMMAND_WORDS, commands.len() * COMMAND_WORDS));
+        if count <= up_to_end {
+            bus.publish(self.ring.range(start * COMMAND_WORDS, count * COMMAND_WORDS));
         } else {
             bus.publish(self.ring.range(start * COMMAND_WORDS, up_to_end * COMMAND_WORDS));
-            bus.publish(self.ring.range(0, (commands.len() - up_to_end) * COMMAND_WORDS));
+            bus.publish(self.ring.range(0, (count - up_to_end) * COMMAND_WORDS));
         }
-        self.produced += commands.len() as u64;
         // ORDER: `publish` put every command before this write.
         let index = self.produced & (2 * self.entries() - 1);
         regs::CMDQ.prod.write(bus, INDEX::INDEX.val(index as u32));
-        Ok(self.produced)
+        self.rung = self.produced;
     }
 }
 
@@ -210,38 +241,82 @@ pub(crate) struct ReportQueue<const WORDS: usize> {
     prod: u32,
     /// The overflow flag of PROD as it was last read, and that of CONS, which acknowledges it.
     overflow: (bool, bool),
+    /// PROD was just read, and there was nothing.
+    is_known_empty: bool,
 }
 
 impl<const WORDS: usize> ReportQueue<WORDS> {
     /// A queue that empties `ring`, whose size is a power of two.
     pub(crate) fn new(ring: DmaBuf, registers: &'static QueueRegisters) -> Self {
-        Self { ring, registers, cons: 0, prod: 0, overflow: (false, false) }
+        Self { ring, registers, cons: 0, prod: 0, overflow: (false, false), is_known_empty: false }
     }
 
     fn entries(&self) -> u32 {
         (self.ring.words() / WORDS) as u32
     }
 
-    /// Takes the oldest entry, copied out. The places of all that are known of are given back with the last one.
+    /// Takes the oldest entry, copied out.
     pub(crate) fn pop<B: Bus>(&mut self, bus: &B) -> Option<[u64; WORDS]> {
-        if self.cons == self.prod {
-            let prod = self.registers.prod.read(bus);
-            // The value is reduced: what hardware says must not lead outside the ring.
-            self.prod = prod.read(INDEX::INDEX) % (2 * self.entries());
-            self.overflow.0 = prod.is_set(INDEX::OVERFLOW);
-            if self.cons == self.prod {
-                return None;
-            }
+        let is_known_empty = core::mem::take(&mut self.is_known_empty);
+        if self.cons == self.prod && (is_known_empty || !self.look(bus)) {
+            return None;
         }
-        // There is a power of two of places.
-        let at = (self.cons & (self.entries() - 1)) as usize * WORDS;
-        bus.observe(self.ring.range(at, WORDS));
-        let entry = self.ring.load_all(at);
+        let entry = self.oldest();
+        self.take(bus);
+        Some(entry)
+    }
+
+    /// Returns the oldest entry, copied out. If there is none, a [`pop`](Self::pop) that follows does not look again.
+    #[inline]
+    pub(crate) fn peek<B: Bus>(&mut self, bus: &B) -> Option<[u64; WORDS]> {
+        if self.cons == self.prod && !self.look(bus) {
+            self.is_known_empty = true;
+            return None;
+        }
+        Some(self.oldest())
+    }
+
+    /// Takes out the oldest entry, which is there. The places of all that are known of are given back with the last one.
+    #[inline]
+    pub(crate) fn take<B: Bus>(&mut self, bus: &B) {
         self.cons = (self.cons + 1) & (2 * self.entries() - 1);
         if self.cons == self.prod {
             self.write_cons(bus);
         }
-        Some(entry)
+    }
+
+    fn oldest(&self) -> [u64; WORDS] {
+        // There is a power of two of places.
+        self.ring.load_all((self.cons & (self.entries() - 1)) as usize * WORDS)
+    }
+
+    /// Forgets that nothing was found: what comes from here on is to be found.
+    pub(crate) fn begin(&mut self) {
+        self.is_known_empty = false;
+    }
+
+    /// Learns what the unit has queued by now, all that was known before having been taken; returns whether it is anything.
+    fn look<B: Bus>(&mut self, bus: &B) -> bool {
+        let prod = self.registers.prod.read(bus);
+        let entries = self.entries();
+        // The value is reduced, since there is a power of two of places: what hardware says must not lead outside the ring.
+        self.prod = prod.read(INDEX::INDEX) & (2 * entries - 1);
+        self.overflow.0 = prod.is_set(INDEX::OVERFLOW);
+        let count = (self.prod.wrapping_sub(self.cons) & (2 * entries - 1)) as usize;
+        if count == 0 {
+            return false;
+        }
+        let start = (self.cons & (entries - 1)) as usize;
+        // Observed together: up to the end of the ring, and from its start what is left.
+        let up_to_end = entries as usize - start;
+        if count <= up_to_end {
+            bus.observe(self.ring.range(start * WORDS, count * WORDS));
+        } else {
+            bus.observe(self.ring.range(start * WORDS, up_to_end * WORDS));
+            // More than all is none that hardware tells.
+            bus.observe(self.ring.range(0, (count - up_to_end).min(start) * WORDS));
+        }
+        true
     }
 
     /// Acknowledges that entries were lost, if they were; for when [`pop`](Self::pop) has just found nothing.

@@ -18,6 +18,8 @@ pub(crate) struct InvalidationQueue {
     /// The last place. There is a power of two of places, so this is also what reduces a number to one.
     last: usize,
     tail: usize,
+    /// The tail that the unit knows.
+    rung: usize,
     /// The first entry that is not free: the unit has not fetched it, or its ticket has no end yet.
     oldest: usize,
 }
@@ -26,7 +28,7 @@ impl InvalidationQueue {
     /// A queue that fills `ring`, whose size is a power of two, with entries of `width` words.
     pub(crate) fn new(ring: DmaBuf, width: usize) -> Self {
         let last = (ring.words() / width).saturating_sub(1);
-        Self { ring, width, last, tail: 0, oldest: 0 }
+        Self { ring, width, last, tail: 0, rung: 0, oldest: 0 }
     }
 
     /// The queue in `ring` that somebody else filled, and the unit has emptied.
@@ -34,7 +36,7 @@ impl InvalidationQueue {
         let mut queue = Self::new(ring, width);
         let units = regs::IQT.read(bus).read(regs::IQ::INDEX) as usize;
         queue.tail = (units * NARROW_WORDS / width) & queue.last;
-        queue.oldest = queue.tail;
+        (queue.rung, queue.oldest) = (queue.tail, queue.tail);
         queue
     }
 
@@ -95,9 +97,23 @@ impl InvalidationQueue {
         self.oldest = (self.oldest + released) & self.last;
     }
 
-    /// Appends `descriptors` and rings the doorbell once, if `reserve` entries remain free after them. Returns where they
-    /// are. What `kept` returns is not overwritten, nor anything after it; it is asked only when the queue looks full.
+    /// Appends `descriptors` and rings the doorbell once; see [`append`](Self::append).
     pub(crate) fn push<B: Bus>(
+        &mut self,
+        bus: &B,
+        descriptors: &[Descriptor],
+        reserve: usize,
+        kept: impl FnOnce(&Self) -> Option<usize>,
+    ) -> Result<usize, Error> {
+        debug_assert_eq!(self.rung, self.tail, "the doorbell was rung for what was appended before");
+        let start = self.append(bus, descriptors, reserve, kept)?;
+        self.tell(bus, start, descriptors.len());
+        Ok(start)
+    }
+
+    /// Appends `descriptors`, if `reserve` entries remain free after them; [`ring`](Self::ring) tells the unit. Returns where
+    /// they are. What `kept` returns is not overwritten, nor anything after it; it is asked only when the queue looks full.
+    pub(crate) fn append<B: Bus>(
         &mut self,
         bus: &B,
         descriptors: &[Descriptor],
@@ -118,14 +134,27 @@ impl InvalidationQueue {
             self.store(self.tail, descriptor);
             self.tail = (self.tail + 1) & self.last;
         }
-        // Published together: up to the end of the ring, and from its start what is left.
-        let up_to_end = descriptors.len().min(self.entries() - start);
+        Ok(start)
+    }
+
+    /// Tells the unit of what was appended since it was told last. There is nothing to tell of nothing.
+    pub(crate) fn ring<B: Bus>(&mut self, bus: &B) {
+        if self.rung != self.tail {
+            self.tell(bus, self.rung, self.tail.wrapping_sub(self.rung) & self.last);
+        }
+    }
+
+    /// Publishes the last `count` descriptors, the first of which is at entry `start`, and rings the doorbell.
+    #[inline(always)]
+    fn tell<B: Bus>(&mut self, bus: &B, start: usize, count: usize) {
+        // Together: up to the end of the ring, and from its start what is left.
+        let up_to_end = count.min(self.entries() - start);
         bus.publish(self.ring.range(start * self.width, up_to_end * self.width));
-        if up_to_end < descriptors.len() {
-            bus.publish(self.ring.range(0, (descriptors.len() - up_to_end) * self.width));
+        if up_to_end < count {
+            bus.publish(self.ring.range(0, (count - up_to_end) * self.width));
         }
         self.ring_doorbell(bus);
-        Ok(start)
+        self.rung = self.tail;
     }
 
     /// Stores a descriptor at entry `at`, and makes it visible to the unit.
@@ -174,23 +203,44 @@ impl PageRequestQueue {
     /// Learns what the unit has queued by now.
     pub(crate) fn look<B: Bus>(&mut self, bus: &B) {
         let tail: LocalRegisterCopy<u64, regs::PQ::Register> = regs::PQT.read(bus);
-        self.tail = tail.read(regs::PQ::INDEX) as usize % self.entries();
+        // There is a power of two of places: what hardware says must not lead outside the ring.
+        self.tail = tail.read(regs::PQ::INDEX) as usize & (self.entries() - 1);
+        // Observed together: up to the end of the ring, and from its start what is left.
+        let observe = |start: usize, end: usize| {
+            if start < end {
+                bus.observe(self.ring.range(start * ENTRY_WORDS, (end - start) * ENTRY_WORDS));
+            }
+        };
+        if self.head <= self.tail {
+            observe(self.head, self.tail);
+        } else {
+            observe(self.head, self.entries());
+            observe(0, self.tail);
+        }
     }
 
-    /// Takes the oldest entry that is known of, copied out. The places of all are given back with the last one.
+    /// Takes the oldest entry that is known of, copied out.
     pub(crate) fn pop<B: Bus>(&mut self, bus: &B) -> Option<[u64; ENTRY_WORDS]> {
+        let entry = self.peek()?;
+        self.take(bus);
+        Some(entry)
+    }
+
+    /// Returns the oldest entry that is known of, copied out.
+    pub(crate) fn peek(&self) -> Option<[u64; ENTRY_WORDS]> {
         if self.head == self.tail {
             return None;
         }
-        let at = self.head * ENTRY_WORDS;
-        bus.observe(self.ring.range(at, ENTRY_WORDS));
-        let entry = self.ring.load_all(at);
+        Some(self.ring.load_all(self.head * ENTRY_WORDS))
+    }
+
+    /// Takes out the entry that `peek` returned. The places of all that are known of are given back with the last one.
+    pub(crate) fn take<B: Bus>(&mut self, bus: &B) {
         // There is a power of two of places.
         self.head = (self.head + 1) & (self.entries() - 1);
         if self.head == self.tail {
             regs::PQH.write(bus, regs::PQ::INDEX.val(self.head as u64));
         }
-        Some(entry)
     }
 
     fn entries(&self) -> usize {

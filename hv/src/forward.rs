@@ -22,19 +22,21 @@ impl Guest {
     pub fn forward(&mut self, inbox: &mut Inbox) -> Result<(), Broken> {
         let mut news = false;
         if let Some(channel) = &mut self.channel {
-            let now_us = cpu::now_us();
-            // Whatever was answered before it came here is not shown.
-            while let Some(group) = inbox.groups.peek(now_us) {
-                match push(channel, group)? {
-                    Pushed::Full => break,
-                    Pushed::Yes => news = true,
-                    // A group has fewer pages than a ring has places, and a guest that broke its channel is ended. If
-                    // either is ever not so the group is answered at its deadline.
-                    Pushed::TooLarge | Pushed::Ended => {}
+            if !inbox.groups.is_empty() {
+                let now_us = cpu::now_us();
+                // Whatever was answered before it came here is not shown.
+                while let Some(group) = inbox.groups.peek(now_us) {
+                    match push(channel, group)? {
+                        Pushed::Full => break,
+                        Pushed::Yes => news = true,
+                        // A group has fewer pages than a ring has places, and a guest that broke its channel is ended. If
+                        // either is ever not so the group is answered at its deadline.
+                        Pushed::TooLarge | Pushed::Ended => {}
+                    }
+                    let taken_us = now_us.saturating_sub(group.reported_us);
+                    self.hv.homes[self.index].longest_to_record_us.fetch_max(taken_us, Relaxed);
+                    inbox.groups.done();
                 }
-                let taken_us = now_us.saturating_sub(group.reported_us);
-                self.hv.homes[self.index].longest_to_record_us.fetch_max(taken_us, Relaxed);
-                inbox.groups.done();
             }
             while let Some(notice) = inbox.notices.receive() {
                 // A guest also hears of an event that found no room: perhaps it is the last for a long time.

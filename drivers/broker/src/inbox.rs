@@ -37,6 +37,12 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize> Inbox<'
         Some(&self.group)
     }
 
+    /// Returns whether there is nothing to look at.
+    #[inline]
+    pub fn is_empty(&self) -> bool {
+        !self.is_shown && !self.slots.ready()
+    }
+
     /// The group that was shown last has been dealt with.
     #[inline]
     pub fn done(&mut self) {

@@ -3,8 +3,9 @@
 
 use crate::{
     guest::Guest,
-    hypervisor::{Condition, DEVICES_PER_GUEST, Device, GUESTS, Hypervisor},
+    hypervisor::{Condition, DEVICES_PER_GUEST, Device, GUESTS, Hypervisor, SERVICE_CORE},
     memory::{self, Share},
+    service,
     tables::{DeviceTables, Unmapped},
     wanted,
 };
@@ -349,8 +350,9 @@ impl Guest {
 
 /// Resets a device that is blocked and asks for nothing, so that nothing of its last owner's acts in the next one's memory.
 ///
-/// Takes a tenth of a second, and two at most, so it runs on the core that takes the device away, never on the service core.
-fn reset(hv: &Hypervisor, device: &Device) -> Condition {
+/// Takes a tenth of a second, and two at most, so the core that takes the device away sleeps meanwhile: never in the service
+/// routine.
+pub fn reset(hv: &Hypervisor, device: &Device) -> Condition {
     /// How long the core sleeps between two looks, in microseconds.
     const STEP_US: u64 = 5_000;
     let stream = device.function.id;
@@ -383,6 +385,8 @@ fn reset(hv: &Hypervisor, device: &Device) -> Condition {
                 defmt::info!("{} was reset in {=u64} us", stream, cpu::now_us().saturating_sub(start_us));
                 return Condition::Clean;
             }
+            // The timer of the service core is the routine's: whoever took it there would take the deadlines with it.
+            Ok(_) if cpu::core() == SERVICE_CORE => drop(service::wait_for(hv, STEP_US, || false)),
             Ok(_) => {
                 let _masked = cpu::mask();
                 interrupts::arm_timer(STEP_US);
@@ -624,7 +628,7 @@ pub fn tell_invalidated(entry: usize, invalidation: &Invalidation) {
 }
 
 /// Attaches a device, or a PASID of it, by what `space` makes for it.
-fn attach(
+pub fn attach(
     hv: &Hypervisor,
     policy: &Policy,
     space: impl FnOnce() -> Result<Space, Error>,
@@ -652,7 +656,7 @@ pub fn block(hv: &Hypervisor, stream: StreamId) -> Result<Leaving, Error> {
 
 /// Detaches: mark as leaving; block in hardware, invalidate, wait; let the service core pass; answer what is outstanding;
 /// wait until the answers are out; and only then let go of the tables.
-fn detach(hv: &Hypervisor, share: &Share, queue: QueueId, owned: Owned) -> Result<(), Error> {
+pub fn detach(hv: &Hypervisor, share: &Share, queue: QueueId, owned: Owned) -> Result<(), Error> {
     let Owned { id, device, space } = owned;
     hv.ledger.leave(id);
     let leaving = space.block(hv)?;

@@ -16,7 +16,7 @@ use channel::{host::Host, ring};
 use core::sync::atomic::Ordering::{Relaxed, SeqCst};
 use heapless::Vec;
 use iommu::{DmaBuf, Gpa, PAGE_SIZE, Perms};
-use pgtable::{Limits, Tree};
+use pgtable::{Attributes, Limits, Memory, Tree};
 
 /// Frames of a guest's RAM, which starts at its address 0: 2 MiB.
 pub const RAM_FRAMES: usize = 512;
@@ -224,7 +224,9 @@ impl Guest {
             let registers = self.hv.devices[device].registers.clone();
             let at = REGISTERS.0 + (self.devices.len() as u64 - 1) * WINDOW;
             let grant = memory::registers(registers);
-            let map = |pool: &mut memory::Pool| self.nested.map(pool, at, &grant, Perms::READ_WRITE);
+            // Whatever the guest says of them: lines of them in a cache would reach the device when nobody asked for it.
+            let attributes = Attributes { memory: Memory::Device, ..Perms::READ_WRITE.into() };
+            let map = |pool: &mut memory::Pool| self.nested.map(pool, at, &grant, attributes);
             self.hv.pool.with(map).map_err(NotMade::Tables)?;
         }
         Ok(())

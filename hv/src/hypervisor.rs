@@ -7,9 +7,7 @@ use arch::{
     machine::{Boot, Ecam},
     unit::{self, Commands, Remapping, Tables},
 };
-use broker::{
-    BUCKETS, EventReceiver, EventSender, Inbox as Groups, Lost, Missed, POISONED, QueueId, Tally, Whose,
-};
+use broker::{BUCKETS, EventReceiver, EventSender, Lost, Missed, POISONED, QueueId, Tally, Whose};
 use channel::call::{ARRAY, REPORTS};
 use core::{
     ops::Range,
@@ -30,6 +28,10 @@ use spin::Once;
 pub const SERVICE_CORE: usize = 0;
 /// Guests, one to a core.
 pub const GUESTS: usize = 2;
+/// Queues of page requests: each guest's, by its number, and the pager's.
+pub const QUEUES: usize = GUESTS + 1;
+/// The queue of the hypervisor's own [pager](crate::pager).
+pub const PAGER: usize = GUESTS;
 /// Devices of a guest, at most.
 pub const DEVICES_PER_GUEST: usize = 2;
 /// Groups that a guest may have outstanding.
@@ -43,12 +45,14 @@ const LEDGER_ATTACHMENTS: usize = if cfg!(feature = "measure") { 8192 } else { 3
 /// are too many for the unit's queue.
 const QUEUED: u32 = if cfg!(feature = "measure") { u32::MAX } else { unit::OUTSTANDING as u32 };
 /// Groups that the service core knows of.
-const GROUPS: usize = GUESTS * (SLOTS + POISONED);
+const GROUPS: usize = QUEUES * (SLOTS + POISONED);
 
-/// What all cores share of the page requests: one queue for each home core.
-pub type Ledger = broker::Ledger<GUESTS, SLOTS, LEDGER_DEVICES, LEDGER_ATTACHMENTS>;
+/// What all cores share of the page requests.
+pub type Ledger = broker::Ledger<QUEUES, SLOTS, LEDGER_DEVICES, LEDGER_ATTACHMENTS>;
 /// What the service core owns of them.
-pub type Broker = broker::Broker<'static, GUESTS, SLOTS, LEDGER_DEVICES, LEDGER_ATTACHMENTS, GROUPS>;
+pub type Broker = broker::Broker<'static, QUEUES, SLOTS, LEDGER_DEVICES, LEDGER_ATTACHMENTS, GROUPS>;
+/// Where the owner of a queue receives the groups that are whole.
+pub type Groups = broker::Inbox<'static, QUEUES, SLOTS, LEDGER_DEVICES, LEDGER_ATTACHMENTS>;
 /// The right to answer a group.
 pub type Answer = broker::Answer<'static, SLOTS>;
 /// Events on their way to a guest's core; more are lost, and counted.
@@ -58,7 +62,7 @@ const DEVICES: usize = 16;
 const _: () = assert!(DEVICES <= u64::BITS as usize, "there is a bit for each device");
 
 /// Answers that may wait for the unit, at most: each group's, and some of those that waited nowhere.
-const UNSENT: usize = SLOTS * GUESTS + 64;
+const UNSENT: usize = SLOTS * QUEUES + 64;
 
 /// Answers that are sent in one hold of the lock, at most: as many as a guest may give by one call.
 pub const TOGETHER: usize = ARRAY as usize;
@@ -72,11 +76,11 @@ const BACKSTOP_US: u64 = (1 + GUESTS as u64 + 1) * unit::HEAD_LIMIT_US;
 /// How long the service core may take for a pass that is waited for, in microseconds.
 const DRAIN_LIMIT_US: u64 = 100_000;
 
-/// Returns the core that is the home of guest `index`.
+/// Returns the core that is the home of the owner of queue `index`: a guest's own; of the pager the one that controls.
 ///
 /// What is measured is measured on one core, which is all there is.
 pub const fn home_of(index: usize) -> usize {
-    if cfg!(feature = "measure") { SERVICE_CORE } else { SERVICE_CORE + 1 + index }
+    if cfg!(feature = "measure") || index == PAGER { SERVICE_CORE } else { SERVICE_CORE + 1 + index }
 }
 
 /// A device that can be given away, or driven by the demonstration.
@@ -102,7 +106,7 @@ pub struct Notice {
 /// What a guest's home core receives. The service core is the only producer of both.
 pub struct Inbox {
     /// Groups that are whole.
-    pub groups: Groups<'static, GUESTS, SLOTS, LEDGER_DEVICES, LEDGER_ATTACHMENTS>,
+    pub groups: Groups,
     /// Events.
     pub notices: EventReceiver<'static, Notice>,
 }
@@ -243,6 +247,8 @@ pub struct Hypervisor {
     pub ledger: &'static Ledger,
     /// The home cores.
     pub homes: &'static [Home; GUESTS],
+    /// The pager's end of its ring, while there is no pager.
+    pub pager: Locked<Option<Groups>>,
     /// What passes of the service routine were asked for, and are done.
     pub drains: Drains,
     /// Faults of devices that no guest owns: how many, and the last.
@@ -265,14 +271,14 @@ pub struct Hypervisor {
     pub control_wakes_us: AtomicU64,
     /// Devices of bus 0 with registers.
     pub devices: Vec<Device, DEVICES>,
-    /// Whose each device is: the guest plus one in 31:0, its name for the device in 63:32; 0 if it is nobody's.
+    /// Whose each device is: the owner's queue plus one in 31:0, its name for the device in 63:32; 0 if it is nobody's.
     given: [AtomicU64; DEVICES],
     /// Devices whose first stage a guest owns.
     bound: DeviceSet,
     /// Devices that did not answer when they were to forget something.
     silent: DeviceSet,
-    /// Those of them that are blocked, and are not asked again.
-    unasked: DeviceSet,
+    /// Devices that are blocked, all of them. One that is silent as well is not asked again.
+    blocked: DeviceSet,
     /// In what condition the last owner left each device, as a [`Condition`].
     conditions: [AtomicU8; DEVICES],
     /// The guests' program.
@@ -385,6 +391,7 @@ impl Hypervisor {
             device_interrupts: [const { AtomicU64::new(0) }; 1 + GUESTS],
             ledger: &LEDGER,
             homes: &HOMES,
+            pager: Locked::new(None),
             drains: Drains::new(),
             unowned: Locked::new((0, None)),
             second_stage: Locked::new((0, None)),
@@ -399,7 +406,7 @@ impl Hypervisor {
             given: [const { AtomicU64::new(0) }; DEVICES],
             bound: DeviceSet::new(),
             silent: DeviceSet::new(),
-            unasked: DeviceSet::new(),
+            blocked: DeviceSet::new(),
             conditions: [const { AtomicU8::new(Condition::Clean as u8) }; DEVICES],
             image,
         })
@@ -411,7 +418,7 @@ impl Hypervisor {
         self.doorbell.clone().filter(|_| device.function.messages(&self.config).is_ok())
     }
 
-    /// Notes that device `number` belongs to a guest, which has a name for it; or to nobody.
+    /// Notes that device `number` belongs to the owner of a queue, a guest or the pager, who has a name for it; or to nobody.
     pub fn give(&self, number: usize, owner: Option<(usize, u32)>) {
         if let Some(given) = self.given.get(number) {
             let word = owner.map_or(0, |(guest, name)| (guest as u64 + 1) | u64::from(name) << 32);
@@ -426,7 +433,7 @@ impl Hypervisor {
         }
         if condition == Condition::Clean {
             self.silent.set(number, false);
-            self.unasked.set(number, false);
+            self.blocked.set(number, false);
         }
     }
 
@@ -449,16 +456,16 @@ impl Hypervisor {
         }
     }
 
-    /// Notes that a device is blocked: if it did not answer before, it is not asked again until it was reset.
+    /// Notes that a device is blocked. If it does not answer, then or later, it is not asked again until it was reset.
     pub fn note_blocked(&self, stream: StreamId) {
-        if let Some(number) = self.place_of(stream).filter(|&number| self.silent.has(number)) {
-            self.unasked.set(number, true);
+        if let Some(number) = self.place_of(stream) {
+            self.blocked.set(number, true);
         }
     }
 
     /// Returns whether a device is blocked that did not answer.
     pub fn is_unasked(&self, stream: StreamId) -> bool {
-        self.is_in(&self.unasked, stream)
+        self.is_in(&self.silent, stream) && self.is_in(&self.blocked, stream)
     }
 
     /// Returns whether `set` has a device, which is looked for only if it has any.
@@ -481,7 +488,7 @@ impl Hypervisor {
         wanted::value(self.boot.command_line(), "unreset") == Some("allow")
     }
 
-    /// Returns the guest that owns a device, and its name for the device. Looks at all devices.
+    /// Returns the queue of whoever owns a device, and its name for the device. Looks at all devices.
     pub fn owner_of(&self, stream: StreamId) -> Option<(usize, u32)> {
         let word = self.given.get(self.place_of(stream)?)?.load(Relaxed);
         let guest = (word as u32).checked_sub(1)?;
@@ -495,16 +502,20 @@ impl Hypervisor {
 
     /// Makes the rings between the service core and the home cores. Called once.
     pub fn connect(&self, broker: &mut Broker) -> Option<[Notices; GUESTS]> {
-        let mut connect = |index: usize| {
-            let (slots, notices) = self.pool.with(|pool| {
-                // A ring of n holds n - 1, and must hold every slot of the queue.
-                let slots = pool.keep(spsc::Queue::<u16, { SLOTS + 1 }>::new())?;
-                Some((slots, pool.keep(spsc::Queue::<Notice, { NOTICES + 1 }>::new())?))
-            })?;
-            let ((slots_in, slots_out), (notices_in, notices_out)) = (slots.split(), notices.split());
+        let mut groups_of = |index: usize| {
+            // A ring of n holds n - 1, and must hold every slot of the queue.
+            let slots = self.pool.with(|pool| pool.keep(spsc::Queue::<u16, { SLOTS + 1 }>::new()))?;
+            let (slots_in, slots_out) = slots.split();
             broker.connect(index, slots_in).ok()?;
+            Some(Groups::new(self.ledger, index, slots_out))
+        };
+        let pagers = groups_of(PAGER)?;
+        self.pager.with(|place| *place = Some(pagers));
+        let mut connect = |index: usize| {
+            let groups = groups_of(index)?;
+            let notices = self.pool.with(|pool| pool.keep(spsc::Queue::<Notice, { NOTICES + 1 }>::new()))?;
+            let (notices_in, notices_out) = notices.split();
             let (sender, notices) = broker::events(notices_in, notices_out, &NOTICES_LOST[index]);
-            let groups = Groups::new(self.ledger, index, slots_out);
             self.homes[index].inbox.with(|inbox| *inbox = Some(Inbox { groups, notices }));
             Some(sender)
         };

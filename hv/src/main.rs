@@ -24,6 +24,7 @@ mod hypervisor;
 #[cfg(feature = "measure")]
 mod measure;
 mod memory;
+mod pager;
 #[cfg(not(feature = "measure"))]
 mod restart;
 #[cfg(not(feature = "measure"))]

@@ -170,14 +170,18 @@ impl pgtable::Frames for Pool {
 
 /// Cuts `frames` frames out of `pool`, zeroed, aligned to their size if that is a power of two.
 ///
-/// They are zeroed when the pool is free for others again: that takes longest.
+/// The zeroes are past the caches: whoever does not look into those finds them, and none of them lands later on what it has
+/// stored there. All of that happens when the pool is free for others again, since it takes longest.
 pub fn cut(pool: &Locked<Pool>, frames: usize) -> Option<DmaBuf> {
-    let phys = pool.with(|pool| pool.take_run(frames))?;
+    let (phys, publisher) = pool.with(|pool| Some((pool.take_run(frames)?, pool.publisher)))?;
     let cpu = arch::bus::direct(phys)?;
     // SAFETY: the frames are RAM that is mapped at `cpu`, page-aligned, and were free until now; `take_run` gives them to
     // nobody else before `give_back`, which consumes the value.
     let mut buffer = unsafe { DmaBuf::new(cpu, phys, frames * FRAME_WORDS) };
     buffer.clear();
+    if let Some(publisher) = publisher {
+        publisher.publish(buffer.range(0, buffer.words()));
+    }
     Some(buffer)
 }
 
@@ -277,14 +281,17 @@ pub fn shared(buffer: &DmaBuf) -> Grant {
 }
 
 /// RAM of a guest: whatever is in it is the guest's, and the hypervisor believes none of it.
+///
+/// What the hypervisor stores there is past the caches at once: a guest begins without any, and so may a device.
 pub struct GuestRam {
     buffer: DmaBuf,
+    publisher: Option<Mmio>,
 }
 
 impl GuestRam {
     /// Cuts `frames` frames out of the pool, zeroed.
     pub fn new(pool: &Locked<Pool>, frames: usize) -> Option<Self> {
-        Some(Self { buffer: cut(pool, frames)? })
+        Some(Self { buffer: cut(pool, frames)?, publisher: pool.with(|pool| pool.publisher) })
     }
 
     /// Gives the memory up. Neither its guest nor a device reaches it any more.
@@ -321,7 +328,15 @@ impl GuestRam {
             word[..chunk.len()].copy_from_slice(chunk);
             self.buffer.store(at, u64::from_le_bytes(word));
         }
+        self.publish(to, image.len().div_ceil(8));
         true
+    }
+
+    /// Writes back what was stored in the `words` words from `at`.
+    fn publish(&self, at: Gpa, words: usize) {
+        if let Some(publisher) = &self.publisher {
+            publisher.publish(self.buffer.range(at.0 as usize / 8, words));
+        }
     }
 
     /// Loads the aligned word at the guest's address `at`, once; `None` outside the RAM.
@@ -343,6 +358,7 @@ impl GuestRam {
     pub fn store(&mut self, at: Gpa, value: u64) {
         if at.0.is_multiple_of(8) && at.0 < self.bytes() {
             self.buffer.store(at.0 as usize / 8, value);
+            self.publish(at, 1);
         }
     }
 }

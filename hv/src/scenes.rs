@@ -6,6 +6,7 @@
 mod doorbell;
 mod interrupts;
 mod nested;
+mod pager;
 mod pressure;
 mod recovery;
 mod restart;
@@ -16,11 +17,10 @@ use crate::{
     guest::{self},
     hypervisor::{Device, Ending, GUESTS, Hypervisor},
     memory::{self, GuestRam, Share},
-    service,
+    service::wait_for,
     tables::Stage,
     wanted,
 };
-use arch::cpu;
 use broker::{Missed, Restraint, Tally};
 use core::sync::atomic::Ordering::{Relaxed, SeqCst};
 use heapless::Vec;
@@ -101,6 +101,7 @@ static FURTHER: &[SceneOf] = &[
     ("batch", true, pressure::batch),
     ("trust", false, trust::trust),
     ("interrupts", true, interrupts::interrupts),
+    ("pager", true, pager::pager),
 ];
 
 /// Shows the scenes that were asked for, in that order, or else the ordinary ones; returns whether all of them passed.
@@ -153,26 +154,6 @@ fn expect(holds: bool, otherwise: Unexpected) -> Result<(), Unexpected> {
 fn requesters(hv: &Hypervisor) -> Vec<usize, GUESTS> {
     let requests = |(_, device): &(usize, &Device)| device.function.has_page_requests();
     hv.devices.iter().enumerate().filter(requests).map(|(number, _)| number).take(GUESTS).collect()
-}
-
-/// Sleeps until `done`, with the service routine at work; returns whether it came in time.
-fn wait_for(hv: &Hypervisor, limit_us: u64, mut done: impl FnMut() -> bool) -> bool {
-    let end_us = cpu::now_us().saturating_add(limit_us);
-    service::wake_control_at(hv, end_us);
-    let _masked = cpu::mask();
-    let came = loop {
-        hv.control_waits.store(true, SeqCst);
-        let late = cpu::now_us() >= end_us;
-        if done() {
-            break true;
-        }
-        if late {
-            break false;
-        }
-        cpu::wait_for_interrupt();
-    };
-    hv.control_wakes_us.store(u64::MAX, Relaxed);
-    came
 }
 
 /// Waits for a guest's end.

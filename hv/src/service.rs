@@ -8,14 +8,16 @@
 //!
 //! A group whose guest is silent is therefore answered at its deadline, plus interrupt latency, plus the passes before.
 
-use crate::hypervisor::{self, Broker, Due, GUESTS, Hypervisor, Notice, Notices, SERVICE_CORE, home_of};
+use crate::hypervisor::{
+    self, Broker, Due, GUESTS, Hypervisor, Notice, Notices, QUEUES, SERVICE_CORE, home_of,
+};
 use arch::{
     cpu::{self, OfCore},
     interrupts::{self, Source},
     unit,
 };
 use broker::{Expiry, Verdict};
-use core::sync::atomic::Ordering::Relaxed;
+use core::sync::atomic::Ordering::{Relaxed, SeqCst};
 use iommu::{Commands as _, Event, Events as _, FailureCause, FaultRecord, PageRequest, Stages};
 
 /// Page requests that one pass takes, at most: as many as may be outstanding, and one more report.
@@ -49,7 +51,7 @@ struct Service {
     log: LogBudget,
     /// When this pass took the requests that it deals with, in microseconds.
     now_us: u64,
-    /// The homes that there is news for: bit n set, home n.
+    /// The owners of queues that there is news for: bit n set, that of queue n.
     kicks: u32,
     /// When the timer comes, at the latest, in microseconds.
     timer_us: u64,
@@ -58,7 +60,7 @@ struct Service {
     /// The timer may have to come earlier: a group may have got a deadline, or somebody else wants to be woken.
     rearm: bool,
 }
-const _: () = assert!(GUESTS <= u32::BITS as usize, "there is a bit for each home");
+const _: () = assert!(QUEUES <= u32::BITS as usize, "there is a bit for each queue");
 
 /// Why the unit is not served.
 #[derive(Clone, Copy, Debug, defmt::Format)]
@@ -105,9 +107,30 @@ pub fn start(hv: &'static Hypervisor, mut events: unit::Events) -> Result<(), Fa
 }
 
 /// Wakes the control core at `at_us`: the service core's timer serves both.
-pub fn wake_control_at(hv: &Hypervisor, at_us: u64) {
+fn wake_control_at(hv: &Hypervisor, at_us: u64) {
     hv.control_wakes_us.store(at_us, Relaxed);
     hv.due.tell(Due::WAKE);
+}
+
+/// Sleeps until `done`, with the routine at work; returns whether it came in time. The service core alone sleeps like this, as
+/// the core that controls: its timer is the routine's.
+pub fn wait_for(hv: &Hypervisor, limit_us: u64, mut done: impl FnMut() -> bool) -> bool {
+    let end_us = cpu::now_us().saturating_add(limit_us);
+    wake_control_at(hv, end_us);
+    let _masked = cpu::mask();
+    let came = loop {
+        hv.control_waits.store(true, SeqCst);
+        let late = cpu::now_us() >= end_us;
+        if done() {
+            break true;
+        }
+        if late {
+            break false;
+        }
+        cpu::wait_for_interrupt();
+    };
+    hv.control_wakes_us.store(u64::MAX, Relaxed);
+    came
 }
 
 /// The handler of everything that the service core serves.
@@ -364,7 +387,7 @@ impl Service {
 
     /// Notes that there is news for a home: it is told once, when the pass is over.
     fn kick(&mut self, home: usize) {
-        if home < GUESTS {
+        if home < QUEUES {
             self.kicks |= 1 << home;
         }
     }

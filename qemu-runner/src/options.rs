@@ -31,7 +31,7 @@ Options:
                      restart: the unit is on already, and devices go on)
   --scene NAME       show this scene only; may be given several times
                      (deny allow event repair silence forgery restraint
-                     claims departure isolation interrupts;
+                     claims departure isolation pager interrupts;
                      of pressure: recovery storm overflow staleness batch;
                      of second-stage and legacy: trust; of restart: restart;
                      of nested: nested)

@@ -127,6 +127,7 @@ const X86_64: Variant = Variant {
         Scene::requests("claims"),
         Scene::requests("departure"),
         Scene::requests("isolation"),
+        Scene::requests("pager"),
         INTERRUPTS,
     ],
 };
@@ -154,6 +155,7 @@ const AARCH64: Variant = Variant {
         Scene::doubled("claims"),
         Scene::doubled("departure"),
         Scene::requests("isolation"),
+        Scene::doubled("pager"),
         INTERRUPTS_BY_ITS,
     ],
 };

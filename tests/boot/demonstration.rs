@@ -14,7 +14,7 @@ use qemu_runner::{Demonstration, Error, Options, Report};
 const MACHINES: [&str; 2] = ["x86_64", "aarch64"];
 
 /// The scenes of each machine as it comes, in the order in which they are shown.
-const SCENES: [&str; 11] = [
+const SCENES: [&str; 12] = [
     "deny",
     "allow",
     "event",
@@ -25,6 +25,7 @@ const SCENES: [&str; 11] = [
     "claims",
     "departure",
     "isolation",
+    "pager",
     "interrupts",
 ];
 
@@ -55,6 +56,7 @@ const TEST_DOUBLES: &[(Option<&str>, &str)] = &[
     (None, "restraint"),
     (None, "claims"),
     (None, "departure"),
+    (None, "pager"),
     (Some("second-stage"), "repair"),
     (Some("pressure"), "recovery"),
     (Some("pressure"), "overflow"),

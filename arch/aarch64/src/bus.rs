@@ -85,6 +85,7 @@ impl Bus for Mmio {
 
     fn write32(&self, offset: usize, value: u32) {
         if let Some(register) = self.register::<u32>(offset) {
+            load_first();
             // SAFETY: as above.
             unsafe { register.write_volatile(value) };
         }
@@ -98,6 +99,7 @@ impl Bus for Mmio {
 
     fn write64(&self, offset: usize, value: u64) {
         if let Some(register) = self.register::<u64>(offset) {
+            load_first();
             // SAFETY: as above.
             unsafe { register.write_volatile(value) };
         }
@@ -123,11 +125,17 @@ impl Bus for Mmio {
     }
 }
 
+/// Ends every load from memory before what comes later: a queue's entry is read before its place is given back.
+fn load_first() {
+    // ORDER: nothing else orders a load from memory before a store to a device.
+    barrier::dmb(barrier::OSHLD);
+}
+
 /// Writes the cache lines of `range` back to memory and drops them: what was stored here is seen by whoever does not look
 /// into the caches, and what it stored is seen here. Every later access comes after it.
 ///
 /// PANICS: when `range` is not all mapped (below 512 GiB).
-pub(crate) fn clean(range: Range<PhysAddr>) {
+fn clean(range: Range<PhysAddr>) {
     assert!(range.end.0 <= MAPPED_END, "memory out of reach");
     // `DminLine`: log2 of the words of 4 bytes in the shortest line.
     let line_bytes = 4_u64 << (CTR_EL0.get() >> 16 & 0xF);

@@ -133,6 +133,9 @@ pub(crate) fn arrive(core: usize) -> ! {
 }
 
 /// Tells the processor that this is a waiting loop.
+///
+/// It does not sleep until an event (`WFE`), though a unit may send one when its commands are done: where the event does not
+/// come, only the event stream of the generic timer ends such a sleep, and QEMU has neither. A wait is to be seen to end.
 pub fn relax() {
     core::hint::spin_loop();
 }

@@ -135,7 +135,13 @@ pub(crate) fn init(gic: &Controller) -> Result<(), Error> {
         let found = gic.redistributors.iter().find_map(|region| {
             redistributor(region.start as usize, (region.end - region.start) as usize, affinity(core))
         });
-        place.store(found.ok_or(Error::NoRedistributor { core })?, Ordering::Relaxed);
+        let base = found.ok_or(Error::NoRedistributor { core })?;
+        // Firmware may have left it with tables of its own, which it stores to when it is told to stop. They are no one's yet.
+        if read(base, CONTROL) & ENABLE_LPIS != 0 {
+            write(base, CONTROL, read(base, CONTROL) & !ENABLE_LPIS);
+            wait_clear("GICR_CTLR.RWP", base, CONTROL, REDISTRIBUTOR_WRITE_PENDING)?;
+        }
+        place.store(base, Ordering::Relaxed);
         TARGETS[core].store(target(affinity(core)), Ordering::Relaxed);
     }
     let base = gic.distributor.start as usize;
@@ -236,6 +242,12 @@ pub(crate) fn enable_lpis(core: usize) -> Result<(), Error> {
     write_wide(base, LPI_PENDING, pending | NOT_CACHED | PENDING_NONE);
     write(base, CONTROL, read(base, CONTROL) | ENABLE_LPIS);
     wait_clear("GICR_CTLR.RWP", base, CONTROL, REDISTRIBUTOR_WRITE_PENDING)
+}
+
+/// Returns whether `core` takes LPIs.
+pub(crate) fn takes_lpis(core: usize) -> bool {
+    let base = REDISTRIBUTORS[core].load(Ordering::Relaxed);
+    read(base, CONTROL) & ENABLE_LPIS != 0
 }
 
 /// Returns how commands of an ITS name the redistributor of `core`: by its address, or by its number.

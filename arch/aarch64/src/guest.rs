@@ -157,8 +157,7 @@ pub struct Vcpu {
 impl Vcpu {
     /// Makes a virtual CPU that reaches memory through `nested_root`; it begins at guest-physical address 0.
     ///
-    /// The root is that of 4-level stage 2 tables for 44 bits of address, with pages alone. While the virtual CPU exists
-    /// they fulfil the promise of [`Root::new`], with the guest in the place of the device; after a translation was taken
+    /// The root is that of 4-level stage 2 tables for 44 bits of address. While the virtual CPU exists they fulfil the promise of [`Root::new`], with the guest in the place of the device; after a translation was taken
     /// away or changed, [`flush`](Self::flush) comes before the next [`run`](Self::run).
     ///
     /// `id` is below [`VCPUS`], and no two virtual CPUs that exist have the same: translations are cached under it.
@@ -179,7 +178,7 @@ impl Vcpu {
     /// Puts the virtual CPU where a kernel is entered, with nothing left of what it did before.
     ///
     /// As for Linux: EL1 with the stack of EL1, translation and caches off, interrupts masked, `pc` = `entry`, `x0` =
-    /// `argument`. What the hypervisor stored in memory that is mapped by now is visible to it.
+    /// `argument`. Without caches it sees of its memory what was [published](iommu::Bus::publish), and runs that.
     pub fn start_at(&mut self, entry: Gpa, argument: u32) {
         self.machine.start_at(entry, argument);
         self.pending = Pending::default();

@@ -104,6 +104,8 @@ pub(crate) struct Its {
     device_limit: u64,
     targets_are_addresses: bool,
     events: [Event; EVENTS],
+    /// Bit n set: the ITS knows the collection of core n.
+    collections: u64,
 }
 
 impl Its {
@@ -166,15 +168,27 @@ impl Its {
             device_limit,
             targets_are_addresses: kind & TARGETS_ARE_ADDRESSES != 0,
             events: [Event::Free; EVENTS],
+            collections: 0,
         };
-        // Each core is a collection of its own number.
-        for core in 0..cores_present() {
-            its.check_idle()?;
-            its.command([0x09, 0, VALID | its.target(core) | core as u64, 0]); // MAPC
-            its.command([0x0D, 0, core as u64, 0]); // INVALL
-            its.complete(core)?;
-        }
+        its.collect(0)?;
         Ok(its)
+    }
+
+    /// Lets the ITS know the collection of `core`, which has that core's number. Only now: a redistributor that takes no LPIs yet
+    /// may ignore its collection, or refuse it.
+    fn collect(&mut self, core: usize) -> Result<(), Error> {
+        if self.collections & 1 << core != 0 {
+            return Ok(());
+        }
+        if !gic::takes_lpis(core) {
+            return Err(Error::Unsupported { feature: "messages for a core that has not started" });
+        }
+        self.check_idle()?;
+        self.command([0x09, 0, VALID | self.target(core) | core as u64, 0]); // MAPC
+        self.command([0x0D, 0, core as u64, 0]); // INVALL
+        self.complete(core)?;
+        self.collections |= 1 << core;
+        Ok(())
     }
 
     /// Returns where devices write their messages.
@@ -218,6 +232,7 @@ impl Its {
     /// PANICS: when there is no such core.
     pub(crate) fn open(&mut self, handle: &Handle, source: Source, core: usize) -> Result<(), Error> {
         assert!(core < cores_present(), "no such core");
+        self.collect(core)?;
         self.check_idle()?;
         interrupts::set_message(handle.event, source);
         self.configure(handle, OPEN);
@@ -254,7 +269,8 @@ impl Its {
         let (device, event) = (u64::from(handle.device) << 32, handle.event as u64);
         self.command([0x0C | device, event, 0, 0]); // INV
         self.command([0x0F | device, event, 0, 0]); // DISCARD
-        for core in 0..cores_present() {
+        let collections = self.collections;
+        for core in (0..cores_present()).filter(|core| collections >> core & 1 != 0) {
             // It may have been on its way to any.
             self.sync(core);
         }

@@ -6,6 +6,9 @@
 //! The frames of the rings belong to the hypervisor. The guest reads them and cannot write them; its consumer indices
 //! live in a frame of their own, and are only ever numbers: an impossible one ends the channel.
 //!
+//! Both sides reach the rings, and the arrays that a call names, through their caches. On Arm a guest begins without any: it
+//! turns them on, and maps both as normal write-back memory, before it opens the channel.
+//!
 //! | feature | supported | note |
 //! |---|---|---|
 //! | requests, a group at a time | yes | a group becomes visible whole |

@@ -214,21 +214,28 @@ impl Command {
         self.get(Self::OPCODE) == 0x46
     }
 
+    const SIGNAL: Field<Self> = Field::bits(13, 12);
+
     /// Is consumed when everything before it has completed, and lets nothing start before (`CMD_SYNC`, no signal).
     pub fn sync() -> Self {
         Self::default().with(Self::OPCODE, 0x46)
     }
 
-    /// The same, and then writes `data` to `address` (`CMD_SYNC`, CS = SIG_IRQ), a multiple of 4 below 2^56: memory that is
+    /// The same, and then sends an event to the cores that wait for one, as the instruction `SEV` does (`CMD_SYNC`,
+    /// CS = SIG_SEV). Needs `IDR0.SEV`; else it sends nothing.
+    pub fn sync_with_event() -> Self {
+        Self::sync().with(Self::SIGNAL, 2)
+    }
+
+    /// As [`sync`](Self::sync), and then writes `data` to `address` (`CMD_SYNC`, CS = SIG_IRQ), a multiple of 4 below 2^56: memory that is
     /// inner shareable and cached, as the CPU has it. The wire for it, where a part has one, is pulsed as well.
     pub fn sync_with_message(address: PhysAddr, data: u32) -> Self {
-        const SIGNAL: Field<Command> = Field::bits(13, 12);
         const SHAREABILITY: Field<Command> = Field::bits(23, 22);
         const ATTRIBUTES: Field<Command> = Field::bits(27, 24);
         const DATA: Field<Command> = Field::bits(63, 32);
         const ADDRESS: Field<Command> = Field::bits(119, 66);
         Self::sync()
-            .with(SIGNAL, 1)
+            .with(Self::SIGNAL, 1)
             .with(SHAREABILITY, 3)
             .with(ATTRIBUTES, 0xF)
             .with(DATA, data.into())
@@ -387,6 +394,11 @@ impl Failures {
 /// Completion is a `CMD_SYNC` that was consumed: that happens only when everything before it has completed. Where the unit's
 /// messages reach memory, the last one of a batch writes how far the queue has come to a word there, and `poll` looks at that;
 /// else, and when a message is late, at `CMDQ_CONS`. After a message that was lost there are no more.
+///
+/// Where there are no messages, and the unit [wakes](crate::Found::wakes) cores, the end of each batch sends an event: one who
+/// waits for a ticket may sleep between looks (`WFE`), after a look that found it pending. The event may come before it sleeps,
+/// which then ends at once; or for somebody else's ticket. None comes of a queue that is stopped, nor when room is made in one
+/// that was full. So no such sleep may be without an end of its own, as that by the event stream of the generic timer.
 ///
 /// A command that the unit refuses, or a device that does not answer, stops the queue there, until
 /// [`recover`](iommu::Commands::recover).
@@ -652,7 +664,7 @@ impl<B: Bus> Commands<B> {
         }
         if code == ILLEGAL {
             // Without a message, even in place of one that had one: it is failed, and the next message is past it.
-            self.queue.replace(&self.bus, at, Command::sync());
+            self.queue.replace(&self.bus, at, self.queue.nothing());
         }
         Failure { cause, stream, ticket: ticket.map(Ticket) }
     }
@@ -811,6 +823,8 @@ mod tests {
             (answer(None, 3, Outcome::Failure), [0x0000_0108_0000_0041, 0x0003]),
             (answer(None, 3, Outcome::Invalid), [0x0000_0108_0000_0041, 0x1003]),
             (Command::sync(), [0x46, 0]),
+            // CS [13:12] is 2; what is about messages stays 0, which K36 has not.
+            (Command::sync_with_event(), [0x2046, 0]),
             (
                 Command::sync_with_message(PhysAddr(0x8010_3F40), 0xCAFE),
                 [0x0000_CAFE_0FC0_1046, 0x0000_0000_8010_3F40],

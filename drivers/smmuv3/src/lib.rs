@@ -31,10 +31,10 @@
 //! | silence of a blocked device | Config = abort | model |
 //! | command queue | tickets; a command that is refused fails its own, a queue that cannot be read is switched off | model, QEMU (no errors) |
 //! | completion | `CMD_SYNC` by message to memory (`IDR0.MSI`, `IDR0.COHACC`), else by `CMDQ_CONS`; by that too when a message is late or lost | model, QEMU (`CMDQ_CONS`) |
-//! | completion that wakes a core (CS = SEV) | no: `poll` never sleeps, and of MMU-600 it cannot be relied on | |
+//! | completion that wakes a core (CS = SEV) | where the unit has it (`IDR0.SEV`), no erratum is against it, and no message is sent | model |
 //! | take-over, stop | a unit that firmware left on, without a moment of bypass; a unit in service, which then refuses all | model |
 //! | device TLBs (ATS) | all PASIDs or one; one device at a time is asked to forget, and one that is silent is named | model |
-//! | page requests (PRI) | groups are put together by the broker | model |
+//! | page requests (PRI) | groups are put together by the broker; what the unit answers by itself has the PASID that was asked with | model |
 //! | stalls | of devices that firmware names, never others; no ATS for those; answered by `CMD_RESUME`, ended by `CMD_STALL_TERM` | model |
 //! | events | all of the manual, overflow, which stage refused; errors of the unit by their names | model, QEMU |
 //! | range invalidation (RIL) | where the unit has it; not of a guest's own pages, whose size nobody knows | model, QEMU |
@@ -232,6 +232,12 @@ impl<B: Bus + Clone> Found<B> {
         self.idr0.is_set(IDR0::MSI) && self.idr0.is_set(IDR0::COHACC)
     }
 
+    /// Whether the unit can wake cores that wait for commands (`WFE`), as it says and as no erratum denies. It does so while
+    /// there are no [messages](Self::messages).
+    pub fn wakes(&self) -> bool {
+        self.idr0.is_set(IDR0::SEV) && self.errata().all(|erratum| erratum.avoid != errata::Avoid::WakeUp)
+    }
+
     /// Returns the bits of a StreamID.
     fn stream_bits(&self) -> u32 {
         self.idr1.read(IDR1::SIDSIZE).min(32)
@@ -335,7 +341,7 @@ impl<B: Bus + Clone> Found<B> {
             stalls: self.can_stall(),
         };
         let word = self.messages().then_some(status);
-        let queue = CommandQueue::new(bus, command_queue, word);
+        let queue = CommandQueue::new(bus, command_queue, word, self.wakes());
         let mut commands = Commands::new(self.bus.clone(), queue, abilities, answers, stalling.clone());
         let ticket = commands.submit(&[Invalidation::All])?;
         wait_until(bus, "CMDQ_CONS", ACK_LIMIT_US, || commands.poll(ticket) == Completion::Done)?;

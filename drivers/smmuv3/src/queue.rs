@@ -33,6 +33,8 @@ pub(crate) struct CommandQueue {
     /// Where messages are written, if the unit sends any: the low half of a word. The upper half is nobody's, as there are
     /// parts that write 8 bytes.
     word: Option<DmaBuf>,
+    /// Where there are no messages, the end of a batch sends an event.
+    wakes: bool,
     /// As far as messages had come when they were last looked at.
     told: u64,
     /// Since when at least no message came, while one was due.
@@ -40,13 +42,14 @@ pub(crate) struct CommandQueue {
 }
 
 impl CommandQueue {
-    /// A queue that fills `ring`, whose size is a power of two; `word` is where messages are to go, if there shall be any.
-    pub(crate) fn new<B: Bus>(bus: &B, ring: DmaBuf, mut word: Option<DmaBuf>) -> Self {
+    /// A queue that fills `ring`, whose size is a power of two; `word` is where messages are to go, if there shall be any,
+    /// and without them cores are woken if it `wakes`.
+    pub(crate) fn new<B: Bus>(bus: &B, ring: DmaBuf, mut word: Option<DmaBuf>, wakes: bool) -> Self {
         if let Some(word) = &mut word {
             word.store(0, 0);
             bus.publish(word.range(0, 1));
         }
-        Self { ring, produced: 0, consumed: 0, rung: 0, word, told: 0, quiet_since_us: None }
+        Self { ring, produced: 0, consumed: 0, rung: 0, word, wakes, told: 0, quiet_since_us: None }
     }
 
     fn entries(&self) -> u64 {
@@ -62,8 +65,13 @@ impl CommandQueue {
     pub(crate) fn end(&self, count: u64) -> Command {
         match &self.word {
             Some(word) => Command::sync_with_message(word.phys(), count as u32),
-            None => Command::sync(),
+            None => self.nothing(),
         }
+    }
+
+    /// Returns a command that does nothing, but that it wakes whoever may wait for the one whose place it takes.
+    pub(crate) fn nothing(&self) -> Command {
+        if self.wakes { Command::sync_with_event() } else { Command::sync() }
     }
 
     /// Has no more messages sent, and trusts none that was.

@@ -24,6 +24,8 @@ register_bitfields![u32,
         ASID16 OFFSET(12) NUMBITS(1) [],
         /// Interrupts can be messages.
         MSI OFFSET(13) NUMBITS(1) [],
+        /// `CMD_SYNC` can send an event to waiting cores, as `SEV` does.
+        SEV OFFSET(14) NUMBITS(1) [],
         /// Page requests (PRI).
         PRI OFFSET(16) NUMBITS(1) [],
         /// Tables of context descriptors may have two levels.
@@ -299,6 +301,7 @@ mod tests {
 
         assert!(idr0.is_set(IDR0::S1P) && idr0.is_set(IDR0::S2P) && idr0.is_set(IDR0::TTF_AARCH64));
         assert!(idr0.is_set(IDR0::COHACC) && !idr0.is_set(IDR0::BTM) && !idr0.is_set(IDR0::MSI));
+        assert!(!idr0.is_set(IDR0::SEV));
         assert!(idr0.matches_all(IDR0::ST_LEVEL::TwoLevel));
         assert!(!idr0.is_set(IDR0::ATS) && !idr0.is_set(IDR0::PRI) && !idr0.is_set(IDR0::ATSRECERR));
         assert_eq!((idr0.read(IDR0::TTENDIAN), idr0.read(IDR0::STALL_MODEL)), (2, 1));

@@ -95,6 +95,7 @@ impl StreamEntry {
     pub(crate) const CONTEXT_INNER: Field<Self> = Field::bits(67, 66);
     pub(crate) const CONTEXT_OUTER: Field<Self> = Field::bits(69, 68);
     pub(crate) const CONTEXT_SHARE: Field<Self> = Field::bits(71, 70);
+    const PASID_IN_ANSWERS: Field<Self> = Field::bit(82);
     const MERGE: Field<Self> = Field::bit(83);
     const FORCED_WRITE_BACK: Field<Self> = Field::bit(89);
     pub(crate) const NEVER_STALL: Field<Self> = Field::bit(91);
@@ -147,6 +148,13 @@ impl StreamEntry {
         // 1: level 1, 2: level 0.
         let start = if levels == 4 { 2 } else { 1 };
         self.with(Self::INPUT_SIZE, 64 - u64::from(bits)).with(Self::START_LEVEL, start)
+    }
+
+    /// Has the answers that the unit gives by itself, to page requests for which its queue has no room, carry the PASID of
+    /// the request (PPAR): a device that is used with PASIDs expects it there. Reserved where the unit knows no PASIDs or no
+    /// page requests.
+    pub fn answering_with_pasid(self) -> Self {
+        self.with(Self::PASID_IN_ANSWERS, 1)
     }
 
     /// Has second-stage tables in the format of `S2FWB`, which decide alone how memory is cached.
@@ -396,6 +404,9 @@ impl<B: Bus> Tables<B> {
         if features.pasid {
             // As when PASIDs are attached, so that one word makes it so.
             entry = entry.with(StreamEntry::DEFAULT_SUBSTREAM, 2);
+            if features.page_requests {
+                entry = entry.answering_with_pasid();
+            }
         }
         // Where there is no second stage its fields are reserved.
         if vmid {

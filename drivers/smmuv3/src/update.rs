@@ -34,7 +34,8 @@ fn looked_at(entry: &StreamEntry) -> [u64; USED] {
         (true, false) => u64::MAX,
     };
     // Of word 1: [7:0] are S1DSS, S1CIR, S1COR, S1CSH, and bit 27 is S1STALLD; bit 25 is S2FWB. MEV, bit 19, and EATS [29:28],
-    // which is 0 or 1 here, change nothing of what is translated how, and may change at any time.
+    // which is 0 or 1 here, change nothing of what is translated how, and may change at any time. PPAR, bit 18, never does
+    // while a device is assigned.
     let mut attributes = !(1 << 19 | 3 << 28);
     if !first {
         attributes &= !(0xFF | 1 << 27);

@@ -11,8 +11,8 @@ pub enum Hardware {
     /// What is queued is executed one entry for every few looks of the driver, out of order where the manual promises
     /// none; what is written to a register is acknowledged late.
     Slow,
-    /// As late, and in order; and whoever submits something through a machine of VT-d finds the queue full first, where that
-    /// can be filled, and makes do with the first room that there is.
+    /// As late, and in order; and whoever submits something through a machine finds the queue full first, where that can be
+    /// filled, and makes do with the first room that there is.
     Full,
 }
 

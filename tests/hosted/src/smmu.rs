@@ -28,6 +28,11 @@ pub const EVENTS: usize = 128;
 /// Entries of the page request queue of [`needs`].
 pub const REQUESTS: usize = 256;
 
+/// Whose commands fill a queue that is to be full: a stream past the end of every table.
+const OTHERS: StreamId = StreamId(0xFFFF);
+/// How often a queue that is full is met so, at least, before the unit gets on.
+const FULL: usize = 3;
+
 /// Which stage translates.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Stage {
@@ -171,6 +176,27 @@ pub fn needs(table: StreamTable, memory: &Memory) -> smmuv3::Memory {
 }
 
 impl Hardware {
+    /// Entries of the command queue of [`needs`](Self::needs).
+    pub const fn commands(self) -> usize {
+        // Of one that is to be filled time and again, as few as the driver takes with these answers.
+        if matches!(self, Self::Full) { 64 } else { COMMANDS }
+    }
+
+    /// Answers that [`needs`](Self::needs) asks room for.
+    pub const fn answers(self) -> usize {
+        if matches!(self, Self::Full) { 32 } else { ANSWERS }
+    }
+
+    /// What [`needs`] takes, with a command queue that suits.
+    pub fn needs(self, table: StreamTable, memory: &Memory) -> smmuv3::Memory {
+        let words = self.commands() * 2;
+        smmuv3::Memory {
+            command_queue: memory.take(words, words),
+            answers: self.answers(),
+            ..needs(table, memory)
+        }
+    }
+
     /// An SMMUv3 with `config`, and its memory.
     pub fn smmu_unit(self, config: Config) -> (&'static SmmuUnit, Memory) {
         unit(Config {
@@ -183,7 +209,7 @@ impl Hardware {
     /// A machine with its SMMUv3 in service.
     pub fn smmu(self, table: StreamTable, config: Config) -> Machine {
         let (unit, memory) = self.smmu_unit(config);
-        let needs = needs(table, &memory);
+        let needs = self.needs(table, &memory);
         self.enable_smmu(unit, memory, unit, needs).expect("it comes into service")
     }
 
@@ -307,7 +333,20 @@ impl<B: Bus + Clone> Machine<B> {
     }
 
     /// Submits `invalidations`; where units are not prompt, tries again until there is room.
+    ///
+    /// One that is to be full is filled before, and stands still until it was met so.
     pub fn submit(&mut self, invalidations: &[Invalidation]) -> Ticket {
+        // The time of one that was paused is the test's.
+        if self.hardware == Hardware::Full && self.unit.pace() != Pace::AtOnce {
+            self.unit.stand_still(true);
+            let others = [Invalidation::Device { stream: OTHERS, device_tlb: false }];
+            while self.smmu.commands.submit(&others).is_ok() {}
+            for _ in 0..FULL {
+                let refused = self.smmu.commands.submit(invalidations);
+                assert!(matches!(refused, Err(Error::QueueFull { .. } | Error::Busy { .. })), "{refused:?}");
+            }
+            self.unit.stand_still(false);
+        }
         for _ in 0..10_000 {
             match self.smmu.commands.submit(invalidations) {
                 Err(Error::QueueFull { .. } | Error::Busy { .. }) if self.hardware != Hardware::Prompt => {
@@ -404,6 +443,22 @@ pub fn stream_place(unit: &SmmuUnit, memory: &Memory, stream: StreamId) -> Optio
         index &= (1 << split) - 1;
     }
     Some(PhysAddr(table + u64::from(index) * 64))
+}
+
+/// Returns `commands` without those of others, and their `CMD_SYNC`, that filled a queue.
+pub fn own(commands: &[[u64; 2]]) -> Vec<[u64; 2]> {
+    // CMD_CFGI_STE.
+    let of_others = |words: &[u64; 2]| words[0] == u64::from(OTHERS.0) << 32 | 0x03;
+    let mut own = Vec::new();
+    let mut rest = commands.iter();
+    while let Some(words) = rest.next() {
+        if of_others(words) {
+            rest.next();
+        } else {
+            own.push(*words);
+        }
+    }
+    own
 }
 
 /// Names `tree` as the tables of `stage`.

@@ -122,6 +122,12 @@ mod tables {
     }
 
     #[test]
+    fn answers_of_the_unit_s_own_have_a_bit_for_the_pasid() {
+        // PPAR is [82], 1<<18 of w1, and nothing else.
+        assert_eq!(StreamEntry::default().answering_with_pasid().0, [0, 0x4_0000, 0, 0, 0, 0, 0, 0]);
+    }
+
+    #[test]
     fn a_first_level_entry_of_contexts_says_where_a_table_is() {
         // L3: L2Ptr [55:12], V.
         assert_eq!(FirstLevelContext::new(PhysAddr(0xB001_0000)).0, [0xB001_0001]);
@@ -262,6 +268,12 @@ mod commands {
         // K34.
         assert_eq!(Command::sync().0, [0x46, 0]);
     }
+
+    #[test]
+    fn a_sync_sends_an_event() {
+        // K36: CS 2<<12. MSH and MSIAttr are about messages, and stay 0.
+        assert_eq!(Command::sync_with_event().0, [0x2046, 0]);
+    }
 }
 
 mod events {
@@ -318,6 +330,57 @@ mod events {
             (
                 [0x0108_0000_0011, 0x0280_0000_0000, 0x1000, 0x0100_0000_1000],
                 fault(0x108, None, Write, 0x1000, AddressSize, 0x511),
+            ),
+        ] {
+            assert_eq!(decoded(words), expected, "{words:#x?}");
+        }
+    }
+
+    /// "Event records", those that the rows of the fact sheet leave out, with every field of theirs that is not reserved. SSV is
+    /// 1<<11, a Reason or STAG in the low half of w1; PnU, InD, RnW 1<<33 to 1<<35, S2 1<<39, CLASS from 1<<40.
+    #[test]
+    fn records_decode_with_every_field_set() {
+        let fault = |pasid, access, iova, reason, code| FaultRecord {
+            stream: SID,
+            pasid,
+            access,
+            iova: Iova(iova),
+            reason,
+            code,
+        };
+        let upper = 0xFFFF_8000_0000_1ABC;
+        for (words, expected) in [
+            // F_UUT: all of Reason, and a privileged fetch of an instruction.
+            (
+                [0x0108_0000_5801, 0x000E_FFFF_FFFF, upper, 0],
+                fault(pasid(5), Read, 0xFFFF_8000_0000_1000, Other, 0x01),
+            ),
+            // C_BAD_STREAMID, C_BAD_CD and C_BAD_STE may have a SubstreamID; F_STREAM_DISABLED has none.
+            ([0x0108_0000_5802, 0, 0, 0], fault(pasid(5), Unknown, 0, NotAttached, 0x02)),
+            ([0x0108_0000_5804, 0, 0, 0], fault(pasid(5), Unknown, 0, NotAttached, 0x04)),
+            ([0x0108_0000_0006, 0, 0, 0], fault(None, Unknown, 0, NotAttached, 0x06)),
+            ([0x0108_FFFF_F80A, 0, 0, 0], fault(pasid(0xF_FFFF), Unknown, 0, NotAttached, 0x0A)),
+            // F_TRANSL_FORBIDDEN, a read.
+            (
+                [0x0108_0000_0007, 0x0008_0000_0000, 0x8000_1ABC, 0],
+                fault(None, Read, 0x8000_1000, NotAttached, 0x07),
+            ),
+            // F_ACCESS, stage 1: CLASS 2. F_PERMISSION of stage 2 on a table of the first: S2, CLASS 1; the IPA is not told.
+            (
+                [0x0108_FFFF_F812, 0x0200_0000_0000, upper, 0],
+                fault(pasid(0xF_FFFF), Write, 0xFFFF_8000_0000_1000, NotPermitted, 0x12),
+            ),
+            (
+                [0x0108_0000_0013, 0x0180_0000_0000, 0x5ABC, 0x000F_FFFF_FFFF_F000],
+                fault(None, Write, 0x5000, BadTables, 0x313),
+            ),
+            // F_TLB_CONFLICT: Reason, and RnW.
+            ([0x0108_0000_5820, 0x0008_0000_FFFF, 0x5ABC, 0], fault(pasid(5), Read, 0x5000, BadTables, 0x20)),
+            // F_CFG_CONFLICT: Reason. F_VMS_FETCH: Reason, GPCF 1<<16, FetchAddr, which is not told.
+            ([0x0108_0000_5821, 0xFFFF, 0, 0], fault(pasid(5), Unknown, 0, BadTables, 0x21)),
+            (
+                [0x0108_0000_5825, 0x1_FFFF, 0, 0x00FF_FFFF_FFFF_FFF8],
+                fault(pasid(5), Unknown, 0, BadTables, 0x25),
             ),
         ] {
             assert_eq!(decoded(words), expected, "{words:#x?}");

@@ -1,34 +1,55 @@
 //! Bugs that others had with this kind of unit: each line of their histories that is about SMMUv3, by its advisory, its commit
 //! or whose it was.
 //!
-//! Those have no test here:
+//! Those that have no test here:
 //!
-//! - pKVM leaves the event queue to its host, MilvusVisor all queues and messages to its guest. No guest reaches a register
-//!   here: there is nothing that would show it one.
-//! - seL4's bindings keep one fault of SMMUv2: there is a queue here, and what is lost of it is told.
-//! - The status of a wait lay on a stack (ACRN): what is written for a wait here is written to memory of the unit's.
-//! - CVE-2026-43253 and "Improve CMDQ lock fairness": locks are the caller's; `submit` and `poll` wait for nothing.
-//! - CVE-2022-48894, CVE-2022-49426, CVE-2026-93205, CVE-2025-39966: objects of an operating system that were freed while in
-//!   use; here `stop` takes all that uses the unit by value.
-//! - CVE-2026-80818, CVE-2026-90426 (Tegra241): queues of a vendor's own, which this driver does not use.
-//! - CVE-2024-35843, CVE-2026-74520: whose a fault is, the broker knows; see its tests.
-//! - XSA-33, -36, -49, -59, -237, -360, -395, -467: interrupt remapping is the ITS's on this architecture.
-//! - XSA-80, -207, -222, -275, -285, -304, -311, -460, -461: tables of translation and whose memory is; see the tests of pgtable.
-//! - XSA-450: one build of the driver. XSA-492: no global lock.
+//! | advisory, commit or driver | where it is, or why not |
+//! |---|---|
+//! | pKVM (its host has the event queue), MilvusVisor (its guest has all queues and messages) | no guest reaches a register: there is nothing that would show it one |
+//! | pKVM sleeps until an event (`WFE`) without an end | `smmu_wakes.rs`; the hypervisor here does not sleep |
+//! | seL4's bindings keep one fault of SMMUv2 | there is a queue here, and what is lost of it is told |
+//! | OpenVMM: losses are counted, none is acknowledged unseen | `smmu/events.rs`, `page_requests` and `faults` |
+//! | Jailhouse a76e766b, ae8b272f | no queue is emulated for a guest; its arrays of commands: `invalidate.rs` |
+//! | Asterinas #3920 | the model notes each bit of GERRORN that turns without an error, in every test |
+//! | ACRN: the status of a wait lay on a stack | what is written for a wait is written to memory of the unit's |
+//! | ACRN 25c0e3817; XSA-33, -36, -49, -59, -237, -337, -360, -395, -458, -467 | interrupts of devices are the ITS's on this architecture |
+//! | XSA-80, -207, -222, -275, -285, -304, -311, -460, -461 | tables of translation and whose memory is: tests of `pgtable` |
+//! | XSA-378, -386, -400 | reserved memory is the caller's to map: `iort.rs`; failures on the way: `smmu/contexts.rs`, frames that run out |
+//! | XSA-390 | `smmu/tables.rs`, a second stage takes as many bits as an address has |
+//! | XSA-449; "Require exactly one Stream ID for a vDEVICE" | the caller assigns each stream; `iort.rs` and `smmu_tree.rs` tell which there are |
+//! | XSA-450, -492 | one build of the driver, no lock |
+//! | CVE-2026-43253; "Improve CMDQ lock fairness" | locks are the caller's; `submit` and `poll` wait for nothing |
+//! | CVE-2026-45894, -45944, -45945, -74439, -90243 | `smmu/replace.rs`, and `smmu/tables.rs`, every mixture of old and new words |
+//! | CVE-2026-45862 | the model reads what was published, coherent or not: every test of `smmu/contexts.rs` |
+//! | "Skip dev-iotlb flush for inaccessible PCIe device" | as CVE-2026-43130 |
+//! | "qi_submit_sync called with 0 count", "Avoid out-of-range shift" (VT-d) | batches of nothing: `smmu/events.rs`; all pages there are: below |
+//! | "Unconditionally flush device TLB for pasid table updates"; "Do not allow SVA domain on wrong PASID" | `smmu/contexts.rs`, pages of one PASID; a PASID is translated by its own tables |
+//! | "Program device table when reuse fails", "Fix kdump boot failure" | `smmu/bring_up.rs`, a unit that firmware left on |
+//! | CVE-2022-48894, -49426, CVE-2026-93205, CVE-2025-39966 | objects of an operating system that were freed while in use; here `stop` takes all that uses the unit by value |
+//! | CVE-2026-80818, -90426 (Tegra241) | queues of a vendor's own, which this driver does not use |
+//! | CVE-2024-35843, CVE-2026-74520; cookies, groups, who may answer what (faults B.1, B.6, B.7, B.13) | whose a fault is, and who answers once, the broker knows: `broker_*.rs`, `end_to_end.rs` |
+//! | faults B.8 (STALL_MAX is read and never used) | `smmu/events.rs`, `stalls`: told to the caller, whose budgets share it out |
+//! | faults B.10 (PASID in responses) | `smmu/events.rs`: what the unit answers by itself has the PASID |
+//! | faults B.12 (locks) | the caller's |
+//! | faults B.13 (fields of a guest's entry and commands; MEV) | `smmu/nested.rs`, `invalidate.rs` |
+//! | CVE-2026-64293, -80817 and others of the event queue of iommufd | the channel's: `channel.rs` |
+//! | CVE-2026-89448 (ACS) | not the unit's |
 #![expect(clippy::expect_used, reason = "a test that is surprised has failed")]
 
 use hosted::{
-    Moment, Random,
+    Moment, Random, grant, root,
     smmu::{COMMANDS, EVENTS, Machine, Stage, StreamTable, Tapped, needs, unit},
 };
 use iommu::{
     Attachment, Bus, Commands, Completion, DomainId, Error, Event, Events, FailureCause, Features, GroupTag,
-    Invalidation, Iova, Outcome, PageRequest, PageResponse, Pasid, Perms, PhysAddr, Stages, StreamId, Tables,
+    Invalidation, Iova, Outcome, PAGE_SIZE, PageRequest, PageResponse, Pasid, Perms, PhysAddr, Stages,
+    StreamId, Tables, Translation,
 };
 use models::{
     golden_smmuv3 as golden,
     smmuv3::{Config, Ended, Refusal, Requested, SmmuUnit, Update},
 };
+use pgtable::{Gather, Limits, Stage1, Tree};
 use std::sync::{
     Arc,
     atomic::{AtomicUsize, Ordering::SeqCst},
@@ -216,7 +237,7 @@ fn openvmm_a_noisy_device_can_be_kept_from_its_neighbours_reports() {
 }
 
 #[test]
-fn xsa_302_306_442_a_device_that_was_taken_away_reaches_nothing_by_entry_or_by_what_was_cached() {
+fn xsa_302_306_442_445_a_device_that_was_taken_away_reaches_nothing_by_entry_or_by_what_was_cached() {
     for stage in [Stage::One, Stage::Two] {
         let mut machine = machine();
         let tree = machine.tree(stage);
@@ -443,6 +464,49 @@ fn range_commands_and_reserved_bits_no_invalidation_becomes_a_command_that_the_u
         }
         machine.assert_lawful();
     }
+}
+
+/// "SVA stale kernel IOTLB": a table that went is walked by nobody once the unit has forgotten the whole attachment; to forget
+/// the pages alone leaves a way that leads through it.
+#[test]
+fn cve_2025_71089_71202_2026_97525_a_table_is_used_again_only_when_no_walk_leads_through_it() {
+    /// What a table of the last level maps.
+    const BLOCK: u64 = 512 * PAGE_SIZE;
+    let (mut machine, here) = (machine(), Iova(BLOCK));
+    let tree = Tree::<Stage1>::new(&mut machine.frames, Limits::PAGES).expect("there are frames");
+    let [page, secret] = [7, 0x5EC12E7].map(|content| {
+        let mut page = machine.memory.take(512, 512);
+        page.clear();
+        page.store(0, content);
+        machine.memory.publish(page.range(0, 512)).expect("the page is in the memory");
+        page.phys().0
+    });
+    // All others of the block are of no matter.
+    tree.map(&mut machine.frames, here.0, &grant(page, 512), Perms::READ).expect("nothing is mapped there");
+    let before: Vec<_> = machine.frames.content().into_iter().map(|(frame, _)| frame).collect();
+    let attached = machine.attach_to(NIC, None, Translation::Stage1(root(tree.root().0, 4)));
+    let attachment = attached.expect("it can be attached");
+    assert_eq!(machine.read(NIC, None, here), Ok(7));
+    let mut gather = Gather::new();
+    tree.unmap(&mut machine.frames, here.0, BLOCK, &mut gather).expect("it is mapped");
+    assert!(gather.tables_went());
+    gather.give_back(&mut machine.frames);
+    let after: Vec<_> = machine.frames.content().into_iter().map(|(frame, _)| frame).collect();
+    // Whoever has the frames now stores what would be leaves: of a page, D1 with the secret's address.
+    for frame in before.into_iter().filter(|frame| !after.contains(frame)) {
+        for word in 0..512 {
+            machine.memory.device_store(PhysAddr(frame.0 + word * 8), secret | 0xF47).expect("inside");
+        }
+    }
+    let next = Iova(here.0 + PAGE_SIZE);
+    machine.invalidate(&[Invalidation::Pages { attachment, iova: here, pages: 512 }]);
+    assert_eq!(machine.read(NIC, None, next), Ok(0x5EC12E7), "what would happen");
+
+    machine.invalidate(&[Invalidation::Attachment(attachment)]);
+
+    assert!(machine.read(NIC, None, next).is_err());
+    assert!(machine.read(NIC, None, here).is_err());
+    machine.assert_lawful();
 }
 
 #[test]

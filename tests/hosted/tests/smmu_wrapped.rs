@@ -27,11 +27,23 @@ const PATIENCE_US: u64 = 2_000;
 enum Manner {
     /// It executes one command each time that somebody has looked this often where it is.
     Slow(usize),
-    /// After this many accesses to registers it does nothing any more: registers stay as they were, and take nothing.
+    /// After this many looks and writes it does nothing any more: registers stay as they were, and take nothing.
     Silent(usize),
+    /// After this many it executes nothing any more; its registers are as ever.
+    Idle(usize),
     /// It executes nothing until its queue is full, or somebody has waited for long.
     Full,
 }
+
+impl Manner {
+    /// Whether the unit is as it should be until it ends.
+    fn ends(self) -> bool {
+        matches!(self, Self::Silent(_) | Self::Idle(_))
+    }
+}
+
+/// How a unit tells that commands are done, besides `CMDQ_CONS`: it does not; by message (IDR0.MSI); by event (IDR0.SEV).
+const SIGNALS: [u32; 3] = [0, 1 << 13, 1 << 14];
 
 /// A bus to a unit of some manner.
 #[derive(Clone, Debug)]
@@ -43,7 +55,7 @@ struct Wrapped {
 
 impl Wrapped {
     fn new(unit: &'static SmmuUnit, manner: Manner) -> Self {
-        if !matches!(manner, Manner::Silent(_)) {
+        if !manner.ends() {
             unit.pause();
         }
         Self { unit, manner, accesses: Arc::default() }
@@ -64,6 +76,12 @@ impl Wrapped {
                     self.unit.pause();
                 }
                 before < after
+            }
+            Manner::Idle(after) => {
+                if before == after {
+                    self.unit.stand_still(true);
+                }
+                true
             }
             Manner::Full => {
                 // The queue of this file has 64 entries; or a caller looks again and again.
@@ -99,6 +117,8 @@ impl Bus for Wrapped {
         self.unit.publish(range);
     }
     fn observe(&self, range: Range<PhysAddr>) {
+        // Whoever looks at a message looks at the unit.
+        self.reaches();
         self.unit.observe(range);
     }
     fn now_us(&self) -> u64 {
@@ -191,9 +211,10 @@ fn life(machine: &mut Machine<Wrapped>, stage: Stage, seen: &mut Seen) -> Result
     Ok(())
 }
 
-/// Lives through it on a unit of `manner`, and checks what holds in any.
-fn live(manner: Manner, stage: Stage) -> (Seen, Result<(), Error>) {
-    let (unit, memory) = unit(Config { clock_step_us: 20, ..Config::full() });
+/// Lives through it on a unit of `manner`, with bits of [`SIGNALS`] in IDR0, and checks what holds in any.
+fn live(manner: Manner, stage: Stage, signals: u32) -> (Seen, Result<(), Error>) {
+    let full = Config::full();
+    let (unit, memory) = unit(Config { idr0: full.idr0 | signals, clock_step_us: 20, ..full });
     let parts = smmuv3::Memory {
         // 64 commands.
         command_queue: memory.take(128, 128),
@@ -221,52 +242,76 @@ fn live(manner: Manner, stage: Stage) -> (Seen, Result<(), Error>) {
     (seen, result)
 }
 
+/// Each stage, and each signal.
+fn ways() -> impl Iterator<Item = (Stage, u32)> {
+    [Stage::One, Stage::Two].into_iter().flat_map(|stage| SIGNALS.map(|signals| (stage, signals)))
+}
+
 #[test]
 fn on_a_slow_unit_everything_goes_well() {
-    for stage in [Stage::One, Stage::Two] {
+    for (stage, signals) in ways() {
         for looks in [1, 2, 3, 7] {
-            let (seen, result) = live(Manner::Slow(looks), stage);
+            let (seen, result) = live(Manner::Slow(looks), stage, signals);
 
-            assert_eq!(result, Ok(()), "one command in {looks} looks");
+            assert_eq!(result, Ok(()), "one command in {looks} looks, {signals:#x}");
             assert_eq!(seen.gone.len(), 5);
         }
     }
 }
 
-#[test]
-fn a_unit_that_falls_silent_is_told_of_and_promises_nothing() {
-    let (mut refused, mut given_up, mut done) = (0, 0, 0);
+/// Lives once for each moment at which a unit may end, and counts how often it did not come into service, was given up, and
+/// lived to the end.
+fn end_at_each_moment(manner: fn(usize) -> Manner, stage: Stage, signals: u32) -> [usize; 3] {
+    let mut counts = [0; 3];
     for moment in 0.. {
-        let (seen, result) = live(Manner::Silent(moment), Stage::One);
+        let (seen, result) = live(manner(moment), stage, signals);
         match (seen.enabled, result) {
             (false, Err(error)) => {
                 assert!(matches!(error, Error::Timeout { .. }), "{moment}: {error}");
-                refused += 1;
+                counts[0] += 1;
             }
             (true, Err(error)) => {
                 assert!(
                     matches!(error, Error::Timeout { .. } | Error::QueueFull { .. }),
                     "{moment}: {error}"
                 );
-                given_up += 1;
+                counts[1] += 1;
             }
             (_, Ok(())) => {
-                done += 1;
-                if done == 3 {
+                counts[2] += 1;
+                if counts[2] == 3 {
                     break;
                 }
             }
         }
     }
-    assert!(refused > 20 && given_up > 10, "{refused} times not in service, {given_up} times given up");
+    counts
+}
+
+#[test]
+fn a_unit_that_falls_silent_is_told_of_and_promises_nothing() {
+    for (stage, signals) in ways() {
+        let [refused, given_up, _] = end_at_each_moment(Manner::Silent, stage, signals);
+
+        assert!(refused > 20 && given_up > 10, "{refused} times not in service, {given_up} times given up");
+    }
+}
+
+#[test]
+fn a_unit_that_executes_nothing_any_more_is_told_of_and_promises_nothing() {
+    for (stage, signals) in ways() {
+        let [refused, given_up, _] = end_at_each_moment(Manner::Idle, stage, signals);
+
+        assert!(refused > 20 && given_up > 10, "{refused} times not in service, {given_up} times given up");
+    }
 }
 
 #[test]
 fn on_a_unit_whose_queue_is_full_everything_is_tried_again_until_it_goes_well() {
-    for stage in [Stage::One, Stage::Two] {
-        let (seen, result) = live(Manner::Full, stage);
+    for (stage, signals) in ways() {
+        let (seen, result) = live(Manner::Full, stage, signals);
 
-        assert_eq!(result, Ok(()));
+        assert_eq!(result, Ok(()), "{signals:#x}");
         assert_eq!(seen.gone.len(), 5);
     }
 }

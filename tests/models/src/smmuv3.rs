@@ -22,6 +22,7 @@
 //! | events, stalls | yes | events are not merged |
 //! | ATS, device TLBs, page requests | yes | full ATS; of an IDR0 that says NS1ATS, so split stages are illegal |
 //! | interrupts | yes | by messages where IDR0.MSI and an address say so, else by wires |
+//! | events to waiting cores | yes | of CMD_SYNC; that for a queue that is no longer full is left out |
 //! | EL2 contexts, Secure, Realm, ATOS, MPAM, ECMDQ | no | |
 //!
 //! Accesses are unprivileged, and of data.
@@ -139,6 +140,11 @@ impl Config {
         self.has(13)
     }
 
+    /// IDR0.SEV.
+    const fn wakes(&self) -> bool {
+        self.has(14)
+    }
+
     /// IDR0.PRI.
     const fn pri(&self) -> bool {
         self.has(16)
@@ -188,7 +194,7 @@ const fn address_bits(code: u64) -> u32 {
     }
 }
 
-/// What the model knows, of IDR0: S2P, S1P, AArch64 tables, COHACC, ATS, NS1ATS, ASID16, MSI, PRI, VMID16, CD2L, little-endian
+/// What the model knows, of IDR0: S2P, S1P, AArch64 tables, COHACC, ATS, NS1ATS, ASID16, MSI, SEV, PRI, VMID16, CD2L, little-endian
 /// tables, no stall, TERM_MODEL, two-level stream tables.
 const MODELLED_IDR0: u32 = 1
     | 1 << 1
@@ -197,6 +203,7 @@ const MODELLED_IDR0: u32 = 1
     | 3 << 10
     | 1 << 12
     | 1 << 13
+    | 1 << 14
     | 1 << 16
     | 1 << 18
     | 1 << 19

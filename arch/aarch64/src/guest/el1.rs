@@ -3,7 +3,6 @@
 
 use super::{Pending, Stop, VCPUS};
 use crate::{
-    bus,
     cpu::{self, CORES},
     entry::{HCR_HOST, NO_VECTORS},
     machine::Error,
@@ -16,7 +15,7 @@ use core::{
     mem::offset_of,
     sync::atomic::{AtomicBool, Ordering},
 };
-use iommu::{Gpa, PAGE_SIZE, PhysAddr, Root};
+use iommu::{Gpa, PAGE_SIZE, Root};
 
 /// Bits of a guest's physical addresses.
 const GUEST_ADDRESS_BITS: u64 = 44;
@@ -302,7 +301,6 @@ pub(super) struct Machine {
     interface: Interface,
     /// `VTTBR_EL2`.
     translation: u64,
-    root: Root,
     /// What the next entry forgets.
     flush: bool,
     /// `ESR_EL2`, `FAR_EL2`, `HPFAR_EL2` of the last stop.
@@ -320,7 +318,6 @@ impl Machine {
             switched: Switched::ZERO,
             interface: Interface::RESET,
             translation: u64::from(id + 1) << 48 | root.phys().0,
-            root,
             flush: true,
             syndrome: 0,
             address: 0,
@@ -336,8 +333,6 @@ impl Machine {
         self.switched = Switched { sctlr_el1: SYSTEM_CONTROL_AT_START, ..Switched::ZERO };
         self.interface = Interface::RESET;
         self.flush = true;
-        // It begins without caches, and would not see what is still in ours.
-        clean_pages(self.root.phys(), self.root.levels());
         // SAFETY: forgets instructions that were fetched before their memory was written.
         unsafe { asm!("ic ialluis", "dsb ish", "isb", options(nostack)) };
     }
@@ -538,27 +533,6 @@ impl Machine {
         let ssbs = if switched.sctlr_el1 & DSSBS != 0 { STATE_SSBS } else { 0 };
         self.context.state = state & STATE_KEPT | pan | ssbs | STATE_AT_START;
         self.context.pc = (switched.vbar_el1 & !0x7FF).wrapping_add(vector);
-    }
-}
-
-/// Writes every page that the stage 2 table at `table` maps back from the caches, if we can have it there; the depth is
-/// bounded by the levels.
-fn clean_pages(table: PhysAddr, level: u8) {
-    const PRESENT: u64 = 1 << 0;
-    const ADDRESS: u64 = 0x0000_FFFF_FFFF_F000;
-    let Some(words) = bus::direct(table) else { return };
-    for at in 0..512 {
-        // SAFETY: the maker of the root vouches for its tables: they are mapped, and `at` is inside.
-        let entry = unsafe { words.add(at) };
-        // SAFETY: as above.
-        let entry = unsafe { entry.read_volatile() };
-        let to = PhysAddr(entry & ADDRESS);
-        match (entry & PRESENT != 0, level) {
-            (false, _) => {}
-            (true, 1) if bus::direct(to).is_none() => {}
-            (true, 1) => bus::clean(to..PhysAddr(to.0 + PAGE_SIZE)),
-            (true, _) => clean_pages(to, level - 1),
-        }
     }
 }
 

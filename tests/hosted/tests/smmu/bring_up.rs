@@ -153,7 +153,7 @@ fn from_its_second_write_on_no_device_gets_through() {
     for config in [Config::qemu(), Config::full()] {
         let (unit, memory, bus, log) = logged(config);
         assert!(unit.dma_read(DISK, None, HERE, 1).is_ok(), "firmware lets all");
-        let needs = needs(STREAM_TABLE, &memory);
+        let needs = HARDWARE.needs(STREAM_TABLE, &memory);
 
         let mut machine = HARDWARE.enable_smmu(unit, memory, bus, needs).expect("it comes into service");
 
@@ -297,7 +297,7 @@ fn what_firmware_left_behind_is_taken_over_and_not_taken_for_ours() {
     unit.record(golden::C_BAD_STE);
     unit.raise_errors(0x0D);
     unit.pulses();
-    let parts = needs(STREAM_TABLE, &memory);
+    let parts = HARDWARE.needs(STREAM_TABLE, &memory);
 
     let mut machine = HARDWARE.enable_smmu(unit, memory, unit, parts).expect("it comes into service");
 
@@ -363,7 +363,7 @@ fn what_a_unit_lacks_is_named_and_the_unit_left_alone() {
         (IDR5, idr5 & !(1 << 4), "IDR5.GRAN4K"),
     ] {
         let (unit, memory) = HARDWARE.smmu_unit(Config::qemu());
-        let needs = needs(STREAM_TABLE, &memory);
+        let needs = HARDWARE.needs(STREAM_TABLE, &memory);
         let bus = Posing { unit: Some(unit), register, value };
 
         let error = HARDWARE.enable_smmu(unit, memory, bus, needs).err();
@@ -434,7 +434,7 @@ fn a_unit_that_firmware_left_on_is_taken_over_without_a_moment_of_bypass() {
             let through = unit.dma_read(DISK, None, Iova(page), 1).is_ok();
             assert!(!through || !log.1, "after {:x?}", log.0.last());
         });
-        let needs = needs(STREAM_TABLE, &memory);
+        let needs = HARDWARE.needs(STREAM_TABLE, &memory);
 
         let mut machine = HARDWARE.enable_smmu(unit, memory, bus, needs);
         log.lock().expect("no test panics here").2 = true;
@@ -467,7 +467,7 @@ fn an_update_that_firmware_left_underway_is_waited_for() {
     let (unit, memory) = HARDWARE.smmu_unit(Config::qemu());
     unit.acknowledge_after(40);
     unit.write32(CR0, EVENTQEN);
-    let needs = needs(STREAM_TABLE, &memory);
+    let needs = HARDWARE.needs(STREAM_TABLE, &memory);
 
     let machine = HARDWARE.enable_smmu(unit, memory, unit, needs).expect("it comes into service");
 
@@ -478,7 +478,7 @@ fn an_update_that_firmware_left_underway_is_waited_for() {
 #[test]
 fn a_unit_that_is_stopped_refuses_everything_and_can_be_taken_into_service_again() {
     let (unit, memory) = HARDWARE.smmu_unit(Config::full());
-    let parts = needs(STREAM_TABLE, &memory);
+    let parts = HARDWARE.needs(STREAM_TABLE, &memory);
     let mut machine = HARDWARE.enable_smmu(unit, memory.clone(), unit, parts).expect("it comes into service");
     machine.smmu.events.enable_interrupts().expect("it is acknowledged");
     let tree = machine.tree(Stage::One);
@@ -486,7 +486,7 @@ fn a_unit_that_is_stopped_refuses_everything_and_can_be_taken_into_service_again
     machine.assign(DISK, Features::default());
     machine.attach(DISK, Stage::One, &tree);
     assert_eq!(machine.read(DISK, None, HERE), Ok(7));
-    let parts = needs(STREAM_TABLE, &memory);
+    let parts = HARDWARE.needs(STREAM_TABLE, &memory);
     let refused = |unit: &SmmuUnit| {
         assert_eq!(unit.dma_read(DISK, None, HERE, 1), Err(Refusal::Aborted));
         assert_eq!(unit.dma_read(StreamId(3), None, Iova(0), 1), Err(Refusal::Aborted));
@@ -522,7 +522,7 @@ fn an_answer_that_is_queued_reaches_its_device_before_the_unit_is_stopped() {
             unit.resume();
         }
     });
-    let parts = needs(STREAM_TABLE, &memory);
+    let parts = HARDWARE.needs(STREAM_TABLE, &memory);
     let mut machine = HARDWARE.enable_smmu(unit, memory, bus, parts).expect("it comes into service");
     let tag = GroupTag { pasid: None, index: 3 };
     let perms = Perms::READ;
@@ -629,7 +629,7 @@ fn a_queue_larger_than_the_unit_can_use_is_refused() {
 fn a_queue_of_requests_lies_where_the_unit_can_be_told() {
     // One entry is 16 bytes, and PRIQ_BASE.ADDR begins at bit 5.
     let (unit, memory) = HARDWARE.smmu_unit(Config::full());
-    let mut parts = needs(STREAM_TABLE, &memory);
+    let mut parts = HARDWARE.needs(STREAM_TABLE, &memory);
     let _ = memory.take(2, 4);
     parts.page_requests = memory.take(2, 2);
     let place = parts.page_requests.phys().0;
@@ -653,7 +653,7 @@ fn a_unit_that_never_acknowledges_is_given_up_in_time_by_the_name_of_the_registe
         (Update::Cr0(SMMUEN), "CR0ACK.SMMUEN"),
     ] {
         let (unit, memory) = HARDWARE.smmu_unit(Config::full());
-        let needs = needs(STREAM_TABLE, &memory);
+        let needs = HARDWARE.needs(STREAM_TABLE, &memory);
         // Firmware left interrupts on, which are to be acknowledged off.
         command(unit, IRQ_CTRL, 0x4);
         unit.never_acknowledge(&[silent]);
@@ -675,7 +675,7 @@ fn a_unit_whose_queues_do_not_go_off_is_given_up() {
     let (unit, memory) = HARDWARE.smmu_unit(Config::full());
     command(unit, CR0, EVENTQEN);
     unit.never_acknowledge(&[Update::Cr0(EVENTQEN)]);
-    let needs = needs(STREAM_TABLE, &memory);
+    let needs = HARDWARE.needs(STREAM_TABLE, &memory);
 
     let error = HARDWARE.enable_smmu(unit, memory, unit, needs).err();
 
@@ -686,7 +686,7 @@ fn a_unit_whose_queues_do_not_go_off_is_given_up() {
 #[test]
 fn a_unit_that_never_completes_its_first_invalidation_is_not_switched_on() {
     let (unit, memory) = HARDWARE.smmu_unit(Config::qemu());
-    let needs = needs(STREAM_TABLE, &memory);
+    let needs = HARDWARE.needs(STREAM_TABLE, &memory);
     unit.pause();
 
     let error = HARDWARE.enable_smmu(unit, memory, unit, needs).err();

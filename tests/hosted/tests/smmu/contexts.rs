@@ -3,7 +3,7 @@
 
 use crate::{HARDWARE, STREAM_TABLE};
 use hosted::{
-    smmu::{CONTEXT_TABLES, Machine, Stage, StageTree, needs, translation},
+    smmu::{CONTEXT_TABLES, Machine, Stage, StageTree, translation},
     trust,
 };
 use iommu::{
@@ -183,7 +183,7 @@ fn accesses_without_pasid_bypass_beside_pasids_or_alone() {
 fn frames_that_run_out_leave_everything_blocked_and_none_is_lost() {
     for frames in 0..=6 {
         let (unit, memory) = HARDWARE.smmu_unit(Config::full());
-        let mut parts = needs(STREAM_TABLE, &memory);
+        let mut parts = HARDWARE.needs(STREAM_TABLE, &memory);
         parts.context_tables.truncate(frames);
         let mut machine = HARDWARE.enable_smmu(unit, memory, unit, parts).expect("it comes into service");
         let content = tree(&mut machine, 9);
@@ -218,6 +218,41 @@ fn frames_that_run_out_leave_everything_blocked_and_none_is_lost() {
             assert_eq!(machine.smmu.tables.free_context_tables(), frames);
             machine.pass();
         }
+        machine.assert_lawful();
+    }
+}
+
+#[test]
+fn a_replacement_for_which_frames_run_out_is_refused_and_nothing_has_changed() {
+    for frames in 0..=2 {
+        let (unit, memory) = HARDWARE.smmu_unit(Config::full());
+        let mut parts = HARDWARE.needs(STREAM_TABLE, &memory);
+        parts.context_tables.truncate(frames);
+        let mut machine = HARDWARE.enable_smmu(unit, memory, unit, parts).expect("it comes into service");
+        machine.assign(DISK, PASIDS);
+        let second = machine.tree(Stage::Two);
+        machine.map(&second, HERE, 2, Perms::READ);
+        let first = tree(&mut machine, 1);
+        let behind = translation(Stage::Two, &second);
+        let attachment = machine.attach_to(DISK, None, behind).expect("it takes no frames");
+
+        // The first level, and a table of the second.
+        let replaced = machine.replace(attachment, one(&first));
+
+        let now = match replaced {
+            Ok(now) => {
+                assert_eq!((frames, machine.read(DISK, None, HERE)), (2, Ok(1)));
+                now
+            }
+            Err(error) => {
+                assert!(matches!(error, Error::Exhausted { what } if what.contains("context")), "{error:?}");
+                assert_eq!(machine.read(DISK, None, HERE), Ok(2));
+                attachment
+            }
+        };
+        machine.detach(now);
+        machine.block(DISK);
+        assert_eq!(machine.smmu.tables.free_context_tables(), frames);
         machine.assert_lawful();
     }
 }
@@ -339,7 +374,7 @@ fn accesses_wait_of_devices_that_were_named_and_of_no_others() {
     const SECOND_STALL: u64 = 1 << (185 - 128);
     for features in [PLAIN, PASIDS] {
         let (unit, memory) = HARDWARE.smmu_unit(Config::full());
-        let mut parts = needs(STREAM_TABLE, &memory);
+        let mut parts = HARDWARE.needs(STREAM_TABLE, &memory);
         parts.stalling.push(DISK).expect("there is room");
         let mut machine = HARDWARE.enable_smmu(unit, memory, unit, parts).expect("it comes into service");
         let tree = tree(&mut machine, 1);
@@ -365,7 +400,7 @@ fn accesses_wait_of_devices_that_were_named_and_of_no_others() {
         machine.assert_lawful();
         // STE.EATS = 1 with S2S = 1 is illegal.
         let (unit, memory) = hosted::smmu::unit(Config::full());
-        let mut parts = needs(STREAM_TABLE, &memory);
+        let mut parts = HARDWARE.needs(STREAM_TABLE, &memory);
         parts.stalling.push(DISK).expect("there is room");
         let mut machine = HARDWARE.enable_smmu(unit, memory, unit, parts).expect("it comes into service");
         let error = machine.smmu.tables.assign(DISK, ats).err();
@@ -451,7 +486,7 @@ fn a_second_stage_takes_as_many_bits_as_an_address_has() {
 fn forced_write_back_is_said_where_the_tables_are_made_for_it() {
     for wanted in [false, true] {
         let (unit, memory) = HARDWARE.smmu_unit(Config::full());
-        let mut parts = needs(STREAM_TABLE, &memory);
+        let mut parts = HARDWARE.needs(STREAM_TABLE, &memory);
         parts.forced_write_back = wanted;
         let mut machine = HARDWARE.enable_smmu(unit, memory, unit, parts).expect("it comes into service");
         machine.assign(DISK, PLAIN);
@@ -459,7 +494,7 @@ fn forced_write_back_is_said_where_the_tables_are_made_for_it() {
         assert_eq!(machine.stream_word(DISK, 1) >> (89 - 64) & 1 != 0, wanted);
     }
     let (unit, memory) = HARDWARE.smmu_unit(Config::qemu());
-    let mut parts = needs(STREAM_TABLE, &memory);
+    let mut parts = HARDWARE.needs(STREAM_TABLE, &memory);
     parts.forced_write_back = true;
     let error = HARDWARE.enable_smmu(unit, memory, unit, parts).err();
     assert_eq!(error, Some(Error::Unsupported { feature: "IDR3.FWB" }));

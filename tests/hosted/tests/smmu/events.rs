@@ -3,7 +3,7 @@
 use crate::{HARDWARE, STREAM_TABLE};
 use hosted::{
     Moment, Random,
-    smmu::{ANSWERS, COMMANDS, EVENTS, Machine, REQUESTS, Stage, StreamTable, Tapped, needs, stream_place},
+    smmu::{EVENTS, Machine, REQUESTS, Stage, StreamTable, Tapped, own, stream_place, translation},
 };
 use iommu::{
     Access, Attachment, Bus, Commands, Completion, DomainId, Error, Event, Events, Failure, FailureCause,
@@ -30,6 +30,9 @@ const GERRORN: usize = 0x064;
 const CMDQ_BASE: usize = 0x090;
 const CMDQ_PROD: usize = 0x098;
 const CMDQ_CONS: usize = 0x09C;
+/// Entries of the command queue, and answers that there is room for.
+const COMMANDS: usize = HARDWARE.commands();
+const ANSWERS: usize = HARDWARE.answers();
 /// Bits of GERROR.
 const CMDQ_ERR: u32 = 1 << 0;
 const EVENTQ_ABT_ERR: u32 = 1 << 2;
@@ -50,7 +53,7 @@ fn answer(request: PageRequest, outcome: Outcome) -> PageResponse {
 }
 
 fn machine_on<B: Bus + Clone>(unit: &'static SmmuUnit, memory: models::memory::Memory, bus: B) -> Machine<B> {
-    let parts = needs(STREAM_TABLE, &memory);
+    let parts = HARDWARE.needs(STREAM_TABLE, &memory);
     let mut machine = HARDWARE.enable_smmu(unit, memory, bus, parts).expect("it comes into service");
     machine.smmu.events.enable_interrupts().expect("it is acknowledged");
     machine.assign(DISK, ALL);
@@ -184,6 +187,54 @@ mod page_requests {
             assert_eq!(machine.unit.page_request(request(NIC, 2, false)), Requested::Queued);
             assert_eq!(machine.pass(), [Event::PageRequest(request(NIC, 2, false))]);
         }
+        machine.assert_lawful();
+    }
+
+    /// STE.PPAR: "PRI queue overflow". The devices here want the PASID of their requests in answers, as those do that are
+    /// used with PASIDs; an answer without it ends another group of theirs, or is an error to them.
+    #[test]
+    fn what_the_unit_answers_by_itself_has_the_pasid_that_the_device_asked_with() {
+        let (unit, memory) = HARDWARE.smmu_unit(Config::full());
+        let parts = HARDWARE.needs(STREAM_TABLE, &memory);
+        let mut machine = HARDWARE.enable_smmu(unit, memory, unit, parts).expect("it comes into service");
+        machine.assign(DISK, Features { pasid: true, ..ALL });
+        let [tree, other] = [Stage::One, Stage::Two].map(|stage| machine.tree(stage));
+        let of = |machine: &mut Machine, pasid, translation| {
+            machine.attach_to(DISK, pasid, translation).expect("it can be attached")
+        };
+        let mut expected = Vec::new();
+        let mut overflow = |machine: &mut Machine| {
+            for index in 0..REQUESTS as u16 {
+                assert_eq!(machine.unit.page_request(request(DISK, index, false)), Requested::Queued);
+            }
+            for pasid in [None, pasid(5), pasid(0xF_FFFF)] {
+                let tag = GroupTag { pasid, index: 3 };
+                let lost = machine.unit.page_request(PageRequest { tag, ..request(DISK, 3, true) });
+                assert_eq!(lost, Requested::Lost);
+                expected.push((tag, Outcome::Success));
+            }
+            machine.pass();
+            machine.unit.forget_page_requests(DISK);
+            let answered: Vec<_> =
+                machine.unit.auto_answered().iter().map(|it| (it.tag, it.outcome)).collect();
+            assert_eq!(answered, expected);
+        };
+
+        let five = of(&mut machine, pasid(5), translation(Stage::One, &tree));
+        overflow(&mut machine);
+        machine.detach(five);
+        machine.block(DISK);
+        machine.assign(DISK, Features { pasid: true, ..ALL });
+        let plain = of(&mut machine, None, translation(Stage::Two, &other));
+        overflow(&mut machine);
+        machine.detach(plain);
+        // A stream that is blocked and says so has an entry that is valid.
+        let (leaving, invalidations) = machine.smmu.tables.block(DISK).expect("it is assigned");
+        machine.invalidate(&invalidations);
+        let silent = machine.smmu.tables.silence(DISK).expect("it is blocked");
+        machine.invalidate(&silent);
+        overflow(&mut machine);
+        machine.smmu.tables.finish(leaving);
         machine.assert_lawful();
     }
 
@@ -517,7 +568,10 @@ mod stalls {
     /// A machine whose device DISK is no PCI device: its faults stall.
     fn machine() -> (Machine, Attachment, hosted::smmu::StageTree) {
         let (unit, memory) = HARDWARE.smmu_unit(Config::full());
-        let parts = smmuv3::Memory { stalling: [DISK].into_iter().collect(), ..needs(STREAM_TABLE, &memory) };
+        let parts = smmuv3::Memory {
+            stalling: [DISK].into_iter().collect(),
+            ..HARDWARE.needs(STREAM_TABLE, &memory)
+        };
         let mut machine = HARDWARE.enable_smmu(unit, memory, unit, parts).expect("it comes into service");
         machine.smmu.events.enable_interrupts().expect("it is acknowledged");
         machine.assign(DISK, Features::default());
@@ -735,7 +789,7 @@ mod stalls {
 
         machine.invalidate(&[Invalidation::Stalls { stream: NIC }]);
 
-        assert_eq!(machine.unit.executed()[before..], [[0x46, 0]]);
+        assert_eq!(own(&machine.unit.executed()[before..]), [[0x46, 0]]);
         machine.assert_lawful();
     }
 
@@ -749,7 +803,10 @@ mod stalls {
         assert_eq!(found(none).stalls(), 0);
 
         let (unit, memory) = HARDWARE.smmu_unit(none);
-        let parts = smmuv3::Memory { stalling: [DISK].into_iter().collect(), ..needs(STREAM_TABLE, &memory) };
+        let parts = smmuv3::Memory {
+            stalling: [DISK].into_iter().collect(),
+            ..HARDWARE.needs(STREAM_TABLE, &memory)
+        };
         let error = found(none).enable(parts).err();
         assert!(
             matches!(error, Some(Error::Unsupported { feature }) if feature.contains("STALL_MODEL")),
@@ -877,13 +934,13 @@ mod commands {
     fn encoded(config: Config, invalidation: Invalidation) -> Vec<[u64; 2]> {
         let (unit, memory) = HARDWARE.smmu_unit(config);
         let mut machine = HARDWARE
-            .enable_smmu(unit, memory.clone(), unit, needs(STREAM_TABLE, &memory))
+            .enable_smmu(unit, memory.clone(), unit, HARDWARE.needs(STREAM_TABLE, &memory))
             .expect("it comes into service");
         unit.plug(DISK);
         let before = unit.executed().len();
         machine.invalidate(&[invalidation]);
         machine.assert_lawful();
-        let mut words = unit.executed().split_off(before);
+        let mut words = own(&unit.executed()[before..]);
         assert_eq!(words.pop(), Some([0x46, 0]), "K34");
         words
     }
@@ -1108,9 +1165,9 @@ mod commands {
             machine.invalidate(&[about(0), about(1)]);
         }
 
-        let executed = machine.unit.executed();
+        let executed = own(&machine.unit.executed()[before..]);
         let streams: Vec<_> =
-            executed[before..].chunks(3).flat_map(|batch| [batch[0][0] >> 32, batch[1][0] >> 32]).collect();
+            executed.chunks(3).flat_map(|batch| [batch[0][0] >> 32, batch[1][0] >> 32]).collect();
         assert_eq!(streams, (0..2 * COMMANDS as u64).collect::<Vec<_>>());
     }
 
@@ -1154,7 +1211,7 @@ mod commands {
                 expected == Completion::Pending
             });
         }
-        assert!(full > 5 && done.len() > 200 && done.is_sorted_by(|a, b| a < b));
+        assert!(full > 5 && done.len() > COMMANDS && done.is_sorted_by(|a, b| a < b));
         assert!(
             done.iter().all(|&ticket| machine.smmu.commands.poll(ticket) == Completion::Done),
             "for good"

@@ -3,7 +3,7 @@
 use crate::{HARDWARE, STREAM_TABLE};
 use hosted::{
     Moment,
-    smmu::{STREAMS, Stage, Tapped, needs, stream_word, translation},
+    smmu::{STREAMS, Stage, Tapped, stream_word, translation},
 };
 use iommu::{Bus, DmaBuf, Error, Features, Iova, Perms, PhysAddr, StreamId, Tables};
 use models::{
@@ -39,14 +39,14 @@ fn two_levels(memory: &Memory, first: usize, second: usize, tables: usize) -> sm
     smmuv3::Memory {
         stream_table: memory.take(first, first),
         second_level: (0..tables).map(|_| memory.take(second, second)).collect(),
-        ..needs(STREAM_TABLE, memory)
+        ..HARDWARE.needs(STREAM_TABLE, memory)
     }
 }
 
 #[test]
 fn a_table_of_the_second_level_is_made_for_the_first_of_its_devices() {
     let (unit, memory) = HARDWARE.smmu_unit(Config::full());
-    let parts = needs(STREAM_TABLE, &memory);
+    let parts = HARDWARE.needs(STREAM_TABLE, &memory);
     let tables: Vec<u64> = parts.second_level.iter().map(|table| table.phys().0).collect();
     let mut machine = HARDWARE.enable_smmu(unit, memory.clone(), unit, parts).expect("it comes into service");
     let mut expected = vec![0; 8];
@@ -127,7 +127,7 @@ fn a_stream_that_was_refused_for_want_of_a_table_is_forgotten_with_its_neighbour
 #[test]
 fn no_store_leads_to_anything_but_whole_tables_of_entries_that_are_not_valid() {
     let (unit, memory) = HARDWARE.smmu_unit(Config::full());
-    let parts = needs(STREAM_TABLE, &memory);
+    let parts = HARDWARE.needs(STREAM_TABLE, &memory);
     let table = parts.second_level[0].phys().0;
     let looks = Arc::new(Mutex::new(Vec::new()));
     let (kept, of) = (Arc::clone(&looks), memory.clone());
@@ -167,7 +167,7 @@ fn a_walker_between_any_two_stores_finds_no_stream_or_no_valid_entry_or_the_new_
         // What the unit has read it remembers, so each moment is looked at on a unit of its own.
         for moment in 1.. {
             let (unit, memory) = HARDWARE.smmu_unit(Config::full());
-            let parts = needs(STREAM_TABLE, &memory);
+            let parts = HARDWARE.needs(STREAM_TABLE, &memory);
             let look = Look::default();
             let chosen = Arc::clone(&look);
             let bus = Tapped::new(unit, move |unit, kind| {
@@ -249,7 +249,7 @@ fn a_unit_of_linear_tables_alone_is_given_no_second_level() {
     let full = Config::full();
     // ST_LEVEL [28:27].
     let (unit, memory) = HARDWARE.smmu_unit(Config { idr0: full.idr0 & !(3 << 27), ..full });
-    let parts = needs(STREAM_TABLE, &memory);
+    let parts = HARDWARE.needs(STREAM_TABLE, &memory);
 
     let error = HARDWARE.enable_smmu(unit, memory, unit, parts).err();
 
@@ -281,7 +281,7 @@ fn a_second_level_of_another_shape_is_refused_by_name_and_the_unit_left_alone() 
     ];
     for (purpose, expected, change) in cases {
         let (unit, memory) = HARDWARE.smmu_unit(Config::full());
-        let mut parts = needs(STREAM_TABLE, &memory);
+        let mut parts = HARDWARE.needs(STREAM_TABLE, &memory);
         change(&mut parts, &memory);
 
         let error = HARDWARE.enable_smmu(unit, memory, unit, parts).err();

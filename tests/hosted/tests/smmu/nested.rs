@@ -3,7 +3,7 @@
 use crate::{HARDWARE, STREAM_TABLE};
 use hosted::{
     Random, grant, root,
-    smmu::{Machine, Stage, StageTree, needs, stream_word},
+    smmu::{Machine, Stage, StageTree, stream_word},
 };
 use iommu::{
     Attachment, Bus, Error, Event, Events, Features, FirstStage, Gpa, Invalidation, Iova, PAGE_SIZE, Pasid,
@@ -240,6 +240,30 @@ fn a_guest_s_context_descriptors_are_found_through_the_second_stage_and_remember
 }
 
 #[test]
+fn a_guest_for_whose_descriptor_no_frame_is_left_is_refused_and_stays_blocked() {
+    let (unit, memory) = HARDWARE.smmu_unit(Config::full());
+    let mut parts = HARDWARE.needs(STREAM_TABLE, &memory);
+    parts.context_tables.truncate(1);
+    let mut machine = HARDWARE.enable_smmu(unit, memory, unit, parts).expect("it comes into service");
+    let mut guest = Guest::new(&mut machine);
+    let (top, _) = guest.tables(&machine, 1);
+    machine.assign(DISK, PLAIN);
+    machine.assign(NIC, PLAIN);
+    guest.place(&mut machine, NIC);
+
+    let refused = machine.smmu.tables.place_context(DISK, CONTEXT);
+
+    assert!(matches!(refused, Err(Error::Exhausted { what }) if what.contains("context")), "{refused:?}");
+    assert!(machine.attach_to(DISK, None, guest.pages(top)).is_err());
+    assert_eq!(machine.read(DISK, None, HERE), Err(C_BAD_STE));
+    // Once the other has gone, there is one.
+    machine.block(NIC);
+    assert!(machine.smmu.tables.place_context(DISK, CONTEXT).is_ok());
+    machine.pass();
+    machine.assert_lawful();
+}
+
+#[test]
 fn a_guest_s_device_forgets_what_its_guest_says() {
     let mut machine = HARDWARE.smmu(STREAM_TABLE, Config::full());
     let mut guest = Guest::new(&mut machine);
@@ -295,7 +319,7 @@ fn a_guest_may_have_its_device_pass_its_first_stage_or_refused() {
 #[test]
 fn a_guest_has_accesses_wait_of_a_device_that_was_named_and_of_no_other() {
     let (unit, memory) = HARDWARE.smmu_unit(Config::full());
-    let mut parts = needs(STREAM_TABLE, &memory);
+    let mut parts = HARDWARE.needs(STREAM_TABLE, &memory);
     parts.stalling.push(NIC).expect("there is room");
     let mut machine = HARDWARE.enable_smmu(unit, memory, unit, parts).expect("it comes into service");
     for (stream, stalls) in [(DISK, false), (NIC, true)] {
@@ -374,8 +398,8 @@ fn whatever_a_guest_s_entry_says_only_its_own_fields_reach_the_unit() {
     let attachment = attach(&mut machine, None, guest.entry(usual));
     let own: [u64; 8] = std::array::from_fn(|at| word(&machine, at as u64) & !MAY_SET[at]);
     machine.detach(attachment);
-    // MEV 1<<19, SHCFG 1<<44; VMID 0, the second stage and its root.
-    assert_eq!(own[..2], [0, 0x0000_1000_0008_0000]);
+    // PPAR 1<<18, MEV 1<<19, SHCFG 1<<44; VMID 0, the second stage and its root.
+    assert_eq!(own[..2], [0, 0x0000_1000_000C_0000]);
     assert_eq!(own[3..], [guest.second.root().0, 0, 0, 0, 0]);
     let mut random = Random::new(0x5EED);
     let (mut allowed, mut refused) = (0, 0);

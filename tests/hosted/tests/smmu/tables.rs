@@ -3,7 +3,7 @@
 use crate::{HARDWARE, STREAM_TABLE};
 use hosted::{
     Moment, grant, root,
-    smmu::{Machine, STREAMS, Stage, Tapped, needs, stream_word, translation},
+    smmu::{Machine, STREAMS, Stage, Tapped, stream_word, translation},
 };
 use iommu::{
     Access, Bus, Commands, Completion, Error, Event, FaultReason, FaultRecord, Features, Invalidation, Iova,
@@ -533,7 +533,7 @@ type Seen = Arc<Mutex<Vec<[u64; 2]>>>;
 #[test]
 fn every_mixture_of_old_and_new_words_of_an_entry_is_harmless() {
     let (unit, memory) = HARDWARE.smmu_unit(Config::full());
-    let parts = needs(STREAM_TABLE, &memory);
+    let parts = HARDWARE.needs(STREAM_TABLE, &memory);
     let empty = parts.empty_table.phys().0;
     let seen = Seen::default();
     let (kept, of) = (Arc::clone(&seen), memory.clone());
@@ -590,7 +590,7 @@ fn a_device_meets_the_old_state_or_the_new_at_every_moment_and_nothing_in_betwee
         // What the unit has read it remembers, so each moment is looked at on a unit of its own.
         for moment in 1.. {
             let (unit, memory) = HARDWARE.smmu_unit(Config::full());
-            let parts = needs(STREAM_TABLE, &memory);
+            let parts = HARDWARE.needs(STREAM_TABLE, &memory);
             let look = Look::default();
             let chosen = Arc::clone(&look);
             let bus = Tapped::new(unit, move |unit, kind| {

@@ -69,6 +69,8 @@ pub(super) struct Commands {
     late: bool,
     /// Those on their way, address and data.
     messages: Vec<(u64, u32)>,
+    /// Events that were sent to the cores.
+    wakes: u64,
 }
 
 impl SmmuUnit {
@@ -77,6 +79,11 @@ impl SmmuUnit {
         let mut state = self.lock();
         state.config.pace = Pace::AtOnce;
         state.commands.paused = true;
+    }
+
+    /// Consumes nothing, whatever its pace; or gets on again at that.
+    pub fn stand_still(&self, stand: bool) {
+        self.lock().commands.paused = stand;
     }
 
     /// Consumes up to `count` commands of a paused unit, and returns how many.
@@ -109,6 +116,11 @@ impl SmmuUnit {
         if !hold {
             state.write_messages();
         }
+    }
+
+    /// Returns how many events, as by the instruction SEV, the unit has sent to the cores.
+    pub fn wakes(&self) -> u64 {
+        self.lock().commands.wakes
     }
 
     /// Returns the commands that were consumed, oldest first.
@@ -161,6 +173,9 @@ impl State {
     /// The driver looked at something: a slow unit may have got on.
     pub(super) fn looked(&mut self) {
         let Pace::OneIn(looks) = self.config.pace else { return };
+        if self.commands.paused {
+            return;
+        }
         self.commands.looks = self.commands.looks.wrapping_add(1);
         if self.commands.looks.is_multiple_of(looks) {
             self.consume();
@@ -169,7 +184,7 @@ impl State {
 
     /// A slow unit gets as far as it can.
     pub(super) fn catch_up(&mut self) {
-        while self.config.pace != Pace::AtOnce && self.consume() {}
+        while self.config.pace != Pace::AtOnce && !self.commands.paused && self.consume() {}
     }
 
     /// Consumes one command. Returns whether there was one that could be.
@@ -387,6 +402,14 @@ impl State {
             }
             self.pulses.push(Wire::CommandSync);
         }
+        if w0 >> 12 & 3 == 2 {
+            if self.config.wakes() {
+                self.commands.wakes += 1;
+            } else {
+                // No error: the unit does as if none were asked for. Whoever asks may wait for it, though.
+                self.violation(format!("CMD_SYNC {w0:#x}: asks for an event without IDR0.SEV"));
+            }
+        }
         Ok(true)
     }
 
@@ -449,7 +472,8 @@ mod tests {
 
     #[test]
     fn golden_commands_are_executed_as_they_are() {
-        let config = Config::full();
+        let full = Config::full();
+        let config = Config { idr0: full.idr0 | 1 << 14, ..full };
         let bench = Bench::attached(config, golden::STE_ABORT);
         bench.submit(&[golden::PREFETCH_CONFIG, golden::STALL_TERM]);
         let before = bench.unit.executed().len();
@@ -485,7 +509,27 @@ mod tests {
         assert_eq!(bench.unit.executed()[before..], commands);
         assert_eq!(error(&bench), None);
         assert_eq!(bench.pulses(), [Wire::CommandSync]);
+        assert_eq!(bench.unit.wakes(), 1);
         bench.assert_lawful();
+    }
+
+    #[test]
+    fn an_event_is_sent_where_there_are_events_and_once_all_before_is_done() {
+        for (sev, events) in [(1 << 14, 1), (0, 0)] {
+            let full = Config::full();
+            let bench = Bench::attached(Config { idr0: full.idr0 | sev, ..full }, golden::STE_ABORT);
+            bench.unit.hold_device_tlb(DEVICE);
+
+            bench.submit(&[golden::ATC_INV_ALL, golden::SYNC_SEV]);
+            assert_eq!(bench.unit.wakes(), 0);
+            bench.unit.release_device_tlb(DEVICE);
+
+            assert_eq!((bench.unit.wakes(), error(&bench)), (events, None));
+            match sev {
+                0 => bench.assert_broken("without IDR0.SEV"),
+                _ => bench.assert_lawful(),
+            }
+        }
     }
 
     #[test]
@@ -554,6 +598,28 @@ mod tests {
         bench.unit.write32(CMDQ_PROD, 1);
 
         assert_eq!(error(&bench), Some(2));
+    }
+
+    #[test]
+    fn a_unit_that_stands_still_consumes_nothing_until_it_gets_on() {
+        for pace in [Pace::AtOnce, Pace::OneIn(3)] {
+            let bench = Bench::started(Config { pace, ..Config::full() });
+            let before = bench.unit.executed().len();
+            bench.unit.stand_still(true);
+
+            bench.submit(&[SYNC, SYNC]);
+            for _ in 0..20 {
+                bench.unit.read32(CMDQ_CONS);
+            }
+            assert_eq!(bench.unit.executed().len(), before, "{pace:?}");
+            bench.unit.stand_still(false);
+
+            for _ in 0..7 {
+                bench.unit.read32(CMDQ_CONS);
+            }
+            assert_eq!(bench.unit.read32(CMDQ_CONS), bench.unit.read32(CMDQ_PROD), "{pace:?}");
+            bench.assert_lawful();
+        }
     }
 
     #[test]

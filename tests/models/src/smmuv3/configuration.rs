@@ -216,6 +216,10 @@ impl State {
         if !self.config.forces_write_back() {
             fields[1] &= !(1 << 25);
         }
+        // PPAR.
+        if !self.config.pri() || self.config.idr1 >> 6 & 0x1F == 0 {
+            fields[1] &= !(1 << 18);
+        }
         let reserved: Vec<usize> = (0..8).filter(|&word| ste[word] & !fields[word] != 0).collect();
         if !reserved.is_empty() {
             self.violation(format!("STE {ste:#x?}: reserved bits are set in words {reserved:?}"));
@@ -775,6 +779,28 @@ mod tests {
 
         assert_eq!(bench.read(IOVA), Err(Refusal::Fault(0x10)));
         bench.assert_broken("reserved bits are set in words [5]");
+    }
+
+    #[test]
+    fn a_bit_about_automatic_answers_needs_page_requests_and_pasids() {
+        let full = Config::full();
+        let [no_requests, no_pasids] = [
+            Config { idr0: full.idr0 & !(1 << 16), ..full },
+            Config { idr1: full.idr1 & !(0x1F << 6), ..full },
+        ];
+        for (config, broken) in [(full, false), (no_requests, true), (no_pasids, true)] {
+            let mut ste = stage_1(&config, 0);
+            ste[1] |= 1 << 18;
+            let bench = Bench::attached(config, ste);
+
+            assert_eq!(bench.read(IOVA), Err(Refusal::Fault(0x10)));
+
+            if broken {
+                bench.assert_broken("reserved bits are set in words [1]");
+            } else {
+                bench.assert_lawful();
+            }
+        }
     }
 
     #[test]

@@ -348,11 +348,7 @@ impl Guest {
             let Some(device) = self.hv.devices.get(given.number) else { continue };
             if restraint >= Restraint::RequestsOff && before < Restraint::RequestsOff {
                 // The broker admits nothing more, so what is outstanding ends here.
-                while let Some(answer) =
-                    self.hv.ledger.evict(self.queue, Whose::Device(given.id), cpu::now_us())
-                {
-                    self.hv.answer(answer);
-                }
+                self.hv.evict(self.queue, Whose::Device(given.id));
                 device.function.disable_page_requests_alone(&self.hv.config);
                 defmt::warn!("{} may ask for no more pages", device.function.id);
             }
@@ -757,9 +753,7 @@ pub fn detach(hv: &Hypervisor, share: &Share, queue: QueueId, owned: Owned) -> R
     let leaving = space.block(hv)?;
     // The drain is also the grace period: no handler that saw the attachment alive is still at work.
     hv.drain().map_err(Error::Unit)?;
-    while let Some(answer) = hv.ledger.evict(queue, Whose::Attachment(id), cpu::now_us()) {
-        hv.answer(answer);
-    }
+    hv.evict(queue, Whose::Attachment(id));
     hv.invalidate(&[]).map_err(Error::Unit)?;
     hv.ledger.detach(id);
     hv.ledger.unmapped(device, space.attachment.pasid, Iova(0), u64::MAX);

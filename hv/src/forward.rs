@@ -23,25 +23,26 @@ impl Guest {
     pub fn forward(&mut self, inbox: &mut Inbox) -> Result<(), Broken> {
         let mut news = false;
         if let Some(channel) = &mut self.channel {
-            let now_us = cpu::now_us();
-            let mut batch = channel.requests()?;
-            let mut longest_us = 0;
-            // Whatever was answered before it came here is not shown.
-            loop {
-                match inbox.groups.take(now_us, |group| offer(&mut batch, group)) {
-                    Taken::Yes(reported_us) => {
-                        batch.accept();
-                        longest_us = longest_us.max(now_us.saturating_sub(reported_us));
+            if !inbox.groups.is_empty() {
+                let now_us = cpu::now_us();
+                let mut batch = channel.requests()?;
+                let mut longest_us = 0;
+                // Whatever was answered before it came here is not shown.
+                loop {
+                    match inbox.groups.take(now_us, |group| offer(&mut batch, group)) {
+                        Taken::Yes(reported_us) => {
+                            batch.accept();
+                            longest_us = longest_us.max(now_us.saturating_sub(reported_us));
+                        }
+                        Taken::Gone => {}
+                        Taken::Left | Taken::Empty => break,
                     }
-                    Taken::Gone => {}
-                    Taken::Left | Taken::Empty => break,
+                }
+                if !batch.is_empty() {
+                    news = true;
+                    self.hv.homes[self.index].longest_to_record_us.fetch_max(longest_us, Relaxed);
                 }
             }
-            if !batch.is_empty() {
-                news = true;
-                self.hv.homes[self.index].longest_to_record_us.fetch_max(longest_us, Relaxed);
-            }
-            drop(batch);
             while let Some(notice) = inbox.notices.receive() {
                 // A guest also hears of an event that found no room: perhaps it is the last for a long time.
                 if channel.push_event(&event(&notice))? != Pushed::Ended {

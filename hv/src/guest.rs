@@ -361,9 +361,7 @@ fn close(hv: &Hypervisor, index: usize, queue: QueueId) -> bool {
     hv.ledger.shut(queue);
     // Its devices were drained one by one; this is for a handler that had found the queue open before.
     let drained = hv.drain();
-    while let Some(answer) = hv.ledger.evict(queue, Whose::All, cpu::now_us()) {
-        hv.answer(answer);
-    }
+    hv.evict(queue, Whose::All);
     let home = &hv.homes[index];
     home.missed.with(|missed| *missed = hv.ledger.missed(queue));
     home.queue.with(|shown| *shown = None);

@@ -205,37 +205,50 @@ impl Guest {
         Ok([self.bind(device as u32, FirstStage::Contexts { entry }, opaque)?, 0, 0])
     }
 
-    /// Answers groups: the array is copied, then looked at.
+    /// Answers groups: each word of the array is loaded once, and looked at then.
     fn respond(&mut self, array: u64, length: u64) -> Result<Values, Refused> {
         if length > ARRAY {
             return Err(Refused(Status::Malformed));
         }
-        let mut words = Vec::<u64, { 2 * ARRAY as usize }>::new();
-        self.copy_words(array, 2 * length as usize, &mut words)?;
-        let mut refused = 0;
-        for &[cookie, code] in words.as_chunks::<2>().0 {
-            let outcome = match Code::from_number(code) {
-                Some(Code::Success) => Outcome::Success,
-                Some(Code::Invalid) => Outcome::Invalid,
-                Some(Code::Failure) => Outcome::Failure,
-                None => {
-                    defmt::debug!("guest {=usize} answers with code {=u64}, which is none", self.index, code);
-                    refused += 1;
-                    continue;
-                }
-            };
-            let now_us = cpu::now_us();
-            match self.hv.ledger.settle(self.queue, Cookie(cookie), outcome, now_us) {
-                Ok(Settled::Now(answer)) => self.hv.answer(answer),
-                Ok(Settled::Held) => {}
-                Err(refusal) => {
-                    defmt::debug!("guest {=usize}: {} refused: {}", self.index, Cookie(cookie), refusal);
-                    refused += 1;
+        let mut words = self.ram.words(Gpa(array), 2 * length as usize).ok_or(Refused(Status::NotYours))?;
+        let (mut refused, mut gave_up) = (0, false);
+        // The last refusal, for the log: nothing is logged while the lock is held.
+        let mut why = None;
+        let (ledger, now_us) = (self.hv.ledger, cpu::now_us());
+        self.hv.answer_all(core::iter::from_fn(|| {
+            loop {
+                let (cookie, code) = (Cookie(words.next()?), words.next()?);
+                let outcome = match Code::from_number(code) {
+                    Some(Code::Success) => Outcome::Success,
+                    Some(Code::Invalid) => Outcome::Invalid,
+                    Some(Code::Failure) => Outcome::Failure,
+                    None => {
+                        (refused, why) = (refused + 1, Some((cookie, None)));
+                        continue;
+                    }
+                };
+                gave_up |= outcome == Outcome::Failure;
+                match ledger.settle(self.queue, cookie, outcome, now_us) {
+                    Ok(Settled::Now(answer)) => return Some(answer),
+                    Ok(Settled::Held) => {}
+                    Err(refusal) => (refused, why) = (refused + 1, Some((cookie, Some(refusal)))),
                 }
             }
+        }));
+        drop(words);
+        match why {
+            Some((cookie, Some(refusal))) => {
+                defmt::debug!("guest {=usize}: {} refused: {}", self.index, cookie, refusal);
+            }
+            Some((cookie, None)) => {
+                defmt::debug!("guest {=usize}: {} refused: its code is none", self.index, cookie);
+            }
+            None => {}
         }
         // A guest that says failure gives up its device's page requests.
-        self.restrain_devices();
+        if gave_up {
+            self.restrain_devices();
+        }
         Ok([length, refused, 0])
     }
 
@@ -246,11 +259,9 @@ impl Guest {
         count: usize,
         words: &mut Vec<u64, N>,
     ) -> Result<(), Refused> {
-        for at in 0..count {
-            let gpa = from.checked_add(at as u64 * 8).ok_or(Refused(Status::NotYours))?;
-            let word = self.ram.load(Gpa(gpa)).ok_or(Refused(Status::NotYours))?;
-            words.push(word).map_err(|_| Refused(Status::Malformed))?;
-        }
+        let from = self.ram.words(Gpa(from), count).ok_or(Refused(Status::NotYours))?;
+        // No more than there is room for.
+        words.extend(from.take(N));
         Ok(())
     }
 

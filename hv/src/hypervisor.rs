@@ -9,13 +9,13 @@ use arch::{
 };
 use broker::{
     BUCKETS, EventReceiver, EventSender, FaultCount, FaultLimits, Lost, Missed, POISONED, QueueId, Restraint,
-    Tally,
+    Tally, Whose,
 };
-use channel::call::REPORTS;
+use channel::call::{ARRAY, REPORTS};
 use core::{
     ops::Range,
     sync::atomic::{
-        AtomicBool, AtomicU8, AtomicU64,
+        AtomicBool, AtomicU8, AtomicU32, AtomicU64,
         Ordering::{AcqRel, Acquire, Relaxed, Release},
     },
 };
@@ -66,6 +66,9 @@ const _: () = assert!(DEVICES <= u64::BITS as usize, "there is a bit for each de
 
 /// Answers that may wait for the unit, at most: each group's, and some of those that waited nowhere.
 const UNSENT: usize = SLOTS * QUEUES + 64;
+
+/// Answers that are sent in one hold of the lock, at most: as many as a guest may give by one call.
+pub const TOGETHER: usize = ARRAY as usize;
 
 /// How long the driver may take to say what became of an invalidation, in microseconds: longer than it ever does.
 ///
@@ -263,8 +266,8 @@ pub struct Hypervisor {
     pub unowned: Locked<(u64, Option<FaultRecord>)>,
     /// Faults of the second stage behind a first stage that a guest owns, which are not the guest's: how many, and the last.
     pub second_stage: Locked<(u64, Option<FaultRecord>)>,
-    /// A ticket has failed, and nobody has asked yet why.
-    pub failed: AtomicBool,
+    /// What the service routine is to do besides what it is interrupted for.
+    pub due: Due,
     /// What stopped the unit's commands: how often, and the last.
     pub failures: Locked<(u64, Option<Failure>)>,
     /// How often the unit said that it lost reports.
@@ -273,8 +276,6 @@ pub struct Hypervisor {
     pub latest_expiry_us: AtomicU64,
     /// Answers that the unit did not take yet; the service core tries again.
     pub unsent: Locked<Vec<Unsent, UNSENT>>,
-    /// There may be such answers.
-    pub unsent_waits: AtomicBool,
     /// The control core sleeps until something that a guest does.
     pub control_waits: AtomicBool,
     /// When the control core wants to be woken, in microseconds.
@@ -435,12 +436,11 @@ impl Hypervisor {
             drains: Drains::new(),
             unowned: Locked::new((0, None)),
             second_stage: Locked::new((0, None)),
-            failed: AtomicBool::new(false),
+            due: Due(AtomicU32::new(0)),
             failures: Locked::new((0, None)),
             lost: Losses { faults: AtomicU64::new(0), requests: AtomicU64::new(0) },
             latest_expiry_us: AtomicU64::new(0),
             unsent: Locked::new(Vec::new()),
-            unsent_waits: AtomicBool::new(false),
             control_waits: AtomicBool::new(false),
             control_wakes_us: AtomicU64::new(u64::MAX),
             devices,
@@ -605,25 +605,62 @@ impl Hypervisor {
 
     /// Sends the answer to a group that waited, and frees its slot.
     pub fn answer(&self, answer: Answer) {
-        let sent = self.commands.with(|commands| answer.send(|response| commands.respond(response)));
-        if let Err((answer, error)) = sent {
-            self.keep(Unsent::Group(answer), error);
+        self.answer_all(core::iter::once(answer));
+    }
+
+    /// Sends the answers to groups that waited, [`TOGETHER`] at most, in one hold of the lock and by one doorbell. They are
+    /// asked for while the lock is held: to settle a group takes about as long as to queue its answer.
+    pub fn answer_all(&self, answers: impl Iterator<Item = Answer>) {
+        if !self.try_answer(answers) {
+            self.due.tell(Due::UNSENT);
         }
     }
 
     /// Sends the answer to a group that waited nowhere.
     pub fn respond(&self, response: PageResponse) {
-        if let Err((response, error)) = self.commands.with(|commands| commands.respond(response)) {
-            self.keep(Unsent::Refusal(response), error);
+        if !self.try_respond(response) {
+            self.due.tell(Due::UNSENT);
         }
+    }
+
+    /// Ends the groups of a queue that are `whose`, and have no answer.
+    pub fn evict(&self, queue: QueueId, whose: Whose) {
+        let evicted = || self.ledger.evict(queue, whose, cpu::now_us());
+        while let Some(first) = evicted() {
+            // They are looked for before the lock is held.
+            let mut answers = Vec::<Answer, TOGETHER>::new();
+            let rest = core::iter::from_fn(evicted).take(TOGETHER - 1);
+            answers.extend(core::iter::once(first).chain(rest));
+            self.answer_all(core::iter::from_fn(|| answers.pop()));
+        }
+    }
+
+    /// Sends answers; returns whether all were sent. The others are kept.
+    fn try_answer(&self, answers: impl Iterator<Item = Answer>) -> bool {
+        self.commands.with(|commands| {
+            let mut all_sent = true;
+            for answer in answers {
+                if let Err((answer, error)) = answer.send(|response| commands.queue_response(response)) {
+                    self.keep(Unsent::Group(answer), error);
+                    all_sent = false;
+                }
+            }
+            commands.ring();
+            all_sent
+        })
+    }
+
+    /// The same, of an answer to a group that waited nowhere.
+    fn try_respond(&self, response: PageResponse) -> bool {
+        let sent = self.commands.with(|commands| commands.respond(response));
+        sent.map_err(|(response, error)| self.keep(Unsent::Refusal(response), error)).is_ok()
     }
 
     /// Keeps an answer until the service core tries again. Entries of the command queue are reserved for answers, so this
     /// means that the unit is stuck, or that a device sends more requests than it was allowed.
+    #[cold]
     fn keep(&self, unsent: Unsent, error: Error) {
-        let kept = self.unsent.with(|list| list.push(unsent));
-        self.unsent_waits.store(true, Release);
-        match kept {
+        match self.unsent.with(|list| list.push(unsent)) {
             Ok(()) => defmt::debug!("an answer waits: {}", error),
             Err(_) => defmt::error!("an answer is lost, and its device may wait for ever: {}", error),
         }
@@ -631,21 +668,17 @@ impl Hypervisor {
 
     /// Tries once more to send what was not sent; returns whether nothing is left.
     pub fn send_unsent(&self) -> bool {
-        if !self.unsent_waits.swap(false, AcqRel) {
-            return true;
-        }
         let mut tries = self.unsent.with(|list| list.len());
+        let mut all_sent = true;
         while tries > 0 {
-            match self.unsent.with(|list| (!list.is_empty()).then(|| list.remove(0))) {
-                Some(Unsent::Group(answer)) => self.answer(answer),
-                Some(Unsent::Refusal(response)) => self.respond(response),
+            all_sent &= match self.unsent.with(|list| (!list.is_empty()).then(|| list.remove(0))) {
+                Some(Unsent::Group(answer)) => self.try_answer(core::iter::once(answer)),
+                Some(Unsent::Refusal(response)) => self.try_respond(response),
                 None => break,
-            }
+            };
             tries -= 1;
         }
-        let none_left = self.unsent.with(|list| list.is_empty());
-        self.unsent_waits.fetch_or(!none_left, Release);
-        none_left
+        all_sent
     }
 
     /// Submits `invalidations` and waits until they have completed. Interrupts are open, and no lock is held.
@@ -721,8 +754,7 @@ impl Hypervisor {
 
     /// Has the service core find out why: not everything that fails interrupts.
     fn has_failed(&self, ticket: Ticket) -> Error {
-        self.failed.store(true, Release);
-        interrupts::kick(SERVICE_CORE, Source::IommuFault);
+        self.due.tell(Due::FAILED);
         Error::Failed { ticket }
     }
 
@@ -749,7 +781,7 @@ impl Hypervisor {
     pub fn drain(&self) -> Result<(), Error> {
         let start = cpu::now_us();
         let wanted = self.drains.asked.fetch_add(1, AcqRel) + 1;
-        interrupts::kick(SERVICE_CORE, Source::PageRequest);
+        self.due.tell(Due::DRAIN);
         loop {
             let waited_us = cpu::now_us().saturating_sub(start);
             if self.drains.done.load(Acquire) >= wanted {
@@ -760,6 +792,40 @@ impl Hypervisor {
             }
             cpu::relax();
         }
+    }
+}
+
+/// What the service routine is to do besides what it is interrupted for: all that is seldom so, in one word, so that a pass
+/// finds with one load that there is nothing.
+pub struct Due(AtomicU32);
+
+impl Due {
+    /// Look at everything: a pass has left something.
+    pub const ALL: u32 = 1 << 0;
+    /// Empty the queues, for someone who waits for that.
+    pub const DRAIN: u32 = 1 << 1;
+    /// Send the answers that the unit did not take.
+    pub const UNSENT: u32 = 1 << 2;
+    /// Find out why a ticket has failed.
+    pub const FAILED: u32 = 1 << 3;
+    /// See when the control core wants to be woken.
+    pub const WAKE: u32 = 1 << 4;
+
+    /// Has `what` done by a pass that begins after this.
+    pub fn tell(&self, what: u32) {
+        self.note(what);
+        interrupts::kick(SERVICE_CORE, Source::PageRequest);
+    }
+
+    /// Has `what` done by the next pass, whenever that is.
+    pub fn note(&self, what: u32) {
+        // ORDER: whoever takes it sees what it is about.
+        self.0.fetch_or(what, Release);
+    }
+
+    /// Takes all that is to be done. A word that is zero is only loaded.
+    pub fn take(&self) -> u32 {
+        if self.0.load(Relaxed) == 0 { 0 } else { self.0.swap(0, AcqRel) }
     }
 }
 
@@ -785,11 +851,6 @@ impl Drains {
     /// Returns what was asked for until now; the service routine reads it before it begins.
     pub fn asked(&self) -> u64 {
         self.asked.load(Acquire)
-    }
-
-    /// Returns whether someone waits for a pass that begins after `asked` was read.
-    pub fn are_waited_for(&self, asked: u64) -> bool {
-        self.done.load(Relaxed) != asked
     }
 
     /// Says that a pass which began after `asked` was read has found the queues empty.

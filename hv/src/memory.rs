@@ -368,6 +368,15 @@ impl GuestRam {
         inside.then(|| self.buffer.load(at.0 as usize / 8))
     }
 
+    /// Loads the `count` aligned words from the guest's address `from`, each once, as they are asked for; `None` if they are
+    /// not all in the RAM.
+    pub fn words(&self, from: Gpa, count: usize) -> Option<impl Iterator<Item = u64> + '_> {
+        let first = usize::try_from(from.0 / 8).ok()?;
+        let inside = from.0.is_multiple_of(8) && first.checked_add(count)? <= self.buffer.words();
+        // None are everywhere.
+        (inside || count == 0).then(|| (first..first + count).map(|at| self.buffer.load(at)))
+    }
+
     /// Stores the aligned word at the guest's address `at`, if it is in the RAM.
     pub fn store(&mut self, at: Gpa, value: u64) {
         if at.0.is_multiple_of(8) && at.0 < self.bytes() {

@@ -232,9 +232,7 @@ impl<'h> Pager<'h> {
         hv.let_go(number, None);
         hv.ledger.shut(queue);
         hv.drain().map_err(Error::Unit)?;
-        while let Some(answer) = hv.ledger.evict(queue, Whose::All, cpu::now_us()) {
-            hv.answer(answer);
-        }
+        hv.evict(queue, Whose::All);
         hv.ledger.close(queue).map_err(Error::Broker)?;
         for (_, frame) in pages {
             hv.pool.with(|pool| pool.give_back(frame.into_buffer()));

@@ -11,19 +11,20 @@
 //!
 //! A group whose guest is silent is therefore answered at its deadline, plus interrupt latency, plus the passes before.
 
-use crate::hypervisor::{self, Broker, GUESTS, Hypervisor, Notice, Notices, QUEUES, SERVICE_CORE, home_of};
+use crate::hypervisor::{
+    self, Broker, Due, GUESTS, Hypervisor, Notice, Notices, QUEUES, SERVICE_CORE, home_of,
+};
 use arch::{
-    cpu::{self, Locked},
+    cpu::{self, OfCore},
     interrupts::{self, Source},
     unit,
 };
 use broker::{Expiry, Faulted, Restraint, Verdict};
-use core::sync::atomic::Ordering::{AcqRel, Relaxed, SeqCst};
-use heapless::Deque;
+use core::sync::atomic::Ordering::{Relaxed, SeqCst};
 use iommu::{Commands as _, Event, Events as _, FailureCause, FaultRecord, PageRequest, Stages, StreamId};
 
-/// Page requests that one pass takes, at most: as many as the unit's queue may hold.
-const PASS: usize = 128;
+/// Page requests that one pass takes, at most: as many as may be outstanding, and one more report.
+const PASS: usize = unit::OUTSTANDING + 1;
 /// Deadlines that one pass looks at, at most.
 const EXPIRIES: usize = 64;
 /// Faults that one pass takes, at most: fewer, since no device waits for them.
@@ -35,31 +36,36 @@ const LOG_LINES: u32 = 32;
 /// Microseconds after which the routine may log again.
 const LOG_PERIOD_US: u64 = 100_000;
 
-/// What the routine owns. The lock is never contended: the service core alone takes it, with interrupts masked.
-static SERVICE: Locked<Option<Service>> = Locked::new(None);
-/// What it owns of the page requests. It lies beside the rest so that it never passes over a stack.
-static BROKER: Locked<Broker> = Locked::new(Broker::new(&hypervisor::LEDGER));
+/// What the routine owns: nobody else takes it, and nothing is held for it.
+static ROUTINE: OfCore<Routine> =
+    OfCore::new(SERVICE_CORE, Routine { broker: Broker::new(&hypervisor::LEDGER), service: None });
+
+struct Routine {
+    /// What it owns of the page requests. It is here from the start, so that it never passes over a stack.
+    broker: Broker,
+    /// The rest, once there is a unit.
+    service: Option<Service>,
+}
 
 struct Service {
     hv: &'static Hypervisor,
     events: unit::Events,
     notices: [Notices; GUESTS],
     log: LogBudget,
-    /// Page requests that were taken, and not yet dealt with.
-    batch: Deque<Event, PASS>,
-    /// When this pass took what it deals with, in microseconds.
+    /// When this pass took the requests that it deals with, in microseconds.
     now_us: u64,
-    /// A group may have got a deadline since the timer was armed.
-    admitted: bool,
-    /// The owners of queues that there is news for.
-    kicks: [bool; QUEUES],
+    /// The owners of queues that there is news for: bit n set, that of queue n.
+    kicks: u32,
     /// When the timer comes, at the latest, in microseconds.
     timer_us: u64,
-    /// Another pass is due, for everything.
-    behind: bool,
+    /// When answers that the unit did not take are tried again, in microseconds.
+    retry_us: u64,
+    /// The timer may have to come earlier: a group may have got a deadline, or somebody else wants to be woken.
+    rearm: bool,
     /// Whose the last fault of this pass was, unless a loss was told since.
     faulted: Option<StreamId>,
 }
+const _: () = assert!(QUEUES <= u32::BITS as usize, "there is a bit for each queue");
 
 /// Why the unit is not served.
 #[derive(Clone, Copy, Debug, defmt::Format)]
@@ -68,6 +74,8 @@ pub enum Failure {
     NoMemory,
     /// The unit does not let itself be told where to interrupt.
     Unit(iommu::Error),
+    /// This is not the service core.
+    Elsewhere,
 }
 
 /// Lets the routine serve the unit, on this core.
@@ -79,32 +87,35 @@ pub fn start(hv: &'static Hypervisor, mut events: unit::Events) -> Result<(), Fa
     // A kick ends a sleep, or brings a guest out; what it is about is looked up by whoever was interrupted.
     interrupts::on(Source::Kick, || {});
     interrupts::on(Source::Device, count_device_interrupt);
-    let notices = BROKER.with(|broker| hv.connect(broker)).ok_or(Failure::NoMemory)?;
-    unit::enable_interrupts(&mut events, SERVICE_CORE).map_err(Failure::Unit)?;
-    SERVICE.with(|service| {
-        *service = Some(Service {
+    // No interrupt finds the routine half made.
+    let _masked = cpu::mask();
+    let made = ROUTINE.with(|routine| {
+        let notices = hv.connect(&mut routine.broker).ok_or(Failure::NoMemory)?;
+        unit::enable_interrupts(&mut events, SERVICE_CORE).map_err(Failure::Unit)?;
+        routine.service = Some(Service {
             hv,
             events,
             notices,
             log: LogBudget::new(),
-            batch: Deque::new(),
             now_us: 0,
-            admitted: false,
-            kicks: [false; QUEUES],
+            kicks: 0,
             timer_us: u64::MAX,
-            behind: true,
+            retry_us: u64::MAX,
+            rearm: false,
             faulted: None,
-        })
+        });
+        Ok(())
     });
+    made.unwrap_or(Err(Failure::Elsewhere))?;
     // The first pass takes what was reported before anybody listened.
-    interrupts::kick(SERVICE_CORE, Source::PageRequest);
+    hv.due.tell(Due::ALL);
     Ok(())
 }
 
 /// Wakes the control core at `at_us`: the service core's timer serves both.
 fn wake_control_at(hv: &Hypervisor, at_us: u64) {
     hv.control_wakes_us.store(at_us, Relaxed);
-    interrupts::kick(SERVICE_CORE, Source::PageRequest);
+    hv.due.tell(Due::WAKE);
 }
 
 /// Sleeps until `done`, with the routine at work; returns whether it came in time. The service core alone sleeps like this, as
@@ -132,12 +143,9 @@ pub fn wait_for(hv: &Hypervisor, limit_us: u64, mut done: impl FnMut() -> bool) 
 ///
 /// Elsewhere it does nothing: there the timer only ends a sleep, and a message that claims to be the unit's is not.
 fn run(source: Source) {
-    if cpu::core() != SERVICE_CORE {
-        return;
-    }
-    SERVICE.with(|service| {
+    ROUTINE.with(|Routine { broker, service }| {
         if let Some(service) = service {
-            BROKER.with(|broker| service.pass(broker, source));
+            service.pass(broker, source);
         }
     });
 }
@@ -152,25 +160,47 @@ fn count_device_interrupt() {
 }
 
 impl Service {
-    /// Does what `source` interrupts for: requests, faults, or what time has brought. A pass after one that left something
-    /// does all of it, so that nothing waits behind what keeps coming; and so does one for an error, which may have lost any
-    /// of it.
+    /// Does what `source` interrupts for: requests, faults, or what time has brought.
     fn pass(&mut self, broker: &mut Broker, source: Source) {
-        let all = core::mem::take(&mut self.behind) || source == Source::IommuError;
+        let due = self.hv.due.take();
+        if due != 0 || source == Source::IommuError {
+            return self.pass_over_more(broker, source, due);
+        }
+        let done = match source {
+            Source::PageRequest => self.take_requests(broker),
+            Source::IommuFault => self.take_faults(broker),
+            Source::Timer => {
+                (self.timer_us, self.rearm) = (u64::MAX, true);
+                self.expire(broker)
+            }
+            _ => true,
+        };
+        self.finish(broker, if done { 0 } else { Due::ALL });
+    }
+
+    /// Does what `source` interrupts for, and what is due besides. A pass after one that left something does everything, so that
+    /// nothing waits behind what keeps coming; and so does one for an error, which may have lost any of it.
+    #[cold]
+    fn pass_over_more(&mut self, broker: &mut Broker, source: Source, due: u32) {
+        let all = due & Due::ALL != 0 || source == Source::IommuError;
+        // Before anything is taken: whoever asked by now is served by what this pass takes.
+        let mut drain = (due & Due::DRAIN != 0).then(|| self.hv.drains.asked());
         if all {
             self.events.look_for_errors();
         }
-        let asked = self.hv.drains.asked();
-        let all_sent = self.hv.send_unsent();
-        if self.hv.failed.swap(false, AcqRel) {
+        self.retry_us = u64::MAX;
+        if due & Due::UNSENT != 0 && !self.hv.send_unsent() {
+            self.hv.due.note(Due::UNSENT);
+            self.retry_us = cpu::now_us().saturating_add(RETRY_US);
+        }
+        if due & Due::FAILED != 0 {
             self.recover();
         }
         let mut done = true;
-        if all || source == Source::PageRequest {
-            self.events.acknowledge();
+        if all || source == Source::PageRequest || drain.is_some() {
             done &= self.take_requests(broker);
-            if done && self.hv.drains.are_waited_for(asked) {
-                // Faults do not hold up a drain: nobody waits for an answer to one.
+            // Faults do not hold up a drain: nobody waits for an answer to one.
+            if done && let Some(asked) = drain.take() {
                 broker.discard_leaving();
                 self.hv.drains.done(asked);
             }
@@ -184,45 +214,41 @@ impl Service {
         if all || source == Source::Timer {
             done &= self.expire(broker);
         }
-        for (index, kick) in self.kicks.iter_mut().enumerate() {
-            if core::mem::take(kick) {
-                interrupts::kick(home_of(index), Source::Kick);
-            }
+        self.rearm = true;
+        let left = if done { 0 } else { Due::ALL } | if drain.is_some() { Due::DRAIN } else { 0 };
+        self.finish(broker, left);
+    }
+
+    /// Tells the homes that there is news for, sees to another pass if something is `left`, and to the timer.
+    #[inline]
+    fn finish(&mut self, broker: &Broker, left: u32) {
+        let mut kicks = core::mem::take(&mut self.kicks);
+        while kicks != 0 {
+            interrupts::kick(home_of(kicks.trailing_zeros() as usize), Source::Kick);
+            kicks &= kicks - 1;
         }
-        self.behind |= !done;
-        if self.behind {
-            interrupts::kick(SERVICE_CORE, Source::PageRequest);
-        } else if all || source != Source::IommuFault || core::mem::take(&mut self.admitted) || !all_sent {
-            self.arm_timer(broker, all_sent);
+        if left != 0 {
+            self.hv.due.tell(left);
+        }
+        if core::mem::take(&mut self.rearm) {
+            self.arm_timer(broker);
         }
     }
 
     /// Takes up to [`PASS`] page requests; returns whether there are no more.
     ///
-    /// All are taken before the first is dealt with: a device that is answered may ask again at once, and there is room.
+    /// Each is dealt with before the next is taken, although a device that is answered may ask again at once: the unit's queue
+    /// has room for that, see [`unit::OUTSTANDING`].
     fn take_requests(&mut self, broker: &mut Broker) -> bool {
-        let mut empty = false;
-        while !self.batch.is_full() && !empty {
-            match self.events.next_request() {
-                // There is room: it was looked for.
-                Some(event) => drop(self.batch.push_back(event)),
-                None => empty = true,
-            }
-        }
+        self.events.acknowledge();
         // What is taken together is reported at one time.
         self.now_us = cpu::now_us();
-        while let Some(event) = self.batch.pop_front() {
-            self.take(broker, event);
-        }
-        empty
-    }
-
-    /// Takes up to [`FAULTS`] faults; returns whether there are no more.
-    fn take_faults(&mut self, broker: &mut Broker) -> bool {
-        self.now_us = cpu::now_us();
-        self.faulted = None;
-        for _ in 0..FAULTS {
-            match self.events.next_fault() {
+        for _ in 0..PASS {
+            if let Some(request) = self.events.next_ordinary() {
+                self.admit(broker, request);
+                continue;
+            }
+            match self.events.next_request() {
                 Some(event) => self.take(broker, event),
                 None => return true,
             }
@@ -230,9 +256,27 @@ impl Service {
         false
     }
 
+    /// Takes up to [`FAULTS`] faults; returns whether there are no more.
+    fn take_faults(&mut self, broker: &mut Broker) -> bool {
+        for count in 0..FAULTS {
+            let Some(event) = self.events.next_fault() else { return true };
+            if count == 0 {
+                (self.now_us, self.faulted) = (cpu::now_us(), None);
+            }
+            match event {
+                Event::Fault(fault) => self.fault(fault),
+                event => self.take(broker, event),
+            }
+        }
+        false
+    }
+
+    /// Deals with a report of any kind.
+    #[inline(never)]
     fn take(&mut self, broker: &mut Broker, event: Event) {
         match event {
             Event::PageRequest(request) => self.admit(broker, request),
+            Event::Fault(fault) => self.fault(fault),
             Event::StopMarker { stream, pasid } => {
                 defmt::debug!("{} sends no more requests for {}", stream, pasid)
             }
@@ -241,10 +285,9 @@ impl Service {
                 defmt::warn!("page requests were lost: half-seen groups are discarded");
                 broker.overflowed(self.now_us);
             }
-            Event::Fault(fault) => self.fault(fault),
             Event::FaultsLost => {
                 self.hv.lost.faults.fetch_add(1, Relaxed);
-                if self.log.allows(self.now_us) {
+                if self.log.allows() {
                     defmt::warn!("an unknown number of faults was lost");
                 }
                 self.lose_faults();
@@ -269,22 +312,23 @@ impl Service {
         }
     }
 
+    #[inline]
     fn admit(&mut self, broker: &mut Broker, request: PageRequest) {
         let now_us = self.now_us;
-        self.admitted = true;
-        if self.log.allows(now_us) {
+        self.rearm = true;
+        if self.log.allows() {
             defmt::debug!("page request: {}", request);
         }
         match broker.admit(&request, now_us) {
             Verdict::Forward { queue } => self.kick(queue),
             Verdict::Refuse(response) => {
-                if self.log.allows(now_us) {
+                if self.log.allows() {
                     defmt::debug!("refused at once: {}", response);
                 }
                 self.hv.respond(response);
             }
             Verdict::End(answer) => {
-                if self.log.allows(now_us) {
+                if self.log.allows() {
                     defmt::warn!("a device uses one number for two groups; both get {}", answer.response());
                 }
                 self.hv.answer(answer);
@@ -296,7 +340,7 @@ impl Service {
     /// Lets the unit go on with its commands, and quarantines devices that do not answer it: their owners' home cores block
     /// them. Another pass follows: what is left, and what happened meanwhile, does not interrupt.
     fn recover(&mut self) {
-        self.behind = true;
+        self.hv.due.tell(Due::ALL);
         for _ in 0..FAULTS {
             let Some(failure) = self.hv.commands.with(|commands| commands.recover()) else { return };
             defmt::error!("{}", failure);
@@ -316,7 +360,7 @@ impl Service {
 
     /// Hands a fault to whoever owns the tables that it failed in.
     fn fault(&mut self, fault: FaultRecord) {
-        if self.log.allows(self.now_us) {
+        if self.log.allows() {
             match unit::refused_interrupt(&fault) {
                 Some((why, number)) => {
                     defmt::info!("interrupt {=u16} of {} was refused: {=str}", number, fault.stream, why);
@@ -386,17 +430,15 @@ impl Service {
         for (index, notices) in self.notices.iter_mut().enumerate() {
             if self.hv.owns_a_device(index) {
                 notices.lose();
-                if let Some(kick) = self.kicks.get_mut(index) {
-                    *kick = true;
-                }
+                self.kicks |= 1 << index;
             }
         }
     }
 
     /// Notes that there is news for a home: it is told once, when the pass is over.
     fn kick(&mut self, home: usize) {
-        if let Some(kick) = self.kicks.get_mut(home) {
-            *kick = true;
+        if home < QUEUES {
+            self.kicks |= 1 << home;
         }
     }
 
@@ -408,14 +450,14 @@ impl Service {
                 Expiry::Done => return true,
                 Expiry::Nothing => {}
                 Expiry::Held(answer) => {
-                    if self.log.allows(now_us) {
+                    if self.log.allows() {
                         defmt::debug!("held back until now: {}", answer.response());
                     }
                     self.hv.answer(answer);
                 }
                 Expiry::Expired { answer, late_us, restraint } => {
                     self.hv.latest_expiry_us.fetch_max(late_us, Relaxed);
-                    if self.log.allows(now_us) {
+                    if self.log.allows() {
                         defmt::info!(
                             "nobody answered in time, {=u64} us after the deadline it is: {}",
                             late_us,
@@ -439,10 +481,9 @@ impl Service {
 
     /// Lets the timer come when the next group runs out of time, when the control core wants to be woken, or when answers are
     /// to be tried again. One that comes too early only arms it anew, so it is never put off.
-    fn arm_timer(&mut self, broker: &Broker, all_sent: bool) {
+    fn arm_timer(&mut self, broker: &Broker) {
         let control = self.hv.control_wakes_us.load(Relaxed);
-        let retry = if all_sent { u64::MAX } else { cpu::now_us().saturating_add(RETRY_US) };
-        let next = broker.next_deadline_us().unwrap_or(u64::MAX).min(control).min(retry);
+        let next = broker.next_deadline_us().unwrap_or(u64::MAX).min(control).min(self.retry_us);
         if next < self.timer_us {
             self.timer_us = next;
             // One microsecond at least: an interrupt for the past would come at once, and again.
@@ -463,7 +504,12 @@ impl LogBudget {
         Self { period_start_us: 0, lines: 0, suppressed: 0 }
     }
 
-    fn allows(&mut self, now_us: u64) -> bool {
+    fn allows(&mut self) -> bool {
+        // All are below level error: where defmt builds none of them in, there is nothing to count.
+        if matches!(option_env!("DEFMT_LOG"), Some("error" | "off")) {
+            return false;
+        }
+        let now_us = cpu::now_us();
         if now_us.saturating_sub(self.period_start_us) >= LOG_PERIOD_US {
             if self.suppressed > 0 {
                 defmt::warn!("{=u32} more lines about devices were left out of the log", self.suppressed);

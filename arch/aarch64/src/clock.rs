@@ -11,8 +11,8 @@ use core::sync::atomic::{AtomicU64, Ordering};
 static START: AtomicU64 = AtomicU64::new(0);
 /// Microseconds in a tick, in units of 2^-64; 0 until the frequency is known.
 static US_PER_TICK: AtomicU64 = AtomicU64::new(0);
-/// Ticks in a second.
-static HZ: AtomicU64 = AtomicU64::new(0);
+/// Ticks in a microsecond, in units of 2^-32.
+static TICKS_PER_US: AtomicU64 = AtomicU64::new(0);
 
 /// Returns the microseconds since boot. It never decreases, on all cores together, as the counter does not.
 pub fn now_us() -> u64 {
@@ -27,7 +27,7 @@ pub(crate) fn init(tree_hz: Option<u32>) -> Result<(), Error> {
     if hz <= 1_000_000 {
         return Err(Error::NoClock);
     }
-    HZ.store(hz, Ordering::Relaxed);
+    TICKS_PER_US.store(((u128::from(hz) << 32) / 1_000_000) as u64, Ordering::Relaxed);
     START.store(ticks(), Ordering::Relaxed);
     US_PER_TICK.store(((1_000_000_u128 << 64) / u128::from(hz)) as u64, Ordering::Relaxed);
     Ok(())
@@ -42,7 +42,7 @@ pub fn ticks() -> u64 {
 
 /// Raises this core's EL2 timer in `after_us` microseconds.
 pub(crate) fn arm_timer(after_us: u64) {
-    let after = u128::from(after_us) * u128::from(HZ.load(Ordering::Relaxed)) / 1_000_000;
+    let after = (u128::from(after_us) * u128::from(TICKS_PER_US.load(Ordering::Relaxed))) >> 32;
     CNTHP_CVAL_EL2.set(ticks().saturating_add(u64::try_from(after).unwrap_or(u64::MAX)));
     CNTHP_CTL_EL2.write(CNTHP_CTL_EL2::ENABLE::SET);
     barrier::isb(barrier::SY);

@@ -1,7 +1,7 @@
 //! The cores: which there are, starting them, their interrupt mask, time, locks and the end.
 #![expect(
     unsafe_code,
-    reason = "the interrupt mask, the start of cores and the debugger are the processor's"
+    reason = "what is of one core, the interrupt mask, the start of cores and the debugger are the processor's"
 )]
 
 use crate::{
@@ -12,9 +12,10 @@ use crate::{
 use aarch64_cpu::registers::{DAIF, MPIDR_EL1, Readable, TPIDR_EL2, Writeable};
 use core::{
     arch::asm,
+    cell::UnsafeCell,
     marker::PhantomData,
     ptr,
-    sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+    sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, compiler_fence},
 };
 use spin::mutex::TicketMutex;
 
@@ -249,6 +250,41 @@ impl<T> Locked<T> {
     pub fn with<R>(&self, f: impl FnOnce(&mut T) -> R) -> R {
         let _masked = mask();
         f(&mut self.0.lock())
+    }
+}
+
+/// A value that one core alone uses, so that nobody is waited for and nothing is masked.
+pub struct OfCore<T> {
+    core: usize,
+    in_use: AtomicBool,
+    value: UnsafeCell<T>,
+}
+
+// SAFETY: the value is reached in `with` alone, on one core, by one borrower at a time; and it may be sent to that core.
+unsafe impl<T: Send> Sync for OfCore<T> {}
+
+impl<T> OfCore<T> {
+    /// Sets `value` aside for `core`.
+    pub const fn new(core: usize, value: T) -> Self {
+        Self { core, in_use: AtomicBool::new(false), value: UnsafeCell::new(value) }
+    }
+
+    /// Returns what `f` makes of the value; `None` on other cores, and while the value is in use already: by what this was
+    /// called from, or by what was interrupted.
+    pub fn with<R>(&self, f: impl FnOnce(&mut T) -> R) -> Option<R> {
+        // Of the other cores none gets further. On this one an interrupt that comes between the look and the mark has ended,
+        // and its use with it, before the mark is made.
+        if core() != self.core || self.in_use.load(Ordering::Relaxed) {
+            return None;
+        }
+        self.in_use.store(true, Ordering::Relaxed);
+        // ORDER: for an interrupt on this core, which sees what was done as the program has it, if the compiler does not mix it.
+        compiler_fence(Ordering::SeqCst);
+        // SAFETY: this core is the only one that comes here, and no reference was made that has not ended: `in_use`.
+        let result = f(unsafe { &mut *self.value.get() });
+        compiler_fence(Ordering::SeqCst);
+        self.in_use.store(false, Ordering::Relaxed);
+        Some(result)
     }
 }
 

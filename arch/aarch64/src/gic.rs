@@ -76,6 +76,8 @@ const ACK_LIMIT_US: u64 = 100_000;
 /// The first number that is no interrupt, but says why there is none.
 const NONE: u32 = 1020;
 const NONE_END: u32 = 1024;
+/// Numbers of interrupts that are no messages, extended ranges aside.
+pub(crate) const NUMBERS: usize = NONE as usize;
 /// The first number of an interrupt that is a message (LPI), and how many there are: as many as fit 14 bits.
 pub(crate) const FIRST_LPI: u32 = 8192;
 pub(crate) const LPIS: usize = 8192;
@@ -84,6 +86,8 @@ const LPI_BITS: u32 = 14;
 /// Where the distributor is, and each core's redistributor; set by [`init`].
 static DISTRIBUTOR: AtomicUsize = AtomicUsize::new(0);
 static REDISTRIBUTORS: [AtomicUsize; CORES] = [const { AtomicUsize::new(0) }; CORES];
+/// What names each core in `ICC_SGI1R_EL1`; 0 for one that there is not.
+static TARGETS: [AtomicU64; CORES] = [const { AtomicU64::new(0) }; CORES];
 /// Where the configuration of LPIs is, and which of them wait for each core; 0 while there are none.
 static LPI_TABLES: [[AtomicU64; 2]; CORES] = [const { [const { AtomicU64::new(0) }; 2] }; CORES];
 
@@ -138,6 +142,7 @@ pub(crate) fn init(gic: &Controller) -> Result<(), Error> {
             wait_clear("GICR_CTLR.RWP", base, CONTROL, REDISTRIBUTOR_WRITE_PENDING)?;
         }
         place.store(base, Ordering::Relaxed);
+        TARGETS[core].store(target(affinity(core)), Ordering::Relaxed);
     }
     let base = gic.distributor.start as usize;
     DISTRIBUTOR.store(base, Ordering::Relaxed);
@@ -276,16 +281,23 @@ pub(crate) fn is_shared(number: u32) -> bool {
     (32..NONE.min((words + 1) * 32)).contains(&number)
 }
 
-/// Sends SGI `number` to `core`. What this core stored before is visible to the other when it takes it.
-pub(crate) fn send(core: usize, number: u32) {
-    let affinity = affinity(core);
+/// Returns what names the core with `affinity` in `ICC_SGI1R_EL1`.
+fn target(affinity: u64) -> u64 {
     let (aff0, aff1, aff2, aff3) =
         (affinity & 0xFF, affinity >> 8 & 0xFF, affinity >> 16 & 0xFF, affinity >> 32 & 0xFF);
     // The target list names 16 cores, from 16 times `RS`.
-    let target = 1 << (aff0 % 16) | (aff0 / 16) << 44;
+    1 << (aff0 % 16) | (aff0 / 16) << 44 | aff1 << 16 | aff2 << 32 | aff3 << 48
+}
+
+/// Sends SGI `number` to `core`. What this core stored before is visible to the other when it takes it.
+///
+/// PANICS: when there is no such core.
+pub(crate) fn send(core: usize, number: u32) {
+    let target = TARGETS[core].load(Ordering::Relaxed);
+    assert!(target != 0, "no such core");
     // ORDER: a write to a system register waits for no store.
     barrier::dsb(barrier::ISHST);
-    ICC_SGI1R_EL1.set(target | aff1 << 16 | u64::from(number & 0xF) << 24 | aff2 << 32 | aff3 << 48);
+    ICC_SGI1R_EL1.set(target | u64::from(number & 0xF) << 24);
     barrier::isb(barrier::SY);
 }
 

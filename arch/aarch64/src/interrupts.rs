@@ -50,6 +50,25 @@ static HANDLERS: [Once<fn()>; Source::ALL.len()] = [const { Once::new() }; Sourc
 /// Numbers of the interrupts that each core has for itself: its EL2 timer, and the upkeep of list registers.
 static TIMER: AtomicU32 = AtomicU32::new(0);
 static MAINTENANCE: AtomicU32 = AtomicU32::new(0);
+/// What each interrupt that is no message is for, by its number: a source plus one, or one of the two below; 0 if nobody
+/// expects it.
+static MEANINGS: [AtomicU8; gic::NUMBERS] = {
+    let mut meanings = [const { AtomicU8::new(0) }; gic::NUMBERS];
+    let mut at = 0;
+    while at < Source::ALL.len() {
+        meanings[Source::ALL[at].between_cores() as usize] = AtomicU8::new(meaning(Source::ALL[at]));
+        at += 1;
+    }
+    meanings
+};
+/// The line of this core's timer is up.
+const TIME_IS_OVER: u8 = 0xFE;
+/// It ended the run of a guest, and that is all it is for.
+const UPKEEP: u8 = 0xFF;
+
+const fn meaning(source: Source) -> u8 {
+    source as u8 + 1
+}
 /// The shared interrupts of devices.
 static CONNECTED: Once<Vec<(Source, Wire), WIRES>> = Once::new();
 /// For which source each message of a device is (LPI), plus one; 0 if it is for none.
@@ -69,8 +88,12 @@ pub fn on(source: Source, handler: fn()) {
 /// Finds the interrupt controller, and the interrupts that each core has for itself. Runs once, on the first core.
 pub(crate) fn init(boot: &Boot) -> Result<(), Error> {
     let controller = boot.tree().interrupt_controller()?;
-    TIMER.store(boot.tree().timer()?, Ordering::Relaxed);
+    let timer = boot.tree().timer()?;
+    TIMER.store(timer, Ordering::Relaxed);
     MAINTENANCE.store(controller.maintenance, Ordering::Relaxed);
+    for (number, meaning) in [(timer, TIME_IS_OVER), (controller.maintenance, UPKEEP)] {
+        set_meaning(number, meaning);
+    }
     gic::init(&controller)
 }
 
@@ -87,7 +110,17 @@ pub fn init_core() {
 
 /// Names the wires of a device that interrupt for a source. The first call counts: there is one such device.
 pub(crate) fn connect(wires: &[(Source, Wire)]) {
-    CONNECTED.call_once(|| wires.iter().copied().take(WIRES).collect());
+    let connected: &Vec<_, WIRES> = CONNECTED.call_once(|| wires.iter().copied().take(WIRES).collect());
+    for &(source, wire) in connected {
+        set_meaning(wire.number, meaning(source));
+    }
+}
+
+/// Says what interrupt `number` is for. The numbers are those that the device tree gives, of interrupts that there are.
+fn set_meaning(number: u32, meaning: u8) {
+    if let Some(place) = MEANINGS.get(number as usize) {
+        place.store(meaning, Ordering::Relaxed);
+    }
 }
 
 /// Leads the wires that interrupt for `source` to `core`.
@@ -102,14 +135,16 @@ pub(crate) fn route(source: Source, core: usize) {
 
 /// Lets the device's message `number` (LPI), counted from 0, be for `source`.
 pub(crate) fn set_message(number: usize, source: Source) {
-    MESSAGES[number].store(source as u8 + 1, Ordering::Relaxed);
+    MESSAGES[number].store(meaning(source), Ordering::Relaxed);
 }
 
-/// Returns the source that interrupt `number` is a message for.
-fn message_for(number: u32) -> Option<Source> {
-    let message = MESSAGES.get(number.checked_sub(gic::FIRST_LPI)? as usize)?;
-    let source = message.load(Ordering::Relaxed).checked_sub(1)?;
-    Source::ALL.get(usize::from(source)).copied()
+/// Returns what interrupt `number` is for.
+fn meaning_of(number: u32) -> u8 {
+    let place = match number.checked_sub(gic::FIRST_LPI) {
+        None => MEANINGS.get(number as usize),
+        Some(message) => MESSAGES.get(message as usize),
+    };
+    place.map_or(0, |meaning| meaning.load(Ordering::Relaxed))
 }
 
 /// Interrupts `core`, which may be this one, for `source`. Several kicks may arrive as one.
@@ -118,7 +153,6 @@ fn message_for(number: u32) -> Option<Source> {
 ///
 /// PANICS: when there is no such core.
 pub fn kick(core: usize, source: Source) {
-    assert!(core < cpu::cores_present(), "no such core");
     gic::send(core, source.between_cores());
 }
 
@@ -235,21 +269,15 @@ vectors:
 
 extern "C" fn dispatch() {
     let Some(number) = gic::take() else { return };
-    let timer = number == TIMER.load(Ordering::Relaxed);
-    if timer {
+    let mut what = meaning_of(number);
+    if what == TIME_IS_OVER {
         // The line stays up for as long as the time is over: once is enough.
         disarm_timer();
+        what = meaning(Source::Timer);
     }
-    let wire = || CONNECTED.get()?.iter().find(|(_, wire)| wire.number == number);
-    let source = match Source::ALL.into_iter().find(|source| source.between_cores() == number) {
-        Some(source) => Some(source),
-        None if timer => Some(Source::Timer),
-        None => wire().map(|(source, _)| *source).or_else(|| message_for(number)),
-    };
-    match source.and_then(|source| HANDLERS[source as usize].get()) {
+    match HANDLERS.get(usize::from(what).wrapping_sub(1)).and_then(Once::get) {
         Some(handler) => handler(),
-        // It ended the run of a guest, and that is all it is for.
-        None if number == MAINTENANCE.load(Ordering::Relaxed) => {}
+        None if what == UPKEEP => {}
         None => unexpected(number),
     }
     gic::end(number);

@@ -194,11 +194,16 @@ const CONTEXT_FRAMES: usize = CONTEXT_DEVICES * (smmuv3::DEVICE_TABLES + 1);
 const COMMAND_FRAMES: usize = 1;
 /// Frames of the event queue: 128 entries.
 const EVENT_FRAMES: usize = 1;
-/// Frames of the page request queue: 256 entries.
+/// Frames of the page request queue, and its entries.
 const REQUEST_FRAMES: usize = 1;
+const REQUEST_ENTRIES: usize = REQUEST_FRAMES * 256;
 
 /// Page requests that all devices together may have outstanding, stop markers included.
+///
+/// The queue holds twice as many: while those are dealt with that came together, each may be answered and asked for anew,
+/// and their places are given back after the last.
 pub const OUTSTANDING: usize = 127;
+const _: () = assert!(2 * OUTSTANDING <= REQUEST_ENTRIES, "the queue has a place for each");
 
 /// The wires that are used, for what, and whether a unit must have them.
 const WIRES: [(&str, Source, bool); 3] = [

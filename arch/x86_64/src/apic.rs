@@ -1,10 +1,7 @@
 //! The local APIC of this core: x2APIC, or xAPIC where that is missing. Registers have the x2APIC's numbers.
 #![expect(unsafe_code, reason = "the local APIC is reached through MSRs, or through memory")]
 
-use crate::{
-    clock::now_us,
-    cpu::{CORES, core, cpuid},
-};
+use crate::{clock::now_us, cpu::cpuid};
 use core::{
     arch::asm,
     ptr,
@@ -55,16 +52,27 @@ const DIVIDE_BY_16: u64 = 0b0011;
 /// Ticks of the timer in a second, once a core has measured them.
 static TIMER_HZ: Once<u64> = Once::new();
 
-/// Whether a core's registers are MSRs by now.
-static IS_X2APIC: [AtomicBool; CORES] = [const { AtomicBool::new(false) }; CORES];
+/// Whether the registers of the cores that were enabled are MSRs: all cores are of one kind.
+static IS_X2APIC: AtomicBool = AtomicBool::new(false);
 
 /// Returns whether this core is in x2APIC mode. Comes after `enable`.
 pub(crate) fn is_x2apic() -> bool {
-    IS_X2APIC[core()].load(Ordering::Relaxed)
+    IS_X2APIC.load(Ordering::Relaxed)
 }
 
+/// Reads a register. Comes after `enable`.
 fn read(register: u32) -> u64 {
-    if is_x2apic() {
+    read_as(is_x2apic(), register)
+}
+
+/// Writes a register. Comes after `enable`.
+fn write(register: u32, value: u64) {
+    write_as(is_x2apic(), register, value);
+}
+
+/// Reads a register of this core, which is in x2APIC mode or not.
+fn read_as(is_x2apic: bool, register: u32) -> u64 {
+    if is_x2apic {
         // SAFETY: this core is in x2APIC mode, and the numbers above are registers that can be read.
         unsafe { Msr::new(0x800 + register).read() }
     } else {
@@ -73,8 +81,9 @@ fn read(register: u32) -> u64 {
     }
 }
 
-fn write(register: u32, value: u64) {
-    if is_x2apic() {
+/// Writes a register of this core, which is in x2APIC mode or not.
+fn write_as(is_x2apic: bool, register: u32, value: u64) {
+    if is_x2apic {
         let mut register = Msr::new(0x800 + register);
         // SAFETY: this core is in x2APIC mode; what the registers can do to memory safety is to deliver an interrupt, whose
         // handlers are safe at any time.
@@ -94,8 +103,9 @@ pub(crate) fn id() -> u32 {
     if cpuid(0, 0).eax >= 0xB && cpuid(0xB, 0).ebx != 0 { cpuid(0xB, 0).edx } else { cpuid(1, 0).ebx >> 24 }
 }
 
-/// Opens this core's local APIC for `spurious` and messages, and closes everything else that interrupts.
-pub(crate) fn enable(spurious: u8) {
+/// Opens this core's local APIC for `spurious`, for `timer` once that is armed, and for messages, and closes everything
+/// else that interrupts.
+pub(crate) fn enable(spurious: u8, timer: u8) {
     mask_pics();
     let mut base = Msr::new(APIC_BASE);
     // SAFETY: every core with an APIC has this register.
@@ -103,19 +113,23 @@ pub(crate) fn enable(spurious: u8) {
     let value = found & !APIC_BASE_ADDRESS | BASE | APIC_BASE_ENABLE;
     // SAFETY: the registers are where the page tables expect devices; the manual's other bits are kept.
     unsafe { base.write(value) };
-    IS_X2APIC[core()].store(found & APIC_BASE_X2APIC != 0, Ordering::Relaxed);
-    write(TIMER_DIVIDE, DIVIDE_BY_16);
+    let left_on = found & APIC_BASE_X2APIC != 0;
+    write_as(left_on, TIMER_DIVIDE, DIVIDE_BY_16);
     // Before x2APIC where that is possible: QEMU with -icount gives up when the counter is read through RDMSR.
-    TIMER_HZ.call_once(measure_timer);
-    if cpuid(1, 0).ecx & CPUID_X2APIC != 0 {
+    TIMER_HZ.call_once(|| measure_timer(left_on));
+    let is_x2apic = cpuid(1, 0).ecx & CPUID_X2APIC != 0;
+    if is_x2apic {
         // SAFETY: CPUID says that the mode exists, and the APIC was enabled before, as the manual asks.
         unsafe { base.write(value | APIC_BASE_X2APIC) };
-        IS_X2APIC[core()].store(true, Ordering::Relaxed);
     }
+    IS_X2APIC.store(is_x2apic, Ordering::Relaxed);
     // Firmware may have left the 8259s wired through here.
-    for register in [LVT_TIMER, LVT_LINT0, LVT_ERROR] {
+    for register in [LVT_LINT0, LVT_ERROR] {
         write(register, read(register) | MASKED);
     }
+    // It counts once, from where it is armed; zero is not at all.
+    write(TIMER_INITIAL, 0);
+    write(LVT_TIMER, u64::from(timer));
     write(TASK_PRIORITY, 0);
     write(SPURIOUS, SOFTWARE_ENABLE | u64::from(spurious));
 }
@@ -130,8 +144,11 @@ fn mask_pics() {
 }
 
 /// Counts the timer, masked, against the clock.
-fn measure_timer() -> u64 {
+fn measure_timer(is_x2apic: bool) -> u64 {
     const WINDOW_US: u64 = 500;
+    let read = |register| read_as(is_x2apic, register);
+    let write = |register, value| write_as(is_x2apic, register, value);
+    write(LVT_TIMER, MASKED);
     write(TIMER_INITIAL, u64::from(u32::MAX));
     let (start_us, start_count) = (now_us(), read(TIMER_CURRENT));
     while now_us() - start_us < WINDOW_US {
@@ -142,12 +159,11 @@ fn measure_timer() -> u64 {
     (start_count - end_count) * 1_000_000 / (end_us - start_us)
 }
 
-/// Interrupts this core with `vector` in `after_us` microseconds, once.
-pub(crate) fn arm_timer(vector: u8, after_us: u64) {
+/// Lets the timer of this core interrupt in `after_us` microseconds, once.
+pub(crate) fn arm_timer(after_us: u64) {
     // Without `enable` there is no frequency; then the shortest time is as wrong as any other.
     let hz = TIMER_HZ.get().copied().unwrap_or(0);
     let count = (after_us.saturating_mul(hz) / 1_000_000).clamp(1, u64::from(u32::MAX));
-    write(LVT_TIMER, u64::from(vector));
     write(TIMER_INITIAL, count);
 }
 

@@ -66,7 +66,7 @@ pub fn on(source: Source, handler: fn()) {
 /// Lets this core be interrupted, once it unmasks. Comes before everything else in this module, and before
 /// [`cpu::start`], on each core.
 pub fn init_core() {
-    apic::enable(SPURIOUS);
+    apic::enable(SPURIOUS, Source::Timer.vector());
 }
 
 /// Returns the message by which the IOMMU, or a device without interrupt remapping, interrupts `core` for `source`: fixed
@@ -94,15 +94,16 @@ pub fn kick(core: usize, source: Source) {
 }
 
 fn destination(core: usize) -> u32 {
-    assert!(core < cpu::cores_present(), "no such core");
-    entry::apic_id(core)
+    let id = entry::apic_id(core);
+    assert!(id != u32::MAX, "no such core");
+    id
 }
 
 /// Interrupts this core for [`Source::Timer`] in `after_us` microseconds, once, in place of what was armed before.
 ///
 /// The counter has 32 bits (a minute and more on QEMU, some seconds at least elsewhere): a longer time ends early.
 pub fn arm_timer(after_us: u64) {
-    apic::arm_timer(Source::Timer.vector(), after_us);
+    apic::arm_timer(after_us);
 }
 
 /// Takes back what [`arm_timer`] armed on this core. An interrupt that is already on its way still comes.
@@ -115,12 +116,45 @@ pub fn non_maskable() -> u32 {
     NMIS.load(Ordering::Relaxed)
 }
 
-// One stub for each vector, 16 bytes apart. The processor pushes an error code for some exceptions alone; all else gets
-// a 0, so that all look alike to `dispatch`. Nor does it push one for an interrupt that has an exception's vector: the
-// stack was aligned to 16 bytes before its five or six words, so bit 3 tells them apart.
+// One stub for each source, 64 bytes apart, and one for each vector, 16 bytes apart. What the calling convention lets a
+// function change is kept, and nothing else: the image has no floating point.
+//
+// An interrupt of a source has nothing to tell but which it is. For the other vectors the processor pushes an error code
+// for some exceptions alone; all else gets a 0, so that all look alike to `dispatch`. Nor does it push one for an interrupt
+// that has an exception's vector: the stack was aligned to 16 bytes before its five or six words, so bit 3 tells them apart.
 global_asm!(
     r#"
 .section .text.interrupts, "ax", @progbits
+.global source_stubs
+source_stubs:
+    .set source, 0
+    .rept {sources}
+    .p2align 6
+    push rax
+    push rcx
+    push rdx
+    push rsi
+    push rdi
+    push r8
+    push r9
+    push r10
+    push r11
+    cld
+    mov edi, source
+    call {serve}                    # the stack is aligned: 5 + 9 words under an aligned one
+    pop r11
+    pop r10
+    pop r9
+    pop r8
+    pop rdi
+    pop rsi
+    pop rdx
+    pop rcx
+    pop rax
+    iretq
+    .set source, source + 1
+    .endr
+
 .p2align 4
 .global interrupt_stubs
 interrupt_stubs:
@@ -163,6 +197,8 @@ interrupt_entry:
     add rsp, 16
     iretq
 "#,
+    sources = const Source::ALL.len(),
+    serve = sym serve,
     dispatch = sym dispatch,
 );
 
@@ -185,12 +221,17 @@ pub(crate) fn load() {
     static IDT: Once<Idt> = Once::new();
     unsafe extern "C" {
         safe static interrupt_stubs: [[u8; 16]; 256];
+        safe static source_stubs: [[u8; 64]; Source::ALL.len()];
     }
     let idt = IDT.call_once(|| {
         let mut table = [const { idt::Entry::missing() }; 256];
         for (entry, stub) in table.iter_mut().zip(&interrupt_stubs) {
             // SAFETY: the stub keeps all registers and returns with IRETQ, as a handler must.
             unsafe { entry.set_handler_addr(VirtAddr::from_ptr(stub)) };
+        }
+        for (source, stub) in Source::ALL.into_iter().zip(&source_stubs) {
+            // SAFETY: as above.
+            unsafe { table[usize::from(source.vector())].set_handler_addr(VirtAddr::from_ptr(stub)) };
         }
         for (vector, stack) in [(2, NMI_STACK), (8, DOUBLE_FAULT_STACK)] {
             let address = table[vector].handler_addr();
@@ -207,6 +248,16 @@ pub(crate) fn load() {
     unsafe { lidt(&pointer) };
 }
 
+/// Handles an interrupt of the source with this number.
+extern "sysv64" fn serve(source: usize) {
+    match HANDLERS.get(source).and_then(Once::get) {
+        Some(handler) => handler(),
+        None => unexpected(Source::ALL[source % Source::ALL.len()].vector()),
+    }
+    apic::end_of_interrupt();
+}
+
+/// Handles everything that is not of a source.
 extern "sysv64" fn dispatch(frame: &Frame) {
     let vector = frame.vector as u8;
     match vector {
@@ -216,11 +267,7 @@ extern "sysv64" fn dispatch(frame: &Frame) {
         0..=31 if !is_interrupt(frame) => exception(frame),
         SPURIOUS => {}
         _ => {
-            let source = Source::ALL.into_iter().find(|source| source.vector() == vector);
-            match source.and_then(|source| HANDLERS[source as usize].get()) {
-                Some(handler) => handler(),
-                None => unexpected(vector),
-            }
+            unexpected(vector);
             apic::end_of_interrupt();
         }
     }

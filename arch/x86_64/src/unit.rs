@@ -182,11 +182,16 @@ const TABLE_FRAMES: usize = 24;
 const COMMAND_FRAMES: usize = 2;
 /// Frames of the interrupt remapping table: 256 entries.
 const INTERRUPT_FRAMES: usize = 1;
-/// Frames of the page request queue: 128 entries, of which 127 can be outstanding.
-const REQUEST_FRAMES: usize = 1;
+/// Frames of the page request queue, and its entries.
+const REQUEST_FRAMES: usize = 2;
+const REQUEST_ENTRIES: usize = REQUEST_FRAMES * 128;
 
 /// Page requests that all devices together may have outstanding, stop markers included.
+///
+/// The queue holds twice as many: while those are dealt with that came together, each may be answered and asked for anew,
+/// and their places are given back after the last.
 pub const OUTSTANDING: usize = 127;
+const _: () = assert!(2 * OUTSTANDING < REQUEST_ENTRIES, "one place of a full queue stays empty");
 
 /// Finds the unit that firmware describes.
 pub fn find(boot: &Boot) -> Result<Found, Error> {

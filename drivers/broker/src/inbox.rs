@@ -70,6 +70,12 @@ impl<'l, const Q: usize, const S: usize, const D: usize, const A: usize> Inbox<'
         Taken::Gone
     }
 
+    /// Returns whether there is nothing to look at.
+    #[inline]
+    pub fn is_empty(&self) -> bool {
+        self.left.is_none() && !self.slots.ready()
+    }
+
     /// Returns how many groups were answered before they came here.
     pub fn unseen(&self) -> u64 {
         self.unseen

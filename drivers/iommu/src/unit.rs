@@ -5,7 +5,9 @@
 //! says which [`Invalidation`]s make it visible; submitting them yields a [`Ticket`]; what the change took out of use
 //! may be used again once the ticket has completed, and not before.
 
-use crate::{Event, FaultRecord, Gpa, Iova, PAGE_SIZE, PageResponse, Pasid, Root, StreamId, Trust};
+use crate::{
+    Event, FaultRecord, Gpa, Iova, PAGE_SIZE, PageRequest, PageResponse, Pasid, Root, StreamId, Trust,
+};
 use core::fmt;
 use heapless::Vec;
 
@@ -18,8 +20,18 @@ pub trait Events {
     fn look_for_errors(&mut self) {}
     /// Takes the oldest page request, or the news that some were lost; `None` when the queue is empty.
     ///
+    /// The places of those that were found together are given back with the last of them. Who lets a request be answered
+    /// before that has a queue for twice as many as may be outstanding: a device that is answered may ask again at once.
+    ///
     /// Takes a bounded number of register accesses; never waits. So does `next_fault`.
     fn next_request(&mut self) -> Option<Event>;
+    /// Takes the oldest page request if it is an ordinary one; after `None` [`next_request`](Self::next_request) is to be
+    /// asked, which knows of everything.
+    ///
+    /// It is there because a request costs much on its way through an [`Event`].
+    fn next_ordinary(&mut self) -> Option<PageRequest> {
+        None
+    }
     /// Takes the next fault, or the news that some were lost or that commands failed; `None` when there is no more.
     fn next_fault(&mut self) -> Option<Event>;
     /// Takes the next report, requests first: devices wait for those.
@@ -38,11 +50,21 @@ pub trait Events {
 pub trait Commands {
     /// Queues `invalidations` and one completion mark, and rings the doorbell once.
     fn submit(&mut self, invalidations: &[Invalidation]) -> Result<Ticket, Error>;
-    /// Queues the answer to a group of page requests and rings the doorbell.
+    /// Queues the answer to a group of page requests. The unit is told by [`ring`](Self::ring), which is to follow before the
+    /// lock is given back: once for all answers that were queued.
     ///
     /// Room for answers is reserved: it fails only if more are sent than the unit was promised at bring-up, or the
     /// unit has stopped. Then the response comes back, because the device still waits for it.
-    fn respond(&mut self, response: PageResponse) -> Result<(), (PageResponse, Error)>;
+    fn queue_response(&mut self, response: PageResponse) -> Result<(), (PageResponse, Error)>;
+    /// Rings the doorbell for the answers that were queued since the unit was told last; for none it does nothing.
+    fn ring(&mut self);
+    /// Queues the answer to a group of page requests and rings the doorbell. It fails as
+    /// [`queue_response`](Self::queue_response) does.
+    fn respond(&mut self, response: PageResponse) -> Result<(), (PageResponse, Error)> {
+        self.queue_response(response)?;
+        self.ring();
+        Ok(())
+    }
     /// Tells what became of `ticket`.
     fn poll(&mut self, ticket: Ticket) -> Completion;
     /// Takes the queue one step out of an error, and returns what had stopped it; `None` when nothing does.

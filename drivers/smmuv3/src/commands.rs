@@ -638,7 +638,7 @@ impl<B: Bus> Commands<B> {
             return None;
         }
         let sync = self.queue.end(self.queue.produced() + 2);
-        let end = self.queue.append(&self.bus, [command, sync]);
+        let end = self.queue.push_row(&self.bus, [command, sync]);
         // There is room.
         let _ = self.underway.push_back(Underway::new(end, 2, false));
         Some(Ticket(end))
@@ -791,7 +791,7 @@ impl<B: Bus> iommu::Commands for Commands<B> {
         }
     }
 
-    fn respond(&mut self, response: PageResponse) -> Result<(), (PageResponse, Error)> {
+    fn queue_response(&mut self, response: PageResponse) -> Result<(), (PageResponse, Error)> {
         let Abilities { page_requests, stalls, .. } = self.abilities;
         let command = match stalls::waiting(&response, &self.stalling) {
             Some(stalled) if stalls => Command::resume(&stalled),
@@ -801,7 +801,11 @@ impl<B: Bus> iommu::Commands for Commands<B> {
         if self.stopped {
             return Err((response, Error::Failed { ticket: Ticket(self.queue.produced()) }));
         }
-        self.queue.push(&self.bus, &[command], 0).map(drop).map_err(|error| (response, error))
+        self.queue.append(&self.bus, &[command], 0).map(drop).map_err(|error| (response, error))
+    }
+
+    fn ring(&mut self) {
+        self.queue.ring(&self.bus);
     }
 
     #[inline(always)]

@@ -35,26 +35,40 @@ impl RequestEntry {
     /// A last request that asks for neither read nor write is a stop marker if it has a PASID; without one it is an
     /// ordinary request that happens to ask for nothing, and wants an answer.
     pub fn decode(&self) -> Event {
-        let stream = StreamId(self.get(Self::STREAM) as u32);
-        let pasid =
-            self.is_set(Self::SUBSTREAM_VALID).then(|| Pasid::from_low_bits(self.get(Self::SUBSTREAM)));
+        match self.ordinary() {
+            Some(request) => Event::PageRequest(request),
+            None => Event::StopMarker { stream: self.stream(), pasid: self.tag().pasid },
+        }
+    }
+
+    /// Returns the request that the entry is, if it is one that wants an answer.
+    #[inline]
+    fn ordinary(&self) -> Option<PageRequest> {
         let perms = Perms {
             read: self.is_set(Self::READ),
             write: self.is_set(Self::WRITE),
             execute: self.is_set(Self::EXECUTE),
             privileged: self.is_set(Self::PRIVILEGED),
         };
-        let last = self.is_set(Self::LAST);
-        if last && !perms.read && !perms.write && pasid.is_some() {
-            return Event::StopMarker { stream, pasid };
-        }
-        Event::PageRequest(PageRequest {
-            stream,
-            tag: GroupTag { pasid, index: self.get(Self::GROUP) as u16 },
+        let (tag, last) = (self.tag(), self.is_set(Self::LAST));
+        let is_marker = last && !perms.read && !perms.write && tag.pasid.is_some();
+        (!is_marker).then(|| PageRequest {
+            stream: self.stream(),
+            tag,
             iova: Iova(self.address(Self::ADDRESS)),
             perms,
             last,
         })
+    }
+
+    fn stream(&self) -> StreamId {
+        StreamId(self.get(Self::STREAM) as u32)
+    }
+
+    fn tag(&self) -> GroupTag {
+        let pasid =
+            self.is_set(Self::SUBSTREAM_VALID).then(|| Pasid::from_low_bits(self.get(Self::SUBSTREAM)));
+        GroupTag { pasid, index: self.get(Self::GROUP) as u16 }
     }
 }
 
@@ -406,19 +420,18 @@ impl<B: Bus> Events<B> {
     }
 
     /// Takes the oldest event.
+    #[inline]
     fn next_record(&mut self) -> Option<Event> {
         let record = EventRecord(self.events.pop(&self.bus)?);
         let stalled = record.stalled(&self.stalling).map(Event::PageRequest);
         Some(stalled.unwrap_or_else(|| Event::Fault(record.decode())))
     }
 
-    /// Takes the oldest page request, or the news that some were lost.
-    fn next_of_requests(&mut self) -> Option<Event> {
+    /// Takes the news that page requests were lost, if they were, for when the queue was just found empty.
+    #[inline(never)]
+    fn lost_requests(&mut self) -> Option<Event> {
         const LOST: u32 = GERROR::PRIQ_ABT_ERR::SET.value;
         let requests = self.requests.as_mut()?;
-        if let Some(entry) = requests.pop(&self.bus) {
-            return Some(RequestEntry(entry).decode());
-        }
         if requests.take_overflow(&self.bus) {
             return Some(Event::RequestsLost);
         }
@@ -426,7 +439,7 @@ impl<B: Bus> Events<B> {
             return None;
         }
         // Nothing is queued while the error is active, so a queue that is empty now stays so until it is acknowledged.
-        if let Some(entry) = self.requests.as_mut().and_then(|requests| requests.pop(&self.bus)) {
+        if let Some(entry) = requests.pop(&self.bus) {
             return Some(RequestEntry(entry).decode());
         }
         self.lost |= LOST;
@@ -437,7 +450,11 @@ impl<B: Bus> Events<B> {
 impl<B: Bus> iommu::Events for Events<B> {
     /// Acknowledges nothing: a queue pulses when an entry comes after CONS said that it is empty, and PROD is read after
     /// that.
-    fn acknowledge(&mut self) {}
+    fn acknowledge(&mut self) {
+        if let Some(requests) = &mut self.requests {
+            requests.begin();
+        }
+    }
 
     fn look_for_errors(&mut self) {
         let now = regs::GERROR.read(&self.bus).get();
@@ -453,9 +470,20 @@ impl<B: Bus> iommu::Events for Events<B> {
         (self.active, self.lost, self.told) = (active, lost, 0);
     }
 
+    #[inline]
+    fn next_ordinary(&mut self) -> Option<PageRequest> {
+        let requests = self.requests.as_mut()?;
+        let request = RequestEntry(requests.peek(&self.bus)?).ordinary()?;
+        requests.take(&self.bus);
+        Some(request)
+    }
+
     fn next_request(&mut self) -> Option<Event> {
-        let request = self.next_of_requests();
-        if request.is_some() || self.stalling.is_empty() { request } else { self.next_record() }
+        if let Some(entry) = self.requests.as_mut().and_then(|requests| requests.pop(&self.bus)) {
+            return Some(RequestEntry(entry).decode());
+        }
+        let lost = self.lost_requests();
+        if lost.is_some() || self.stalling.is_empty() { lost } else { self.next_record() }
     }
 
     fn next_fault(&mut self) -> Option<Event> {

@@ -7,7 +7,8 @@ use crate::{
     commands::Command,
     regs::{self, INDEX, QueueRegisters},
 };
-use iommu::{Bus, DmaBuf, Error};
+use core::ops::Range;
+use iommu::{Bus, DmaBuf, Error, PhysAddr};
 
 /// 64-bit words of a command, of an event record, and of a page request.
 pub(crate) const COMMAND_WORDS: usize = 2;
@@ -28,6 +29,8 @@ pub(crate) struct CommandQueue {
     produced: u64,
     /// As far as CONS is known to have come; the unit can only be further.
     consumed: u64,
+    /// As many commands as the unit was told of.
+    rung: u64,
     /// Where messages are written, if the unit sends any: the low half of a word. The upper half is nobody's, as there are
     /// parts that write 8 bytes.
     word: Option<DmaBuf>,
@@ -47,7 +50,7 @@ impl CommandQueue {
             word.store(0, 0);
             bus.publish(word.range(0, 1));
         }
-        Self { ring, produced: 0, consumed: 0, word, wakes, told: 0, quiet_since_us: None }
+        Self { ring, produced: 0, consumed: 0, rung: 0, word, wakes, told: 0, quiet_since_us: None }
     }
 
     #[inline]
@@ -163,14 +166,27 @@ impl CommandQueue {
     /// Puts `command` in the place of the one before which `at` others were queued. The unit has stopped there.
     pub(crate) fn replace<B: Bus>(&mut self, bus: &B, at: u64, command: Command) {
         if let Some(place) = self.place(at) {
-            self.write(bus, place / COMMAND_WORDS, &[command]);
+            let stored = self.store(place / COMMAND_WORDS, &[command]);
+            bus.publish(stored);
         }
     }
 
-    /// Appends `commands` and rings the doorbell once, if `reserve` entries remain free after them.
+    /// Appends `commands` and rings the doorbell once; see [`append`](Self::append).
+    pub(crate) fn push<B: Bus>(
+        &mut self,
+        bus: &B,
+        commands: &[Command],
+        reserve: usize,
+    ) -> Result<u64, Error> {
+        let end = self.append(bus, commands, reserve)?;
+        self.ring(bus);
+        Ok(end)
+    }
+
+    /// Appends `commands`, if `reserve` entries remain free after them; [`ring`](Self::ring) tells the unit.
     ///
     /// Returns how many commands have been queued since bring-up.
-    pub(crate) fn push<B: Bus>(
+    pub(crate) fn append<B: Bus>(
         &mut self,
         bus: &B,
         commands: &[Command],
@@ -186,58 +202,75 @@ impl CommandQueue {
             let free = (free as usize).saturating_sub(reserve);
             return Err(Error::QueueFull { needed: commands.len(), free });
         }
-        // Published together: up to the end of the ring, and from its start what is left.
-        let up_to_end = commands.len().min(self.up_to_end());
+        let up_to_end = commands.len().min(self.up_to_end(self.produced));
         let (first, rest) = commands.split_at(up_to_end);
-        self.write(bus, self.next(), first);
+        self.store(self.index(self.produced), first);
         if !rest.is_empty() {
-            self.write(bus, 0, rest);
+            self.store(0, rest);
         }
-        Ok(self.advance(bus, commands.len()))
+        self.produced += commands.len() as u64;
+        Ok(self.produced)
     }
 
-    /// Returns whether `count` more commands can be pushed as far as is known, side by side, while `reserve` entries remain free.
+    /// Returns whether `count` more commands can be pushed as far as is known, side by side, while `reserve` entries remain free;
+    /// and the unit knows of all before.
     #[inline]
     pub(crate) fn has_room_in_row(&self, count: usize, reserve: usize) -> bool {
-        self.free() >= (count + reserve) as u64 && count <= self.up_to_end()
+        let is_told = self.rung == self.produced;
+        self.free() >= (count + reserve) as u64 && count <= self.up_to_end(self.produced) && is_told
     }
 
     /// Appends commands for which there [is room](Self::has_room_in_row), and rings the doorbell once.
     ///
     /// Returns how many commands have been queued since bring-up.
     #[inline(always)]
-    pub(crate) fn append<B: Bus, const N: usize>(&mut self, bus: &B, commands: [Command; N]) -> u64 {
-        self.write(bus, self.next(), &commands);
-        self.advance(bus, N)
+    pub(crate) fn push_row<B: Bus, const N: usize>(&mut self, bus: &B, commands: [Command; N]) -> u64 {
+        let stored = self.store(self.index(self.produced), &commands);
+        bus.publish(stored);
+        self.produced += N as u64;
+        self.ring_doorbell(bus);
+        self.produced
     }
 
-    /// The place of the next command. There is a power of two of places.
+    /// Tells the unit of what was appended since it was told last. There is nothing to tell of nothing.
+    pub(crate) fn ring<B: Bus>(&mut self, bus: &B) {
+        let count = (self.produced - self.rung) as usize;
+        if count == 0 {
+            return;
+        }
+        // Published together: up to the end of the ring, and from its start what is left.
+        let up_to_end = count.min(self.up_to_end(self.rung));
+        bus.publish(self.ring.range(self.index(self.rung) * COMMAND_WORDS, up_to_end * COMMAND_WORDS));
+        if up_to_end < count {
+            bus.publish(self.ring.range(0, (count - up_to_end) * COMMAND_WORDS));
+        }
+        self.ring_doorbell(bus);
+    }
+
+    /// The place of the command before which `count` others were queued. There is a power of two of places.
     #[inline]
-    fn next(&self) -> usize {
-        self.produced as usize & (self.entries() as usize - 1)
+    fn index(&self, count: u64) -> usize {
+        count as usize & (self.entries() as usize - 1)
     }
 
-    /// Places from the next command's to the end of the ring.
+    /// Places from there to the end of the ring.
     #[inline]
-    fn up_to_end(&self) -> usize {
-        self.entries() as usize - self.next()
+    fn up_to_end(&self, count: u64) -> usize {
+        self.entries() as usize - self.index(count)
     }
 
-    /// Stores `commands` from place `at` on, and makes them visible to the unit.
+    /// Stores `commands` from place `at` on; returns where they are.
     #[inline(always)]
-    fn write<B: Bus>(&mut self, bus: &B, at: usize, commands: &[Command]) {
-        let rows = commands.iter().map(|command| command.0);
-        bus.publish(self.ring.store_rows(at * COMMAND_WORDS, rows));
+    fn store(&mut self, at: usize, commands: &[Command]) -> Range<PhysAddr> {
+        self.ring.store_rows(at * COMMAND_WORDS, commands.iter().map(|command| command.0))
     }
 
-    /// Rings the doorbell for `count` commands that are in their places; returns how many have been queued since bring-up.
     #[inline(always)]
-    fn advance<B: Bus>(&mut self, bus: &B, count: usize) -> u64 {
-        self.produced += count as u64;
+    fn ring_doorbell<B: Bus>(&mut self, bus: &B) {
         // ORDER: `publish` put every command before this write.
         let index = self.produced & (2 * self.entries() - 1);
         regs::CMDQ.prod.write(bus, INDEX::INDEX.val(index as u32));
-        self.produced
+        self.rung = self.produced;
     }
 }
 
@@ -260,41 +293,85 @@ pub(crate) struct ReportQueue<const WORDS: usize> {
     prod: u32,
     /// The overflow flag of PROD as it was last read, and that of CONS, which acknowledges it.
     overflow: (bool, bool),
+    /// PROD was just read, and there was nothing.
+    is_known_empty: bool,
 }
 
 impl<const WORDS: usize> ReportQueue<WORDS> {
     /// A queue that empties `ring`, whose size is a power of two.
     pub(crate) fn new(ring: DmaBuf, registers: &'static QueueRegisters) -> Self {
-        Self { ring, registers, cons: 0, prod: 0, overflow: (false, false) }
+        Self { ring, registers, cons: 0, prod: 0, overflow: (false, false), is_known_empty: false }
     }
 
     fn entries(&self) -> u32 {
         (self.ring.words() / WORDS) as u32
     }
 
-    /// Takes the oldest entry, copied out. The places of all that are known of are given back with the last one.
+    /// Takes the oldest entry, copied out.
     pub(crate) fn pop<B: Bus>(&mut self, bus: &B) -> Option<[u64; WORDS]> {
-        if self.cons == self.prod {
-            let prod = self.registers.prod.read(bus);
-            if prod.get() == regs::GONE {
-                return None;
-            }
-            // The value is reduced: what hardware says must not lead outside the ring.
-            self.prod = prod.read(INDEX::INDEX) % (2 * self.entries());
-            self.overflow.0 = prod.is_set(INDEX::OVERFLOW);
-            if self.cons == self.prod {
-                return None;
-            }
+        let is_known_empty = core::mem::take(&mut self.is_known_empty);
+        if self.cons == self.prod && (is_known_empty || !self.look(bus)) {
+            return None;
         }
-        // There is a power of two of places.
-        let at = (self.cons & (self.entries() - 1)) as usize * WORDS;
-        bus.observe(self.ring.range(at, WORDS));
-        let entry = self.ring.load_all(at);
+        let entry = self.oldest();
+        self.take(bus);
+        Some(entry)
+    }
+
+    /// Returns the oldest entry, copied out. If there is none, a [`pop`](Self::pop) that follows does not look again.
+    #[inline]
+    pub(crate) fn peek<B: Bus>(&mut self, bus: &B) -> Option<[u64; WORDS]> {
+        if self.cons == self.prod && !self.look(bus) {
+            self.is_known_empty = true;
+            return None;
+        }
+        Some(self.oldest())
+    }
+
+    /// Takes out the oldest entry, which is there. The places of all that are known of are given back with the last one.
+    #[inline]
+    pub(crate) fn take<B: Bus>(&mut self, bus: &B) {
         self.cons = (self.cons + 1) & (2 * self.entries() - 1);
         if self.cons == self.prod {
             self.write_cons(bus);
         }
-        Some(entry)
+    }
+
+    fn oldest(&self) -> [u64; WORDS] {
+        // There is a power of two of places.
+        self.ring.load_all((self.cons & (self.entries() - 1)) as usize * WORDS)
+    }
+
+    /// Forgets that nothing was found: what comes from here on is to be found.
+    pub(crate) fn begin(&mut self) {
+        self.is_known_empty = false;
+    }
+
+    /// Learns what the unit has queued by now, all that was known before having been taken; returns whether it is anything.
+    fn look<B: Bus>(&mut self, bus: &B) -> bool {
+        let prod = self.registers.prod.read(bus);
+        if prod.get() == regs::GONE {
+            return false;
+        }
+        let entries = self.entries();
+        // The value is reduced, since there is a power of two of places: what hardware says must not lead outside the ring.
+        self.prod = prod.read(INDEX::INDEX) & (2 * entries - 1);
+        self.overflow.0 = prod.is_set(INDEX::OVERFLOW);
+        let count = (self.prod.wrapping_sub(self.cons) & (2 * entries - 1)) as usize;
+        if count == 0 {
+            return false;
+        }
+        let start = (self.cons & (entries - 1)) as usize;
+        // Observed together: up to the end of the ring, and from its start what is left.
+        let up_to_end = entries as usize - start;
+        if count <= up_to_end {
+            bus.observe(self.ring.range(start * WORDS, count * WORDS));
+        } else {
+            bus.observe(self.ring.range(start * WORDS, up_to_end * WORDS));
+            // More than all is none that hardware tells.
+            bus.observe(self.ring.range(0, (count - up_to_end).min(start) * WORDS));
+        }
+        true
     }
 
     /// Acknowledges that entries were lost, if they were; for when [`pop`](Self::pop) has just found nothing.

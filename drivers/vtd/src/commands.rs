@@ -677,7 +677,7 @@ impl<B: Bus> Commands<B> {
         let sequence = self.tickets.next();
         let wait = Descriptor::wait(self.status.phys(), sequence as u32, false);
         let (ticket, done_at, asked) = (Ticket(sequence), sequence, None);
-        let start = queue.append(&self.bus, [descriptor, wait]);
+        let start = queue.push_row(&self.bus, [descriptor, wait]);
         let end = queue.tail();
         self.tickets.took();
         self.tickets.add(Batch { ticket, done_at, start, end, asked, drains: false, failed: false });
@@ -949,16 +949,25 @@ impl<B: Bus> iommu::Commands for Commands<B> {
         }
     }
 
-    fn respond(&mut self, response: PageResponse) -> Result<(), (PageResponse, Error)> {
-        let result = self.is_stopped().and_then(|()| match &mut self.queue {
-            Some(queue) => {
-                let descriptor = Descriptor::page_group_response(&response);
-                let kept = |queue: &_| Self::kept(&self.tickets, queue);
-                queue.push(&self.bus, &[descriptor], 0, kept).map(|_| ())
-            }
-            None => Err(Error::Unsupported { feature: "ECAP.QI (queued invalidation)" }),
-        });
-        result.map_err(|error| (response, error))
+    fn queue_response(&mut self, response: PageResponse) -> Result<(), (PageResponse, Error)> {
+        if let Err(error) = self.is_stopped() {
+            return Err((response, error));
+        }
+        let Some(queue) = &mut self.queue else {
+            return Err((response, Error::Unsupported { feature: "ECAP.QI (queued invalidation)" }));
+        };
+        let descriptor = Descriptor::page_group_response(&response);
+        let kept = |queue: &_| Self::kept(&self.tickets, queue);
+        match queue.append(&self.bus, &[descriptor], 0, kept) {
+            Ok(_) => Ok(()),
+            Err(error) => Err((response, error)),
+        }
+    }
+
+    fn ring(&mut self) {
+        if let Some(queue) = &mut self.queue {
+            queue.ring(&self.bus);
+        }
     }
 
     #[inline(always)]

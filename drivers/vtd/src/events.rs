@@ -36,25 +36,45 @@ impl RequestEntry {
     /// A last request that asks for neither read nor write is a stop marker if it has a PASID; without one it is an
     /// ordinary request that happens to ask for nothing, and wants an answer.
     pub fn decode(&self) -> Event {
-        let stream = StreamId(self.get(Self::REQUESTER) as u32);
-        let pasid = self.is_set(Self::PASID_PRESENT).then(|| Pasid::from_low_bits(self.get(Self::PASID)));
-        let tag = GroupTag { pasid, index: self.get(Self::GROUP) as u16 };
-        if self.get(Self::TYPE) != 1 {
-            let is_request = Self::RESERVED.into_iter().all(|field| self.get(field) == 0);
-            let group = is_request.then_some((stream, tag));
-            return Event::Malformed { words: [self.0[0], self.0[1]], group };
+        if let Some(request) = self.ordinary() {
+            return Event::PageRequest(request);
         }
+        let (stream, tag) = (self.stream(), self.tag());
+        if self.get(Self::TYPE) == 1 {
+            return Event::StopMarker { stream, pasid: tag.pasid };
+        }
+        let is_request = Self::RESERVED.into_iter().all(|field| self.get(field) == 0);
+        let group = is_request.then_some((stream, tag));
+        Event::Malformed { words: [self.0[0], self.0[1]], group }
+    }
+
+    /// Returns the request that the entry is, if it is one that wants an answer.
+    #[inline]
+    fn ordinary(&self) -> Option<PageRequest> {
         let perms = Perms {
             read: self.is_set(Self::READ),
             write: self.is_set(Self::WRITE),
             execute: self.is_set(Self::EXECUTE),
             privileged: self.is_set(Self::PRIVILEGED),
         };
-        let last = self.is_set(Self::LAST);
-        if last && !perms.read && !perms.write && pasid.is_some() {
-            return Event::StopMarker { stream, pasid };
-        }
-        Event::PageRequest(PageRequest { stream, tag, iova: Iova(self.address(Self::ADDRESS)), perms, last })
+        let (tag, last) = (self.tag(), self.is_set(Self::LAST));
+        let is_marker = last && !perms.read && !perms.write && tag.pasid.is_some();
+        (self.get(Self::TYPE) == 1 && !is_marker).then(|| PageRequest {
+            stream: self.stream(),
+            tag,
+            iova: Iova(self.address(Self::ADDRESS)),
+            perms,
+            last,
+        })
+    }
+
+    fn stream(&self) -> StreamId {
+        StreamId(self.get(Self::REQUESTER) as u32)
+    }
+
+    fn tag(&self) -> GroupTag {
+        let pasid = self.is_set(Self::PASID_PRESENT).then(|| Pasid::from_low_bits(self.get(Self::PASID)));
+        GroupTag { pasid, index: self.get(Self::GROUP) as u16 }
     }
 }
 
@@ -108,15 +128,13 @@ pub struct Events<B> {
     next_record: Option<usize>,
     /// Whether this pass has told that commands failed.
     told: bool,
-    /// Whether this pass has looked what page requests there are.
-    looked: bool,
     /// All registers read as ones when faults were last looked for: the unit is not there any more.
     gone: bool,
 }
 
 impl<B: Bus> Events<B> {
     pub(crate) fn new(bus: B, requests: Option<PageRequestQueue>, records: (usize, usize)) -> Self {
-        Self { bus, requests, records, next_record: None, told: false, looked: false, gone: false }
+        Self { bus, requests, records, next_record: None, told: false, gone: false }
     }
 
     /// Lets the unit interrupt: by `faults` for faults and command errors, by `requests` for page requests.
@@ -128,26 +146,11 @@ impl<B: Bus> Events<B> {
             interrupts::unmask(&self.bus, &regs::PAGE_REQUEST_EVENT, requests);
         }
     }
-}
 
-impl<B: Bus> iommu::Events for Events<B> {
-    /// Clears `PRS.PPR`, before the tail is read: a request that arrives later sets it again, and interrupts.
-    fn acknowledge(&mut self) {
-        self.told = false;
-        self.looked = false;
-        if self.requests.is_some() {
-            regs::PRS.clear(&self.bus, PRS::PPR::SET);
-        }
-    }
-
-    fn next_request(&mut self) -> Option<Event> {
+    /// Looks what came since the page request queue was found empty.
+    #[inline(never)]
+    fn look_again(&mut self) -> Option<Event> {
         let requests = self.requests.as_mut()?;
-        if !core::mem::replace(&mut self.looked, true) {
-            requests.look(&self.bus);
-        }
-        if let Some(entry) = requests.pop(&self.bus) {
-            return Some(RequestEntry(entry).decode());
-        }
         // What came after the last look has set PPR again. PRO is looked at after the queue was found empty, not when the
         // interrupt came: while it is set the unit neither queues nor interrupts.
         let status = regs::PRS.read(&self.bus);
@@ -171,6 +174,32 @@ impl<B: Bus> iommu::Events for Events<B> {
         regs::PRS.clear(&self.bus, PRS::PRO::SET);
         Some(Event::RequestsLost)
     }
+}
+
+impl<B: Bus> iommu::Events for Events<B> {
+    /// Clears `PRS.PPR`, and only then reads the tail: a request that arrives later sets it again, and interrupts.
+    fn acknowledge(&mut self) {
+        self.told = false;
+        if let Some(requests) = &mut self.requests {
+            regs::PRS.clear(&self.bus, PRS::PPR::SET);
+            requests.look(&self.bus);
+        }
+    }
+
+    #[inline]
+    fn next_ordinary(&mut self) -> Option<PageRequest> {
+        let requests = self.requests.as_mut()?;
+        let request = RequestEntry(requests.peek()?).ordinary()?;
+        requests.take(&self.bus);
+        Some(request)
+    }
+
+    fn next_request(&mut self) -> Option<Event> {
+        if let Some(entry) = self.requests.as_mut()?.pop(&self.bus) {
+            return Some(RequestEntry(entry).decode());
+        }
+        self.look_again()
+    }
 
     fn next_fault(&mut self) -> Option<Event> {
         let (first, count) = self.records;
@@ -184,8 +213,11 @@ impl<B: Bus> iommu::Events for Events<B> {
             // FRI is where the faults that are pending began; it does not move as they are read. Units fill the records in
             // turn, so the next one is after the last. All are looked at before PPF is left standing: while it stands
             // nothing interrupts.
+            let next = |index: usize| if index + 1 < count { index + 1 } else { 0 };
             let began = self.next_record.unwrap_or(status.read(FSTS::FRI) as usize);
-            for index in (began..began + count).map(|index| index % count) {
+            // There is no record past the last, whatever the unit says.
+            let mut index = if began < count { began } else { 0 };
+            for _ in 0..count {
                 let record = regs::FaultRecording::at(first, index);
                 let high = record.high.read(&self.bus).get();
                 // ORDER: F is in the high word; the low word belongs to it only if it is read afterwards.
@@ -193,9 +225,10 @@ impl<B: Bus> iommu::Events for Events<B> {
                 if let Some(fault) = entry.decode() {
                     // F alone is written; every other bit of the record is read-only.
                     record.top.clear(&self.bus, FRCD_TOP::F::SET);
-                    self.next_record = Some((index + 1) % count);
+                    self.next_record = Some(next(index));
                     return Some(Event::Fault(fault));
                 }
+                index = next(index);
             }
         }
         if !status.is_set(FSTS::PPF) {

@@ -1,7 +1,8 @@
 //! The rings that the unit and its driver share.
 
 use crate::{commands::Descriptor, regs};
-use iommu::{Bus, DmaBuf, Error};
+use core::ops::Range;
+use iommu::{Bus, DmaBuf, Error, PhysAddr};
 use tock_registers::LocalRegisterCopy;
 
 /// 64-bit words of an entry of the page request queue, and of the invalidation queue where it is wide.
@@ -18,6 +19,8 @@ pub(crate) struct InvalidationQueue {
     /// The last place. There is a power of two of places, so this is also what reduces a number to one.
     last: usize,
     tail: usize,
+    /// The tail that the unit knows.
+    rung: usize,
     /// The first entry that is not free: the unit has not fetched it, or its ticket has no end yet.
     oldest: usize,
 }
@@ -26,7 +29,7 @@ impl InvalidationQueue {
     /// A queue that fills `ring`, whose size is a power of two, with entries of `width` words.
     pub(crate) fn new(ring: DmaBuf, width: usize) -> Self {
         let last = (ring.words() / width).saturating_sub(1);
-        Self { ring, width, last, tail: 0, oldest: 0 }
+        Self { ring, width, last, tail: 0, rung: 0, oldest: 0 }
     }
 
     /// The queue in `ring` that somebody else filled, and the unit has emptied.
@@ -34,7 +37,7 @@ impl InvalidationQueue {
         let mut queue = Self::new(ring, width);
         let units = regs::IQT.read(bus).read(regs::IQ::INDEX) as usize;
         queue.tail = (units * NARROW_WORDS / width) & queue.last;
-        queue.oldest = queue.tail;
+        (queue.rung, queue.oldest) = (queue.tail, queue.tail);
         queue
     }
 
@@ -95,9 +98,22 @@ impl InvalidationQueue {
         self.oldest = (self.oldest + released) & self.last;
     }
 
-    /// Appends `descriptors` and rings the doorbell once, if `reserve` entries remain free after them. Returns where they
-    /// are. What `kept` returns is not overwritten, nor anything after it; it is asked only when the queue looks full.
+    /// Appends `descriptors` and rings the doorbell once; see [`append`](Self::append).
     pub(crate) fn push<B: Bus>(
+        &mut self,
+        bus: &B,
+        descriptors: &[Descriptor],
+        reserve: usize,
+        kept: impl FnOnce(&Self) -> Option<usize>,
+    ) -> Result<usize, Error> {
+        let start = self.append(bus, descriptors, reserve, kept)?;
+        self.ring(bus);
+        Ok(start)
+    }
+
+    /// Appends `descriptors`, if `reserve` entries remain free after them; [`ring`](Self::ring) tells the unit. Returns where
+    /// they are. What `kept` returns is not overwritten, nor anything after it; it is asked only when the queue looks full.
+    pub(crate) fn append<B: Bus>(
         &mut self,
         bus: &B,
         descriptors: &[Descriptor],
@@ -114,55 +130,69 @@ impl InvalidationQueue {
             return Err(Error::QueueFull { needed: descriptors.len(), free: free.saturating_sub(reserve) });
         }
         let start = self.tail;
-        // Published together: up to the end of the ring, and from its start what is left.
         let up_to_end = descriptors.len().min(self.entries() - start);
         let (first, rest) = descriptors.split_at(up_to_end);
-        self.write(bus, start, first);
+        self.store(start, first);
         if !rest.is_empty() {
-            self.write(bus, 0, rest);
+            self.store(0, rest);
         }
-        self.advance(bus, descriptors.len());
+        self.tail = (start + descriptors.len()) & self.last;
         Ok(start)
     }
 
-    /// Returns whether `count` more entries can be pushed as far as is known, side by side, while `reserve` remain free.
+    /// Tells the unit of what was appended since it was told last. There is nothing to tell of nothing.
+    pub(crate) fn ring<B: Bus>(&mut self, bus: &B) {
+        let (start, count) = (self.rung, self.tail.wrapping_sub(self.rung) & self.last);
+        if count == 0 {
+            return;
+        }
+        // Published together: up to the end of the ring, and from its start what is left.
+        let up_to_end = count.min(self.entries() - start);
+        bus.publish(self.ring.range(start * self.width, up_to_end * self.width));
+        if up_to_end < count {
+            bus.publish(self.ring.range(0, (count - up_to_end) * self.width));
+        }
+        self.ring_doorbell(bus);
+    }
+
+    /// Returns whether `count` more entries can be pushed as far as is known, side by side, while `reserve` remain free; and the
+    /// unit knows of all before.
     #[inline]
     pub(crate) fn has_room_in_row(&self, count: usize, reserve: usize) -> bool {
-        self.has_room(count + reserve) && self.tail + count - 1 <= self.last
+        self.has_room(count + reserve) && self.tail + count - 1 <= self.last && self.rung == self.tail
     }
 
     /// Appends descriptors for which there [is room](Self::has_room_in_row), and rings the doorbell once. Returns where they
     /// are.
     #[inline(always)]
-    pub(crate) fn append<B: Bus, const N: usize>(&mut self, bus: &B, descriptors: [Descriptor; N]) -> usize {
+    pub(crate) fn push_row<B: Bus, const N: usize>(
+        &mut self,
+        bus: &B,
+        descriptors: [Descriptor; N],
+    ) -> usize {
         let start = self.tail;
-        self.write(bus, start, &descriptors);
-        self.advance(bus, N);
-        start
-    }
-
-    /// Moves the tail past `count` descriptors that are in their places, and rings the doorbell.
-    #[inline(always)]
-    fn advance<B: Bus>(&mut self, bus: &B, count: usize) {
-        self.tail = (self.tail + count) & self.last;
+        let stored = self.store(start, &descriptors);
+        bus.publish(stored);
+        self.tail = (start + N) & self.last;
         self.ring_doorbell(bus);
+        start
     }
 
     /// Stores a descriptor at entry `at`, and makes it visible to the unit.
     pub(crate) fn put<B: Bus>(&mut self, bus: &B, at: usize, descriptor: Descriptor) {
-        self.write(bus, at, &[descriptor]);
+        let stored = self.store(at, &[descriptor]);
+        bus.publish(stored);
     }
 
-    /// Stores `descriptors` from entry `at` on, and makes them visible to the unit.
+    /// Stores `descriptors` from entry `at` on; returns where they are.
     #[inline(always)]
-    fn write<B: Bus>(&mut self, bus: &B, at: usize, descriptors: &[Descriptor]) {
+    fn store(&mut self, at: usize, descriptors: &[Descriptor]) -> Range<PhysAddr> {
         let at = at * self.width;
         // The upper half, where there is none, is zero in every descriptor.
-        let range = match self.width {
+        match self.width {
             NARROW_WORDS => self.ring.store_rows(at, descriptors.iter().map(|d| [d.0[0], d.0[1]])),
             _ => self.ring.store_rows(at, descriptors.iter().map(|descriptor| descriptor.0)),
-        };
-        bus.publish(range);
+        }
     }
 
     /// Returns the first word of entry `at`.
@@ -172,9 +202,10 @@ impl InvalidationQueue {
 
     /// Tells the unit where the tail is.
     #[inline]
-    pub(crate) fn ring_doorbell<B: Bus>(&self, bus: &B) {
+    pub(crate) fn ring_doorbell<B: Bus>(&mut self, bus: &B) {
         // ORDER: `publish` put every descriptor before this write.
         regs::IQT.write(bus, regs::IQ::INDEX.val((self.tail * self.width / NARROW_WORDS) as u64));
+        self.rung = self.tail;
     }
 }
 
@@ -200,23 +231,44 @@ impl PageRequestQueue {
             // There is no unit any more, and nothing new.
             return;
         }
-        self.tail = tail.read(regs::PQ::INDEX) as usize % self.entries();
+        // There is a power of two of places: what hardware says must not lead outside the ring.
+        self.tail = tail.read(regs::PQ::INDEX) as usize & (self.entries() - 1);
+        // Observed together: up to the end of the ring, and from its start what is left.
+        let observe = |start: usize, end: usize| {
+            if start < end {
+                bus.observe(self.ring.range(start * ENTRY_WORDS, (end - start) * ENTRY_WORDS));
+            }
+        };
+        if self.head <= self.tail {
+            observe(self.head, self.tail);
+        } else {
+            observe(self.head, self.entries());
+            observe(0, self.tail);
+        }
     }
 
-    /// Takes the oldest entry that is known of, copied out. The places of all are given back with the last one.
+    /// Takes the oldest entry that is known of, copied out.
     pub(crate) fn pop<B: Bus>(&mut self, bus: &B) -> Option<[u64; ENTRY_WORDS]> {
+        let entry = self.peek()?;
+        self.take(bus);
+        Some(entry)
+    }
+
+    /// Returns the oldest entry that is known of, copied out.
+    pub(crate) fn peek(&self) -> Option<[u64; ENTRY_WORDS]> {
         if self.head == self.tail {
             return None;
         }
-        let at = self.head * ENTRY_WORDS;
-        bus.observe(self.ring.range(at, ENTRY_WORDS));
-        let entry = self.ring.load_all(at);
+        Some(self.ring.load_all(self.head * ENTRY_WORDS))
+    }
+
+    /// Takes out the entry that `peek` returned. The places of all that are known of are given back with the last one.
+    pub(crate) fn take<B: Bus>(&mut self, bus: &B) {
         // There is a power of two of places.
         self.head = (self.head + 1) & (self.entries() - 1);
         if self.head == self.tail {
             regs::PQH.write(bus, regs::PQ::INDEX.val(self.head as u64));
         }
-        Some(entry)
     }
 
     fn entries(&self) -> usize {

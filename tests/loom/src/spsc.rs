@@ -60,6 +60,11 @@ impl Producer<'_, u16> {
 
 impl Consumer<'_, u16> {
     /// See the real one.
+    pub fn ready(&self) -> bool {
+        self.0.0.iter().any(|word| word.load(Relaxed) != 0)
+    }
+
+    /// See the real one.
     pub fn dequeue(&mut self) -> Option<u16> {
         (0..2).find_map(|at| {
             let word = &self.0.0[at];

@@ -150,6 +150,20 @@ mod page_requests {
     }
 
     #[test]
+    fn what_comes_after_the_queue_was_found_empty_is_found_by_the_next_pass() {
+        let mut machine = machine();
+        machine.smmu.events.acknowledge();
+        assert_eq!(machine.smmu.events.next_ordinary(), None);
+        assert_eq!(machine.unit.page_request(request(DISK, 1, true)), Requested::Queued);
+
+        machine.smmu.events.acknowledge();
+
+        let event = machine.smmu.events.next_request();
+        assert_eq!(event, Some(Event::PageRequest(request(DISK, 1, true))));
+        machine.assert_lawful();
+    }
+
+    #[test]
     fn an_overflow_is_reported_after_all_that_was_queued_and_service_goes_on() {
         let mut machine = machine();
         // The flag of the overflow turns each time.
@@ -887,6 +901,32 @@ mod answers {
             assert_eq!(last, Some((stream, pasid, index, outcome)));
         }
         assert_eq!(machine.unit.waiting_groups(), []);
+        machine.assert_lawful();
+    }
+
+    #[test]
+    fn answers_that_are_queued_together_reach_the_unit_when_the_doorbell_rings() {
+        const TOGETHER: usize = 5;
+        let mut machine = machine();
+        let asked: Vec<_> = (0..TOGETHER as u16).map(|index| request(DISK, index, true)).collect();
+        // So often that the queue wraps, between two answers of one doorbell as well.
+        for round in 0..COMMANDS {
+            for &request in &asked {
+                assert_eq!(machine.unit.page_request(request), Requested::Queued);
+            }
+            assert_eq!(machine.pass().len(), TOGETHER);
+            for &request in &asked {
+                let answer = answer(request, Outcome::Success);
+                assert_eq!(machine.smmu.commands.queue_response(answer), Ok(()));
+            }
+            assert_eq!(machine.unit.answers().len(), round * TOGETHER, "the unit was not told yet");
+
+            machine.smmu.commands.ring();
+
+            assert_eq!(machine.unit.answers().len(), (round + 1) * TOGETHER);
+            assert_eq!(machine.unit.waiting_groups(), []);
+        }
+        machine.invalidate(&[Invalidation::All]);
         machine.assert_lawful();
     }
 

@@ -754,6 +754,28 @@ fn an_answer_ends_the_group_that_it_names_and_no_other() {
     machine.assert_lawful();
 }
 
+#[test]
+fn answers_that_are_queued_together_reach_the_unit_when_the_doorbell_rings() {
+    const TOGETHER: usize = 5;
+    let mut machine = with_page_requests();
+    // So often that the queue wraps, between two answers of one doorbell as well.
+    for round in 0..ENTRIES {
+        (0..TOGETHER as u16).for_each(|index| ask(&machine, index));
+        assert_eq!(machine.pass().len(), TOGETHER);
+        for index in 0..TOGETHER as u16 {
+            assert_eq!(machine.vtd.commands.queue_response(answer(index)), Ok(()));
+        }
+        assert_eq!(machine.unit.answers().len(), round * TOGETHER, "the unit was not told yet");
+
+        machine.vtd.commands.ring();
+
+        assert_eq!(machine.unit.answers().len(), (round + 1) * TOGETHER);
+        assert_eq!(machine.unit.waiting_groups(), []);
+    }
+    machine.invalidate(&[]);
+    machine.assert_lawful();
+}
+
 /// A bus on which the unit lies about its registers from some moment on.
 #[derive(Clone)]
 struct Lying {

@@ -134,6 +134,24 @@ fn every_place_is_given_back_with_the_last_entry_that_was_there() {
 }
 
 #[test]
+fn a_pass_that_begins_before_the_last_one_has_taken_all_finds_what_came_between() {
+    let mut machine = machine(Config::full());
+    for index in 0..3 {
+        assert_eq!(machine.unit.page_request(request(DISK, index, false)), Requested::Queued);
+    }
+    machine.vtd.events.acknowledge();
+    assert_eq!(machine.vtd.events.next_ordinary(), Some(request(DISK, 0, false)));
+    for index in 3..5 {
+        assert_eq!(machine.unit.page_request(request(DISK, index, false)), Requested::Queued);
+    }
+
+    let events = machine.pass();
+
+    assert_eq!(events, [1, 2, 3, 4].map(|index| Event::PageRequest(request(DISK, index, false))));
+    machine.assert_lawful();
+}
+
+#[test]
 fn an_overflow_is_reported_after_all_that_was_queued_and_service_goes_on() {
     let mut machine = machine(Config::full());
     for round in 0..3 {

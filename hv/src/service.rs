@@ -65,7 +65,9 @@ struct Service {
     /// Whose the last fault of this pass was, unless a loss was told since.
     faulted: Option<StreamId>,
 }
-const _: () = assert!(QUEUES <= u32::BITS as usize, "there is a bit for each queue");
+const _: () = assert!(QUEUES < u32::BITS as usize, "there is a bit for each queue");
+/// The bits of [`Service::kicks`] that are somebody's.
+const HOMES: u32 = (1 << QUEUES) - 1;
 
 /// Why the unit is not served.
 #[derive(Clone, Copy, Debug, defmt::Format)]
@@ -222,7 +224,7 @@ impl Service {
     /// Tells the homes that there is news for, sees to another pass if something is `left`, and to the timer.
     #[inline]
     fn finish(&mut self, broker: &Broker, left: u32) {
-        let mut kicks = core::mem::take(&mut self.kicks);
+        let mut kicks = core::mem::take(&mut self.kicks) & HOMES;
         while kicks != 0 {
             interrupts::kick(home_of(kicks.trailing_zeros() as usize), Source::Kick);
             kicks &= kicks - 1;
@@ -437,9 +439,8 @@ impl Service {
 
     /// Notes that there is news for a home: it is told once, when the pass is over.
     fn kick(&mut self, home: usize) {
-        if home < QUEUES {
-            self.kicks |= 1 << home;
-        }
+        // What is no home's is left out when they are told.
+        self.kicks |= 1_u32.wrapping_shl(home as u32);
     }
 
     /// Answers what nobody answered in time, and what was held back until now; returns whether nothing is left.

@@ -286,6 +286,8 @@ fn whole(low: u32, told: u64, produced: u64) -> u64 {
 #[derive(Debug)]
 pub(crate) struct ReportQueue<const WORDS: usize> {
     ring: DmaBuf,
+    /// The last place. There is a power of two of places, so this is also what reduces a number to one.
+    last: u32,
     registers: &'static QueueRegisters,
     /// CONS, with the wrap flag.
     cons: u32,
@@ -300,11 +302,14 @@ pub(crate) struct ReportQueue<const WORDS: usize> {
 impl<const WORDS: usize> ReportQueue<WORDS> {
     /// A queue that empties `ring`, whose size is a power of two.
     pub(crate) fn new(ring: DmaBuf, registers: &'static QueueRegisters) -> Self {
-        Self { ring, registers, cons: 0, prod: 0, overflow: (false, false), is_known_empty: false }
+        let last = (ring.words() / WORDS).saturating_sub(1) as u32;
+        Self { ring, last, registers, cons: 0, prod: 0, overflow: (false, false), is_known_empty: false }
     }
 
-    fn entries(&self) -> u32 {
-        (self.ring.words() / WORDS) as u32
+    /// Returns an index with its wrap flag, reduced.
+    #[inline]
+    fn wrapped(&self, index: u32) -> u32 {
+        index & (2 * self.last + 1)
     }
 
     /// Takes the oldest entry, copied out.
@@ -331,15 +336,14 @@ impl<const WORDS: usize> ReportQueue<WORDS> {
     /// Takes out the oldest entry, which is there. The places of all that are known of are given back with the last one.
     #[inline]
     pub(crate) fn take<B: Bus>(&mut self, bus: &B) {
-        self.cons = (self.cons + 1) & (2 * self.entries() - 1);
+        self.cons = self.wrapped(self.cons + 1);
         if self.cons == self.prod {
             self.write_cons(bus);
         }
     }
 
     fn oldest(&self) -> [u64; WORDS] {
-        // There is a power of two of places.
-        self.ring.load_all((self.cons & (self.entries() - 1)) as usize * WORDS)
+        self.ring.load_all((self.cons & self.last) as usize * WORDS)
     }
 
     /// Forgets that nothing was found: what comes from here on is to be found.
@@ -353,17 +357,16 @@ impl<const WORDS: usize> ReportQueue<WORDS> {
         if prod.get() == regs::GONE {
             return false;
         }
-        let entries = self.entries();
-        // The value is reduced, since there is a power of two of places: what hardware says must not lead outside the ring.
-        self.prod = prod.read(INDEX::INDEX) & (2 * entries - 1);
+        // The value is reduced: what hardware says must not lead outside the ring.
+        self.prod = self.wrapped(prod.read(INDEX::INDEX));
         self.overflow.0 = prod.is_set(INDEX::OVERFLOW);
-        let count = (self.prod.wrapping_sub(self.cons) & (2 * entries - 1)) as usize;
+        let count = self.wrapped(self.prod.wrapping_sub(self.cons)) as usize;
         if count == 0 {
             return false;
         }
-        let start = (self.cons & (entries - 1)) as usize;
+        let start = (self.cons & self.last) as usize;
         // Observed together: up to the end of the ring, and from its start what is left.
-        let up_to_end = entries as usize - start;
+        let up_to_end = self.last as usize + 1 - start;
         if count <= up_to_end {
             bus.observe(self.ring.range(start * WORDS, count * WORDS));
         } else {

@@ -361,7 +361,7 @@ mod tests {
         }
         assert_eq!(
             doubles(&VARIANTS[1]),
-            ["repair", "silence", "forgery", "restraint", "claims", "departure"]
+            ["repair", "silence", "forgery", "restraint", "claims", "departure", "pager"]
         );
     }
 }

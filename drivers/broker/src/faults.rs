@@ -116,6 +116,7 @@ mod tests {
     use super::*;
 
     const LIMITS: FaultLimits = FaultLimits { period_us: 1_000, warn: 4, block: 10 };
+    const MANY: u64 = if cfg!(miri) { 1_000 } else { 100_000 };
 
     fn counting(limits: FaultLimits) -> FaultCount {
         let count = FaultCount::new();
@@ -132,7 +133,7 @@ mod tests {
     fn a_storm_is_warned_of_and_then_blocked_each_once_and_by_exactly_so_many_faults() {
         let count = counting(LIMITS);
 
-        let storm = restraints(&count, (0..100_000).map(|fault| 5_000 + fault / 500));
+        let storm = restraints(&count, (0..MANY).map(|fault| 5_000 + fault / 500));
 
         assert_eq!(storm, [(4, Restraint::Warned), (10, Restraint::Blocked)]);
     }
@@ -141,7 +142,7 @@ mod tests {
     fn what_a_period_allows_may_come_in_every_period_and_for_ever() {
         let count = counting(LIMITS);
         // Three in each period, the first at its beginning: never four within one.
-        let even = (0..100_000).map(|fault| fault / 3 * 1_000 + fault % 3 * 300);
+        let even = (0..MANY).map(|fault| fault / 3 * 1_000 + fault % 3 * 300);
 
         assert_eq!(restraints(&count, even), []);
     }
@@ -189,7 +190,7 @@ mod tests {
 
     #[test]
     fn a_limit_of_0_is_none() {
-        let storm = |limits| restraints(&counting(limits), (0..10_000).map(|_| 0));
+        let storm = |limits| restraints(&counting(limits), (0..MANY).map(|_| 0));
 
         assert_eq!(storm(FaultLimits::NONE), []);
         assert_eq!(storm(FaultLimits { warn: 0, ..LIMITS }), [(10, Restraint::Blocked)]);

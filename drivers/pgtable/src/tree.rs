@@ -220,7 +220,7 @@ impl<F: Format> Tree<F> {
     }
 
     /// Maps what is no page by itself, or anything that is unusual.
-    #[inline]
+    #[inline(always)]
     fn map_large(
         &self,
         frames: &mut impl Frames,

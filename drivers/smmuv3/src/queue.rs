@@ -26,6 +26,8 @@ pub(crate) const MESSAGE_LIMIT_US: u64 = 1000;
 #[derive(Debug)]
 pub(crate) struct CommandQueue {
     ring: DmaBuf,
+    /// The last place. There is a power of two of places, so this is also what reduces a count to one.
+    last: u64,
     produced: u64,
     /// As far as CONS is known to have come; the unit can only be further.
     consumed: u64,
@@ -50,18 +52,14 @@ impl CommandQueue {
             word.store(0, 0);
             bus.publish(word.range(0, 1));
         }
-        Self { ring, produced: 0, consumed: 0, rung: 0, word, wakes, told: 0, quiet_since_us: None }
-    }
-
-    #[inline]
-    fn entries(&self) -> u64 {
-        (self.ring.words() / COMMAND_WORDS) as u64
+        let last = (ring.words() / COMMAND_WORDS).saturating_sub(1) as u64;
+        Self { ring, last, produced: 0, consumed: 0, rung: 0, word, wakes, told: 0, quiet_since_us: None }
     }
 
     /// Entries that can be pushed as far as is known.
     #[inline]
     fn free(&self) -> u64 {
-        self.entries() - (self.produced - self.consumed)
+        self.last + 1 - (self.produced - self.consumed)
     }
 
     /// Returns the command that ends `count` commands: all that were queued since bring-up, itself included.
@@ -137,7 +135,7 @@ impl CommandQueue {
         let index = u64::from(cons.read(INDEX::INDEX));
         // ORDER: whoever learns that a command was consumed sees what devices stored before it was.
         bus.observe(self.ring.range(0, 0));
-        let behind = self.produced.wrapping_sub(index) & (2 * self.entries() - 1);
+        let behind = self.produced.wrapping_sub(index) & (2 * self.last + 1);
         // CONS moves between where it was and PROD. An index outside is no progress: hardware wrote something else.
         if behind <= self.produced - self.consumed {
             self.consumed = self.produced - behind;
@@ -153,8 +151,8 @@ impl CommandQueue {
 
     /// Returns where in the ring a command is, unless its place was used again.
     fn place(&self, at: u64) -> Option<usize> {
-        let kept = at < self.produced && self.produced - at <= self.entries();
-        kept.then(|| (at % self.entries()) as usize * COMMAND_WORDS)
+        let kept = at < self.produced && self.produced - at <= self.last + 1;
+        kept.then(|| self.index(at) * COMMAND_WORDS)
     }
 
     /// Returns the command before which `at` others were queued, if it is still in the ring.
@@ -247,16 +245,16 @@ impl CommandQueue {
         self.ring_doorbell(bus);
     }
 
-    /// The place of the command before which `count` others were queued. There is a power of two of places.
+    /// The place of the command before which `count` others were queued.
     #[inline]
     fn index(&self, count: u64) -> usize {
-        count as usize & (self.entries() as usize - 1)
+        (count & self.last) as usize
     }
 
     /// Places from there to the end of the ring.
     #[inline]
     fn up_to_end(&self, count: u64) -> usize {
-        self.entries() as usize - self.index(count)
+        self.last as usize + 1 - self.index(count)
     }
 
     /// Stores `commands` from place `at` on; returns where they are.
@@ -268,7 +266,7 @@ impl CommandQueue {
     #[inline(always)]
     fn ring_doorbell<B: Bus>(&mut self, bus: &B) {
         // ORDER: `publish` put every command before this write.
-        let index = self.produced & (2 * self.entries() - 1);
+        let index = self.produced & (2 * self.last + 1);
         regs::CMDQ.prod.write(bus, INDEX::INDEX.val(index as u32));
         self.rung = self.produced;
     }

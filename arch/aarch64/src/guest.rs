@@ -157,8 +157,9 @@ pub struct Vcpu {
 impl Vcpu {
     /// Makes a virtual CPU that reaches memory through `nested_root`; it begins at guest-physical address 0.
     ///
-    /// The root is that of 4-level stage 2 tables for 44 bits of address. While the virtual CPU exists they fulfil the promise of [`Root::new`], with the guest in the place of the device; after a translation was taken
-    /// away or changed, [`flush`](Self::flush) comes before the next [`run`](Self::run).
+    /// The root is that of 4-level stage 2 tables for 44 bits of address. While the virtual CPU exists they fulfil the
+    /// promise of [`Root::new`], with the guest in the place of the device; after a translation was taken away or
+    /// changed, [`flush`](Self::flush) comes before the next [`run`](Self::run).
     ///
     /// `id` is below [`VCPUS`], and no two virtual CPUs that exist have the same: translations are cached under it.
     pub fn new(nested_root: Root, id: u16) -> Result<Self, Error> {

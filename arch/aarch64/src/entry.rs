@@ -75,8 +75,8 @@ entry:
     mrs x1, CurrentEL
     cmp x1, #(2 << 2)
     b.ne park
-    adr x1, head
-    ldr x2, =head
+    adr x1, entry                           // near, as the first byte need not be
+    ldr x2, =entry
     cmp x1, x2                              // the image runs where it is linked
     b.ne park
     ldr x20, =first_core

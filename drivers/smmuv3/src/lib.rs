@@ -40,7 +40,7 @@
 //! | range invalidation (RIL) | where the unit has it; not of a guest's own pages, whose size nobody knows | model, QEMU |
 //! | interrupts of the unit | by wires or by messages (MSI) | model, QEMU (wires) |
 //! | doorbells of devices | their address; whoever owns the tables maps them, as device memory | QEMU, stage 1 and stage 2: mapped, unmapped, not attached |
-//! | `IDR2`, `IDR4` | not read: they are about VATOS, which nobody is given, and what implementations define | |
+//! | VATOS (`IDR2`) | told where it is, used by nobody | model (has none) |
 //! | errata | by `IIDR`; the driver does without what cannot be relied on, whatever the part | model |
 //! | queues or tables preset, forced stalls, page 0 alone, Secure and Realm, MPAM, HTTU, AArch32 tables | no | |
 //!
@@ -99,6 +99,10 @@ const ACK_LIMIT_US: u64 = 100_000;
 
 /// What `IDR5.OAS` says of 48 bits.
 const OAS_48: u32 = 5;
+
+/// Where the pages of VATOS may begin, and how far apart they are.
+const VATOS: usize = 0x2_0000;
+const VATOS_UNIT: usize = 0x1_0000;
 
 /// A unit that has been identified and left as it was.
 #[derive(Debug)]
@@ -196,6 +200,18 @@ impl<B: Bus + Clone> Found<B> {
     /// Returns which part the unit is, and which version of the architecture it has.
     pub fn part(&self) -> Part {
         self.part
+    }
+
+    /// Returns how far the page of registers is from the unit's first by which somebody else could ask it for translations, in
+    /// bytes (`IDR0.VATOS`, `IDR2.BA_VATOS`); `None` where there is none. The driver leaves it alone, and so must guests.
+    pub fn vatos_page(&self) -> Option<usize> {
+        let page = || regs::IDR2.read(&self.bus).read(regs::IDR2::BA_VATOS) as usize;
+        self.idr0.is_set(IDR0::VATOS).then(|| VATOS + page() * VATOS_UNIT)
+    }
+
+    /// Returns `IDR4`, whose meaning the implementer defines.
+    pub fn implementation_defined(&self) -> u32 {
+        regs::IDR4.read(&self.bus).get()
     }
 
     /// Returns what this part is known not to do as the architecture says; the driver keeps clear of it by itself.
@@ -528,4 +544,44 @@ fn entries_log2(
         return Err(Error::Memory { purpose, words: buffer.words(), needed: entry_words << limit });
     }
     Ok(log2)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use core::ops::Range;
+    use iommu::PhysAddr;
+
+    /// A unit that has its eight identification registers alone.
+    #[derive(Clone, Copy)]
+    struct Identification([u32; 8]);
+
+    impl Bus for Identification {
+        fn read32(&self, offset: usize) -> u32 {
+            self.0.get(offset / 4).copied().unwrap_or(0)
+        }
+        fn write32(&self, _offset: usize, _value: u32) {}
+        fn read64(&self, _offset: usize) -> u64 {
+            0
+        }
+        fn write64(&self, _offset: usize, _value: u64) {}
+        fn publish(&self, _range: Range<PhysAddr>) {}
+        fn observe(&self, _range: Range<PhysAddr>) {}
+        fn now_us(&self) -> u64 {
+            0
+        }
+    }
+
+    #[test]
+    fn a_page_of_vatos_is_where_the_unit_says_and_nowhere_without() {
+        // IDR0.VATOS is bit 20; IDR2.BA_VATOS is 9:0, in 64 KiB behind 0x20000.
+        let page = |idr0, idr2| {
+            let found = Found::probe(Identification([idr0, 0, idr2, 0, 0xCAFE, 0, 0, 0])).ok();
+            found.map(|found| (found.vatos_page(), found.implementation_defined()))
+        };
+
+        assert_eq!(page(1 << 20, 0), Some((Some(0x2_0000), 0xCAFE)));
+        assert_eq!(page(1 << 20, 0xFFFF_FC05), Some((Some(0x7_0000), 0xCAFE)));
+        assert_eq!(page(1 << 19, 5), Some((None, 0xCAFE)));
+    }
 }

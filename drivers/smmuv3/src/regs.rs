@@ -30,6 +30,8 @@ register_bitfields![u32,
         PRI OFFSET(16) NUMBITS(1) [],
         /// Tables of context descriptors may have two levels.
         CD2L OFFSET(19) NUMBITS(1) [],
+        /// Somebody else can ask for translations, by a page of registers of its own (VATOS).
+        VATOS OFFSET(20) NUMBITS(1) [],
         /// Endianness of tables.
         TTENDIAN OFFSET(21) NUMBITS(2) [
             Big = 0b11,
@@ -64,6 +66,11 @@ register_bitfields![u32,
         QUEUES_PRESET OFFSET(29) NUMBITS(1) [],
         /// Table addresses are fixed.
         TABLES_PRESET OFFSET(30) NUMBITS(1) [],
+    ],
+    /// Identification Register 2.
+    pub(crate) IDR2 [
+        /// Where the page of VATOS is, in 64 KiB behind the two of the unit.
+        BA_VATOS OFFSET(0) NUMBITS(10) [],
     ],
     /// Identification Register 3.
     pub(crate) IDR3 [
@@ -205,7 +212,9 @@ register_bitfields![u64,
 
 pub(crate) const IDR0: Ro<u32, IDR0::Register> = Ro::at(0x000);
 pub(crate) const IDR1: Ro<u32, IDR1::Register> = Ro::at(0x004);
+pub(crate) const IDR2: Ro<u32, IDR2::Register> = Ro::at(0x008);
 pub(crate) const IDR3: Ro<u32, IDR3::Register> = Ro::at(0x00C);
+pub(crate) const IDR4: Ro<u32> = Ro::at(0x010);
 pub(crate) const IDR5: Ro<u32, IDR5::Register> = Ro::at(0x014);
 pub(crate) const IIDR: Ro<u32> = Ro::at(0x018);
 pub(crate) const AIDR: Ro<u32> = Ro::at(0x01C);
@@ -309,7 +318,7 @@ mod tests {
 
         assert!(idr0.is_set(IDR0::S1P) && idr0.is_set(IDR0::S2P) && idr0.is_set(IDR0::TTF_AARCH64));
         assert!(idr0.is_set(IDR0::COHACC) && !idr0.is_set(IDR0::BTM) && !idr0.is_set(IDR0::MSI));
-        assert!(!idr0.is_set(IDR0::SEV));
+        assert!(!idr0.is_set(IDR0::SEV) && !idr0.is_set(IDR0::VATOS));
         assert!(idr0.matches_all(IDR0::ST_LEVEL::TwoLevel));
         assert!(!idr0.is_set(IDR0::ATS) && !idr0.is_set(IDR0::PRI) && !idr0.is_set(IDR0::ATSRECERR));
         assert_eq!((idr0.read(IDR0::TTENDIAN), idr0.read(IDR0::STALL_MODEL)), (2, 1));

@@ -190,11 +190,8 @@ impl<'h> Pager<'h> {
         }
         let Some(owned) = self.owned.as_ref().filter(|_| !self.pages.is_full()) else { return Ok(false) };
         let Some(frame) = GuestRam::new(self.hv.pool, 1) else { return Ok(false) };
-        // PANICS: never; a frame has a page.
-        let mapped = match frame.grant(Gpa(0), PAGE_SIZE) {
-            Some(grant) => owned.space.map(self.hv, &self.share, iova, &grant, Perms::READ_WRITE),
-            None => return Ok(false),
-        };
+        let Some(grant) = frame.grant(Gpa(0), PAGE_SIZE) else { return Ok(false) };
+        let mapped = owned.space.map(self.hv, &self.share, iova, &grant, Perms::READ_WRITE);
         // Even if the unit did not confirm it: the frame is the device's from here on, until the pager ends.
         let _ = self.pages.push((iova, frame));
         mapped.map(|()| true)

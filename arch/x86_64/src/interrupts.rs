@@ -124,12 +124,8 @@ pub fn non_maskable() -> u32 {
 // that has an exception's vector: the stack was aligned to 16 bytes before its five or six words, so bit 3 tells them apart.
 global_asm!(
     r#"
-.section .text.interrupts, "ax", @progbits
-.global source_stubs
-source_stubs:
-    .set source, 0
-    .rept {sources}
-    .p2align 6
+// The registers that a call may change.
+.macro save_scratch
     push rax
     push rcx
     push rdx
@@ -139,9 +135,8 @@ source_stubs:
     push r9
     push r10
     push r11
-    cld
-    mov edi, source
-    call {serve}                    # the stack is aligned: 5 + 9 words under an aligned one
+.endm
+.macro restore_scratch
     pop r11
     pop r10
     pop r9
@@ -151,6 +146,19 @@ source_stubs:
     pop rdx
     pop rcx
     pop rax
+.endm
+
+.section .text.interrupts, "ax", @progbits
+.global source_stubs
+source_stubs:
+    .set source, 0
+    .rept {sources}
+    .p2align 6
+    save_scratch
+    cld
+    mov edi, source
+    call {serve}                    # the stack is aligned: 5 + 9 words under an aligned one
+    restore_scratch
     iretq
     .set source, source + 1
     .endr
@@ -173,27 +181,11 @@ interrupt_stubs:
     .endr
 
 interrupt_entry:
-    push rax
-    push rcx
-    push rdx
-    push rsi
-    push rdi
-    push r8
-    push r9
-    push r10
-    push r11
+    save_scratch
     cld
     lea rdi, [rsp + 72]
     call {dispatch}                 # the stack is aligned: 5 + 2 + 9 words under an aligned one
-    pop r11
-    pop r10
-    pop r9
-    pop r8
-    pop rdi
-    pop rsi
-    pop rdx
-    pop rcx
-    pop rax
+    restore_scratch
     add rsp, 16
     iretq
 "#,

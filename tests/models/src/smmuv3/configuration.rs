@@ -789,18 +789,22 @@ mod tests {
     fn an_attribute_is_overridden_where_the_unit_can() {
         let full = Config::full();
         for (idr1, broken) in [(full.idr1, false), (full.idr1 & !(1 << 27), true)] {
-            let config = Config { idr1, ..full };
-            let mut ste = stage_1(&config, 0);
-            ste[1] |= 1 << 44;
-            let bench = Bench::attached(config, ste);
+            assert_word_1_is_lawful(Config { idr1, ..full }, 1 << 44, !broken);
+        }
+    }
 
-            assert_eq!(bench.read(IOVA), Err(Refusal::Fault(0x10)));
+    /// Has a stage 1 entry with `bits` in its word 1 looked at, which are reserved unless that is `lawful`.
+    fn assert_word_1_is_lawful(config: Config, bits: u64, lawful: bool) {
+        let mut ste = stage_1(&config, 0);
+        ste[1] |= bits;
+        let bench = Bench::attached(config, ste);
 
-            if broken {
-                bench.assert_broken("reserved bits are set in words [1]");
-            } else {
-                bench.assert_lawful();
-            }
+        assert_eq!(bench.read(IOVA), Err(Refusal::Fault(0x10)));
+
+        if lawful {
+            bench.assert_lawful();
+        } else {
+            bench.assert_broken("reserved bits are set in words [1]");
         }
     }
 
@@ -812,17 +816,7 @@ mod tests {
             Config { idr1: full.idr1 & !(0x1F << 6), ..full },
         ];
         for (config, broken) in [(full, false), (no_requests, true), (no_pasids, true)] {
-            let mut ste = stage_1(&config, 0);
-            ste[1] |= 1 << 18;
-            let bench = Bench::attached(config, ste);
-
-            assert_eq!(bench.read(IOVA), Err(Refusal::Fault(0x10)));
-
-            if broken {
-                bench.assert_broken("reserved bits are set in words [1]");
-            } else {
-                bench.assert_lawful();
-            }
+            assert_word_1_is_lawful(config, 1 << 18, !broken);
         }
     }
 
